@@ -1,0 +1,23 @@
+"""Fused kernels for the parts of a vision transformer that PyTorch does badly, each behind one function and one flag, `kernels=`."""
+
+from . import backends
+from .ops import (
+    cls_cross_attention,
+    cls_fusion,
+    layer_norm_linear,
+    layer_norm_mlp,
+    linear_residual,
+    patch_embed,
+    self_attention,
+)
+
+__all__ = [
+    "backends",
+    "cls_cross_attention",
+    "cls_fusion",
+    "layer_norm_linear",
+    "layer_norm_mlp",
+    "linear_residual",
+    "patch_embed",
+    "self_attention",
+]
