@@ -1,0 +1,181 @@
+"""Builds the extension module ``crossvit_kernels._C``; everything else about the package is in pyproject.toml.
+
+``csrc/bindings.cpp`` and ``csrc/cpu/*.cpp`` see torch and are compiled once, for the baseline CPU. ``csrc/cpu/isa.cpp`` sees no torch header and
+is compiled once per instruction set that the compiler knows, each time into an object of its own; which one runs is chosen at run time.
+Beside the module goes ``_build.json``: what was built, against which torch, or why nothing was.
+
+Environment: ``CXX`` the compiler, ``MAX_JOBS`` the number of compilations at once, ``CROSSVIT_KERNELS_SANITIZE`` a value for ``-fsanitize=``.
+"""
+
+import fcntl
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import setup
+
+HOW_TO_INSTALL = "install torch 2.11 or newer, then type: pip install --no-build-isolation ."
+try:
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    sys.exit(f"crossvit-kernels is compiled against the torch it will run with, and none is to be seen here: {HOW_TO_INSTALL}")
+if torch.__version__ < "2.11":
+    sys.exit(f"crossvit-kernels needs a newer torch than {torch.__version__}: {HOW_TO_INSTALL}")
+
+CSRC = Path("csrc")
+ISA_SOURCE = CSRC / "cpu" / "isa.cpp"
+INCLUDE_DIRS = [str(CSRC.resolve())]  # absolute, since ninja runs elsewhere
+SANITIZE = os.environ.get("CROSSVIT_KERNELS_SANITIZE", "")
+
+# Compiler flags and, to see whether the compiler knows the set, an expression that needs it. Ascending: of an inline function that several
+# sets emit the linker keeps the first, so the copy that stays is the one that every CPU which gets there can run.
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mavx2"]
+INSTRUCTION_SETS = {
+    "generic": ([], "0"),
+    "avx2": (["-mavx2", "-mfma", "-mf16c"], "_mm256_fmadd_ps(_mm256_cvtph_ps(_mm_setzero_si128()), __m256(), __m256())"),
+    "avx512": (AVX512, "_mm512_fmadd_ps(__m512(), __m512(), __m512())"),
+    "avx512_bf16": ([*AVX512, "-mavx512bf16"], "_mm512_cvtneps_pbh(__m512())"),
+}
+
+COMMON_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra", "-g0"]
+if SANITIZE:
+    COMMON_FLAGS += [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g", "-O1"]
+ISA_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+
+
+def cxx() -> list[str]:
+    """The compiler's command line, as torch's BuildExtension will call it."""
+    command = get_cxx_compiler()
+    return shlex.split(command) if isinstance(command, str) else list(command)
+
+
+def compiles(source: str, flags: list[str]) -> bool:
+    """Whether the compiler turns this source into an object."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "probe.cpp")
+        path.write_text(source)
+        command = [*cxx(), "-std=c++20", *flags, "-c", str(path), "-o", str(path.with_suffix(".o"))]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def missing() -> str | None:
+    """What keeps the extension from being compiled, in words, or None."""
+    if shutil.which(cxx()[0]) is None:
+        return f"no C++ compiler: {cxx()[0]!r} is not on the PATH (install g++, or name one in the variable CXX)"
+    if not compiles("#include <concepts>\nint main() {}", []):
+        return f"the C++ compiler {shlex.join(cxx())!r} does not compile C++20 (g++ 11 or newer does)"
+    include = sysconfig.get_path("include")
+    if not compiles("#include <Python.h>\nint main() {}", [f"-I{include}"]):
+        return f"Python.h is not in {include} (Debian: apt-get install python3-dev)"
+    return None
+
+
+def known_instruction_sets() -> list[str]:
+    """The instruction sets that the compiler can compile for, ascending; on a processor of another family only the generic one."""
+    probe = "#if {0}\n#include <immintrin.h>\n#endif\nint main() {{ (void)({1}); }}"
+    return [n for n, (flags, needs) in INSTRUCTION_SETS.items() if compiles(probe.format(int(bool(flags)), needs), flags)]
+
+
+def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Whoever reads ``path`` meanwhile sees the old file or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(data)
+    temporary.chmod(mode)
+    os.replace(temporary, path)
+
+
+class BuildKernels(BuildExtension):
+    """torch's BuildExtension, with ``isa.cpp`` compiled once per instruction set and ``_build.json`` written beside the module."""
+
+    def run(self) -> None:
+        # A folder of its own for each torch (newer headers may carry older dates), kept also where pip would take a temporary one.
+        name = f"{sysconfig.get_config_var('SOABI')}-torch-{torch.__version__}"
+        self.build_temp = os.path.join("build", name + (f"-{SANITIZE.replace(',', '-')}" if SANITIZE else ""))
+        os.makedirs(self.build_temp, exist_ok=True)
+        with open(os.path.join(self.build_temp, "lock"), "w") as lock:  # two builds of one checkout take turns
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            super().run()
+
+    def build_extensions(self) -> None:
+        (extension,) = self.extensions
+        reason = missing()
+        if reason is None:
+            try:
+                super().build_extensions()
+            except Exception as error:  # ninja's, distutils' and torch's failures share no class
+                if "build_ext" in self.distribution.commands:
+                    raise
+                reason = f"the C++ sources did not compile on {platform.machine()} ({error})"
+        elif "build_ext" in self.distribution.commands:  # asked for by name; as a part of an installation it may fail
+            sys.exit(f"crossvit-kernels: {reason}")
+        module = Path(self.build_lib, self.get_ext_filename(extension.name))
+        if reason is not None:
+            module.unlink(missing_ok=True)
+            print(f"crossvit-kernels: installed without its C++ kernels, it will run on the reference: {reason}", file=sys.stderr)
+        record = {
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+            "abi": sysconfig.get_config_var("SOABI"),
+            "compiler": None if reason else self.compiler_version,
+            "instruction_sets": [] if reason else self.instruction_sets,
+            "sanitize": SANITIZE,
+            "missing": reason,
+        }
+        module.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(module.with_name("_build.json"), (json.dumps(record, indent=2) + "\n").encode())
+
+    def build_extension(self, ext) -> None:
+        self.instruction_sets = known_instruction_sets()
+        version = subprocess.run([*cxx(), "--version"], capture_output=True, text=True, check=False)
+        self.compiler_version = version.stdout.partition("\n")[0]
+
+        def compile_for(name: str) -> str:
+            flags = [*COMMON_FLAGS, *ISA_FLAGS, *INSTRUCTION_SETS[name][0], f"-DCROSSVIT_ISA={name}"]
+            folder = os.path.join(self.build_temp, name)
+            (compiled,) = self.compiler.compile(
+                [str(ISA_SOURCE)], output_dir=folder, include_dirs=INCLUDE_DIRS, extra_postargs={"cxx": flags}, depends=ext.depends
+            )
+            return compiled
+
+        workers = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
+        with ThreadPoolExecutor(workers if self.use_ninja else 1) as pool:
+            ext.extra_objects = list(pool.map(compile_for, self.instruction_sets))
+        ext.extra_compile_args["cxx"] += [f"-DCROSSVIT_HAVE_{name.upper()}" for name in self.instruction_sets]
+        super().build_extension(ext)
+
+    def copy_extensions_to_source(self) -> None:
+        (extension,) = self.extensions
+        built = Path(self.build_lib, self.get_ext_filename(extension.name))
+        here = Path("crossvit_kernels")
+        if built.exists():
+            write_atomically(here / built.name, built.read_bytes(), 0o755)
+        else:
+            (here / built.name).unlink(missing_ok=True)
+        write_atomically(here / "_build.json", built.with_name("_build.json").read_bytes())
+
+
+extension = CppExtension(
+    "crossvit_kernels._C",
+    [str(CSRC / "bindings.cpp"), *(str(path) for path in sorted(CSRC.glob("cpu/*.cpp")) if path != ISA_SOURCE)],
+    depends=[str(path) for path in sorted(CSRC.rglob("*.h"))] + [str(ISA_SOURCE)],
+    # -fopenmp when compiling only: linked without libgomp, its calls go to the one that torch has loaded, so there is one pool of threads.
+    extra_compile_args={"cxx": [*COMMON_FLAGS, "-fopenmp"]},
+    extra_link_args=[f"-fsanitize={SANITIZE}"] if SANITIZE else [],
+    optional=True,
+)
+# As system headers, torch's raise no warnings here.
+extension.extra_compile_args["cxx"] += [f"-isystem{folder}" for folder in extension.include_dirs]
+extension.include_dirs = INCLUDE_DIRS
+
+setup(ext_modules=[extension], cmdclass={"build_ext": BuildKernels})
