@@ -1,10 +1,12 @@
 """Builds the extension module ``crossvit_kernels._C``; everything else about the package is in pyproject.toml.
 
-``csrc/bindings.cpp`` and ``csrc/cpu/*.cpp`` see torch and are compiled once, for the baseline CPU. ``csrc/cpu/isa.cpp`` sees no torch header and
-is compiled once per instruction set that the compiler knows, each time into an object of its own; which one runs is chosen at run time.
-Beside the module goes ``_build.json``: what was built, against which torch, or why nothing was.
+``csrc/bindings.cpp`` and ``csrc/cpu/*.cpp`` see torch and are compiled once, for the baseline CPU. ``csrc/cpu/isa.cpp``
+sees no torch header and is compiled once per instruction set that the compiler knows, each time into an object of its
+own; which one runs is chosen at run time. Beside the module goes ``_build.json``: what was built, against which torch,
+or why nothing was.
 
-Environment: ``CXX`` the compiler, ``MAX_JOBS`` the number of compilations at once, ``CROSSVIT_KERNELS_SANITIZE`` a value for ``-fsanitize=``.
+Environment: ``CXX`` the compiler, ``MAX_JOBS`` the number of compilations at once, ``CROSSVIT_KERNELS_SANITIZE`` a
+value for ``-fsanitize=``.
 """
 
 import fcntl
@@ -20,30 +22,40 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import setup
+import setuptools
 
-HOW_TO_INSTALL = "install torch 2.11 or newer, then type: pip install --no-build-isolation ."
+HOW_TO_INSTALL = "type: pip install 'torch>=2.11' 'setuptools>=77' wheel ninja && pip install --no-build-isolation ."
+if int(setuptools.__version__.partition(".")[0]) < 77:
+    sys.exit(
+        f"crossvit-kernels is built by setuptools 77 or newer, and this is {setuptools.__version__}: {HOW_TO_INSTALL}"
+    )
 try:
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
 except ModuleNotFoundError as error:
     if error.name != "torch":
         raise
-    sys.exit(f"crossvit-kernels is compiled against the torch it will run with, and none is to be seen here: {HOW_TO_INSTALL}")
+    sys.exit(f"crossvit-kernels compiles against the torch it will run with, and there is none here: {HOW_TO_INSTALL}")
 if torch.__version__ < "2.11":
-    sys.exit(f"crossvit-kernels needs a newer torch than {torch.__version__}: {HOW_TO_INSTALL}")
+    sys.exit(f"crossvit-kernels needs torch 2.11 or newer, and this is {torch.__version__}: {HOW_TO_INSTALL}")
+
+# Where ninja lies in a virtual environment that is used without being activated.
+os.environ["PATH"] += os.pathsep + os.path.dirname(sys.executable)
 
 CSRC = Path("csrc")
 ISA_SOURCE = CSRC / "cpu" / "isa.cpp"
 INCLUDE_DIRS = [str(CSRC.resolve())]  # absolute, since ninja runs elsewhere
 SANITIZE = os.environ.get("CROSSVIT_KERNELS_SANITIZE", "")
 
-# Compiler flags and, to see whether the compiler knows the set, an expression that needs it. Ascending: of an inline function that several
-# sets emit the linker keeps the first, so the copy that stays is the one that every CPU which gets there can run.
+# Compiler flags and, to see whether the compiler knows the set, an expression that needs it. Ascending, because of an
+# inline function that several sets emit the linker keeps the first: the one that every CPU which gets there can run.
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mavx2"]
 INSTRUCTION_SETS = {
     "generic": ([], "0"),
-    "avx2": (["-mavx2", "-mfma", "-mf16c"], "_mm256_fmadd_ps(_mm256_cvtph_ps(_mm_setzero_si128()), __m256(), __m256())"),
+    "avx2": (
+        ["-mavx2", "-mfma", "-mf16c"],
+        "_mm256_fmadd_ps(_mm256_cvtph_ps(_mm_setzero_si128()), __m256(), __m256())",
+    ),
     "avx512": (AVX512, "_mm512_fmadd_ps(__m512(), __m512(), __m512())"),
     "avx512_bf16": ([*AVX512, "-mavx512bf16"], "_mm512_cvtneps_pbh(__m512())"),
 }
@@ -82,9 +94,11 @@ def missing() -> str | None:
 
 
 def known_instruction_sets() -> list[str]:
-    """The instruction sets that the compiler can compile for, ascending; on a processor of another family only the generic one."""
+    """The instruction sets that the compiler can compile for, ascending; not on an x86-64: the generic one alone."""
     probe = "#if {0}\n#include <immintrin.h>\n#endif\nint main() {{ (void)({1}); }}"
-    return [n for n, (flags, needs) in INSTRUCTION_SETS.items() if compiles(probe.format(int(bool(flags)), needs), flags)]
+    return [
+        n for n, (flags, needs) in INSTRUCTION_SETS.items() if compiles(probe.format(int(bool(flags)), needs), flags)
+    ]
 
 
 def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
@@ -96,10 +110,10 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
 
 
 class BuildKernels(BuildExtension):
-    """torch's BuildExtension, with ``isa.cpp`` compiled once per instruction set and ``_build.json`` written beside the module."""
+    """torch's BuildExtension, with ``isa.cpp`` compiled once per instruction set and a ``_build.json`` at the end."""
 
     def run(self) -> None:
-        # A folder of its own for each torch (newer headers may carry older dates), kept also where pip would take a temporary one.
+        # A folder for each torch (newer headers may carry older dates), also where pip would take a temporary one.
         name = f"{sysconfig.get_config_var('SOABI')}-torch-{torch.__version__}"
         self.build_temp = os.path.join("build", name + (f"-{SANITIZE.replace(',', '-')}" if SANITIZE else ""))
         os.makedirs(self.build_temp, exist_ok=True)
@@ -114,15 +128,13 @@ class BuildKernels(BuildExtension):
             try:
                 super().build_extensions()
             except Exception as error:  # ninja's, distutils' and torch's failures share no class
-                if "build_ext" in self.distribution.commands:
-                    raise
                 reason = f"the C++ sources did not compile on {platform.machine()} ({error})"
-        elif "build_ext" in self.distribution.commands:  # asked for by name; as a part of an installation it may fail
-            sys.exit(f"crossvit-kernels: {reason}")
         module = Path(self.build_lib, self.get_ext_filename(extension.name))
         if reason is not None:
+            if "build_ext" in self.distribution.commands:  # the extension was asked for by name, not as part of a whole
+                sys.exit(f"crossvit-kernels: {reason}")
             module.unlink(missing_ok=True)
-            print(f"crossvit-kernels: installed without its C++ kernels, it will run on the reference: {reason}", file=sys.stderr)
+            print(f"crossvit-kernels: without C++ kernels, it will run on the reference: {reason}", file=sys.stderr)
         record = {
             "torch": str(torch.__version__),
             "python": platform.python_version(),
@@ -144,7 +156,11 @@ class BuildKernels(BuildExtension):
             flags = [*COMMON_FLAGS, *ISA_FLAGS, *INSTRUCTION_SETS[name][0], f"-DCROSSVIT_ISA={name}"]
             folder = os.path.join(self.build_temp, name)
             (compiled,) = self.compiler.compile(
-                [str(ISA_SOURCE)], output_dir=folder, include_dirs=INCLUDE_DIRS, extra_postargs={"cxx": flags}, depends=ext.depends
+                [str(ISA_SOURCE)],
+                output_dir=folder,
+                include_dirs=INCLUDE_DIRS,
+                extra_postargs={"cxx": flags},
+                depends=ext.depends,
             )
             return compiled
 
@@ -169,7 +185,7 @@ extension = CppExtension(
     "crossvit_kernels._C",
     [str(CSRC / "bindings.cpp"), *(str(path) for path in sorted(CSRC.glob("cpu/*.cpp")) if path != ISA_SOURCE)],
     depends=[str(path) for path in sorted(CSRC.rglob("*.h"))] + [str(ISA_SOURCE)],
-    # -fopenmp when compiling only: linked without libgomp, its calls go to the one that torch has loaded, so there is one pool of threads.
+    # -fopenmp when compiling only: linked without libgomp, its calls go to the one that torch loaded: one thread pool.
     extra_compile_args={"cxx": [*COMMON_FLAGS, "-fopenmp"]},
     extra_link_args=[f"-fsanitize={SANITIZE}"] if SANITIZE else [],
     optional=True,
@@ -178,4 +194,4 @@ extension = CppExtension(
 extension.extra_compile_args["cxx"] += [f"-isystem{folder}" for folder in extension.include_dirs]
 extension.include_dirs = INCLUDE_DIRS
 
-setup(ext_modules=[extension], cmdclass={"build_ext": BuildKernels})
+setuptools.setup(ext_modules=[extension], cmdclass={"build_ext": BuildKernels})
