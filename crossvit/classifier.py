@@ -1,0 +1,199 @@
+"""What the models share: the checks on their input, and what timm's users expect of a model beside its forward."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from crossvit_kernels.nn import KernelModule, PatchEmbed, check_rates, set_kernels
+
+from .describe import Description
+
+POOLS = ("token", "avg")
+
+
+def to_size(image_size: int | tuple[int, int], name: str = "image_size") -> tuple[int, int]:
+    """(height, width) of an int or a pair. Raises TypeError or ValueError naming the argument."""
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(size) != 2 or not all(isinstance(side, int) for side in size):
+        raise TypeError(f"{name} must be an int or (height, width), got {image_size!r}")
+    if min(size) < 1:
+        raise ValueError(f"{name} must be positive, got {image_size!r}")
+    return cast(tuple[int, int], size)
+
+
+def check_pool(global_pool: str) -> str:
+    """`global_pool` itself. Raises ValueError unless it is "token" or "avg"."""
+    if global_pool not in POOLS:
+        raise ValueError(f"global_pool must be one of {POOLS}, got {global_pool!r}")
+    return global_pool
+
+
+def drop_path_rates(rate: float, depth: int) -> list[float]:
+    """The stochastic depth rates of `depth` blocks, from 0 to `rate` in equal steps."""
+    return cast(list[float], torch.linspace(0, rate, depth, device="cpu").tolist())
+
+
+def init_weights(module: nn.Module) -> None:
+    """The authors' initial weights: Linear truncated normal of deviation 0.02 with bias 0, LayerNorm 1 and 0; convolutions keep PyTorch's."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+def take_indices(indices: int | list[int] | tuple[int, ...] | None, count: int) -> list[int]:
+    """timm's reading of `indices`: None all of `count`, an int the last so many, a sequence those (negative ones from the end)."""
+    if indices is None:
+        return list(range(count))
+    if isinstance(indices, int):
+        if not 0 < indices <= count:
+            raise ValueError(f"indices: the last n of {count} features asks for 1 to {count}, got {indices}")
+        return list(range(count - indices, count))
+    taken = [i + count if i < 0 else i for i in indices]
+    if not taken or not all(0 <= i < count for i in taken):
+        raise ValueError(f"indices must lie between {-count} and {count - 1}, got {indices!r}")
+    return taken
+
+
+class Classifier(KernelModule):
+    """Base of the models. A subclass sets `embed_dim`, `patch_embed`, `blocks`, `norm` and `head`, and gives the methods that raise here."""
+
+    blocks: nn.Module
+    variant: str | None = None  # the name it was created by
+
+    def __init__(
+        self,
+        image_size: int | tuple[int, int],
+        in_chans: int,
+        num_classes: int,
+        global_pool: str,
+        *,
+        kernels: str,
+        **rates: float,
+    ) -> None:
+        super().__init__(kernels=kernels)
+        if in_chans < 1:
+            raise ValueError(f"in_chans must be at least 1, got {in_chans}")
+        if num_classes < 0:
+            raise ValueError(f"num_classes must be at least 0, got {num_classes}")
+        check_rates(**rates)
+        self.image_size = to_size(image_size)
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.global_pool = check_pool(global_pool)
+        self.drop_rate = rates["drop_rate"]
+        self.grad_checkpointing = False
+
+    def check_images(self, images: Tensor) -> None:
+        """Raises TypeError or ValueError unless `images` is (B, in_chans, *image_size)."""
+        if not images.is_floating_point():
+            raise TypeError(f"images must be a floating point tensor, got {images.dtype}")
+        if images.dim() != 4 or images.shape[1] != self.in_chans:
+            raise ValueError(f"images must be (B, {self.in_chans}, H, W), got {tuple(images.shape)}")
+        height, width = images.shape[2:]
+        if (height, width) != self.image_size:
+            raise ValueError(
+                f"images are {height}×{width} but this model takes {self.image_size[0]}×{self.image_size[1]}: resize them, or "
+                f"create the model with image_size=({height}, {width}) (weights then load with resampled positions)"
+            )
+
+    def set_kernels(self, kernels: str) -> None:
+        """Makes every op of the model use `kernels`. Raises ValueError for an unknown name, RuntimeError with the reason for an absent backend."""
+        set_kernels(self, kernels)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether training keeps only each transformer block's input and computes the block again for the backward."""
+        for module in self.modules():
+            if hasattr(module, "grad_checkpointing"):
+                module.grad_checkpointing = enable
+
+    def describe(self) -> Description:
+        """Parameters and multiply-adds per part, for one image; `print` it for a table."""
+        raise NotImplementedError
+
+    def position_grids(self, image_size: tuple[int, int] | None = None) -> dict[str, tuple[int, int]]:
+        """Rows and columns of every branch's patches, by the name of its position embedding, for the model's own or another image size."""
+        raise NotImplementedError
+
+    def first_convolutions(self) -> list[str]:
+        """The names of the convolutions that read the image, one per branch."""
+        return [
+            next(f"{name}.{inner}" for inner, module in embed.named_modules() if isinstance(module, nn.Conv2d))
+            for name, embed in self.named_modules()
+            if isinstance(embed, PatchEmbed)
+        ]
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Puts a new head of `num_classes` in (0: none, the model then returns features), and optionally another pooling."""
+        if num_classes < 0:
+            raise ValueError(f"num_classes must be at least 0, got {num_classes}")
+        if global_pool is not None:
+            self.global_pool = check_pool(global_pool)
+        self.num_classes = num_classes
+        self.head = self.build_head()
+        self.head.train(self.training)
+
+    def build_head(self) -> nn.Module:
+        """A new, initialised head of `num_classes` on the device and in the dtype of the final norm."""
+        raise NotImplementedError
+
+    def new_linear(self, in_features: int) -> nn.Module:
+        """A Linear to `num_classes` with initial weights, an Identity for none."""
+        if self.num_classes == 0:
+            return nn.Identity()
+        like = next(self.norm.parameters())
+        head = nn.Linear(in_features, self.num_classes, device=like.device, dtype=like.dtype)
+        init_weights(head)
+        return head
+
+    def get_classifier(self) -> nn.Module:
+        """The head."""
+        return self.head
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that the recipe exempts from weight decay beside biases and norms: CLS tokens and positions."""
+        return {name for name, _ in self.named_parameters() if name.startswith(("cls_token", "pos_embed"))}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's description of the layers: the stem, each stage (with the last one, the final norm), and the head."""
+        return dict(stem=r"^cls_token|pos_embed|patch_embed", blocks=[(r"^blocks\.(\d+)", None), (r"^norm", (99999,))])
+
+    def layer_of(self, name: str) -> int:
+        """The layer that parameter `name` belongs to: 0 the stem, 1 … the stages, with the final norm in the last, then the head."""
+        depth = len(cast(nn.ModuleList, self.blocks))
+        if name.startswith(("cls_token", "pos_embed", "patch_embed")):
+            return 0
+        if name.startswith("blocks."):
+            return 1 + int(name.split(".")[1])
+        return depth if name.startswith("norm") else depth + 1
+
+    def parameter_groups(
+        self, lr: float | None = None, weight_decay: float = 0.05, layer_decay: float = 1.0
+    ) -> list[dict[str, Any]]:
+        """Parameter groups for a torch optimizer: no weight decay on biases, norms and `no_weight_decay()`, layer-wise learning rates.
+
+        Layer i of L has `lr_scale` = layer_decay ** (L - i), the head 1, as timm's `param_groups_layer_decay`; where `lr` is given each
+        group also has its own `lr`, scaled. Parameters that need no gradient are left out.
+        """
+        exempt, last = self.no_weight_decay(), len(cast(nn.ModuleList, self.blocks)) + 1
+        groups: dict[tuple[float, float], dict[str, Any]] = {}
+        for name, parameter in self.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            decay = 0.0 if parameter.dim() <= 1 or name in exempt else weight_decay
+            scale = layer_decay ** (last - self.layer_of(name))
+            group = groups.setdefault((scale, decay), {"params": [], "weight_decay": decay, "lr_scale": scale})
+            if lr is not None:
+                group["lr"] = lr * scale
+            group["params"].append(parameter)
+        return list(groups.values())
+
+    def apply_init(self, *embeddings: nn.Parameter) -> None:
+        """The authors' initial weights for the whole model; `embeddings` are its CLS tokens and positions."""
+        for embedding in embeddings:
+            nn.init.trunc_normal_(embedding, std=0.02)
+        self.apply(init_weights)

@@ -1,0 +1,69 @@
+"""Models by name."""
+
+import inspect
+from fnmatch import fnmatch
+from os import PathLike
+from typing import Any, cast
+
+from .checkpoint import load_checkpoint
+from .model import CrossViT
+from .single_branch import VisionTransformer
+from .variants import VARIANTS, canonical_name
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """The names that `create_model` knows, without aliases, that match a shell-style `pattern`."""
+    return [name for name in VARIANTS if fnmatch(name, pattern)]
+
+
+def create_model(
+    name: str,
+    *,
+    checkpoint: str | PathLike[str] | None = None,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    image_size: int | tuple[int, int] | None = None,
+    fusion: str = "cross_attention",
+    global_pool: str = "token",
+    drop_rate: float = 0.0,
+    drop_path_rate: float = 0.0,
+    kernels: str = "auto",
+    **overrides: Any,
+) -> CrossViT:
+    """A model of the paper by its name in timm or in the authors' code, with initial weights or those of `checkpoint`.
+
+    checkpoint: what `load_checkpoint` takes; positions are resampled to `image_size`, first convolutions adapted to `in_chans`, and a head of
+    another `num_classes` is left out for a new one, which a warning says. num_classes=0: no head, the model returns pooled features.
+    image_size: the input's side or (height, width), by default the variant's. fusion: a key of `FUSIONS`. global_pool: "token" or "avg".
+    drop_rate: dropout in front of the head. drop_path_rate: stochastic depth of the last block. kernels: which backend the ops use.
+    overrides: any other argument of the class, such as depth, embed_dim, num_heads, patch_size, mlp_ratio, multi_conv, pos_drop_rate.
+    The names that start with deit_ are the paper's single-branch baselines and give a `VisionTransformer`, with the same methods.
+
+    Raises ValueError or TypeError, naming the argument, for an unknown name, option or unfit size, and what `load_checkpoint` raises.
+    """
+    name = canonical_name(name)
+    variant = VARIANTS[name]
+    model_class: type[CrossViT | VisionTransformer] = VisionTransformer if variant.single_branch else CrossViT
+    arguments = variant.arguments | dict(
+        num_classes=num_classes,
+        in_chans=in_chans,
+        global_pool=global_pool,
+        drop_rate=drop_rate,
+        drop_path_rate=drop_path_rate,
+        kernels=kernels,
+    )
+    if image_size is not None:
+        arguments["image_size"] = image_size
+    if not variant.single_branch:
+        arguments["fusion"] = fusion
+    elif fusion != "cross_attention":
+        raise ValueError(f"fusion={fusion!r} needs branches to fuse: {name} has one")
+    known = inspect.signature(model_class).parameters
+    if unknown := [key for key in overrides if key not in known]:
+        hint = " (the input's size is image_size)" if "img_size" in unknown else ""
+        raise TypeError(f"create_model: {name} has no argument {', '.join(unknown)}{hint}; it has {', '.join(known)}")
+    model = model_class(**(arguments | overrides))
+    model.variant = name
+    if checkpoint is not None:
+        load_checkpoint(model, checkpoint, adapt=True)
+    return cast(CrossViT, model)

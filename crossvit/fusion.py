@@ -1,0 +1,291 @@
+"""A stage of CrossViT, `MultiScaleBlock`, and the paper's five ways to fuse its branches (section 3.3), each a class.
+
+Notation: x_i are the tokens of branch i behind its own transformer blocks, CLS first; f_i and g_i project to another branch's width and back
+(LayerNorm, GELU, Linear, as in the authors' code). Parameters keep timm's names: projs.{i} is f_i, revert_projs.{i} is g_i.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from crossvit_kernels import cls_fusion
+from crossvit_kernels.nn import AttentionBlock, Block, CrossAttentionBlock, KernelModule, LayerNormLinear, affine
+
+from .describe import linear_multiply_adds
+
+
+class MultiScaleBlock(KernelModule):
+    """One stage: every branch's own transformer blocks, then a fusion of the branches. Tokens: a list of (B, 1 + N_i, D_i), one per branch.
+
+    dim, grids, num_heads, mlp_ratio: one entry per branch (`grids`: its patches' rows and columns); depth: the blocks of every branch and,
+    last, the fusion's layers; drop_path: the rates of the blocks in turn, the last one also the fusion's.
+    """
+
+    def __init__(
+        self,
+        dim: Sequence[int],
+        grids: Sequence[tuple[int, int]],
+        depth: Sequence[int],
+        num_heads: Sequence[int],
+        mlp_ratio: Sequence[float],
+        drop_path: Sequence[float],
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        attn_drop: float = 0.0,
+        *,
+        kernels: str = "auto",
+    ) -> None:
+        super().__init__(kernels=kernels)
+        self.dim, self.grids, self.num_heads = tuple(dim), tuple(grids), tuple(num_heads)
+        self.fusion_depth = depth[-1]
+        self.grad_checkpointing = False
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                *(
+                    Block(
+                        dim[b],
+                        num_heads[b],
+                        mlp_ratio[b],
+                        qkv_bias,
+                        proj_drop,
+                        attn_drop,
+                        drop_path=drop_path[j],
+                        kernels=kernels,
+                    )
+                    for j in range(depth[b])
+                )
+            )
+            for b in range(len(dim))
+        )
+        fusion_rate = drop_path[-1] if drop_path else 0.0
+        self.build_fusion(qkv_bias=qkv_bias, proj_drop=proj_drop, attn_drop=attn_drop, drop_path=fusion_rate)
+
+    def build_fusion(self, **options: Any) -> None:
+        """Adds the scheme's own modules; `options` are those of its attention block."""
+
+    def fuse(self, tokens: list[Tensor], cls_only: bool) -> list[Tensor]:
+        """The fused tokens (B, 1 + N_i, D_i) of every branch, or with `cls_only` their CLS (B, D_i)."""
+        raise NotImplementedError
+
+    def fusion_multiply_adds(self) -> tuple[int, int]:
+        """The fusion's multiply-adds for one image, and how many of them are softmax(q kᵀ) v."""
+        raise NotImplementedError
+
+    def forward(self, tokens: list[Tensor], cls_only: bool = False) -> list[Tensor]:
+        """One stage; `cls_only` returns the branches' CLS tokens alone, (B, D_i), which is all that a token-pooled head reads."""
+        transformed = []
+        for x, blocks in zip(tokens, self.blocks):
+            for block in cast(nn.Sequential, blocks):
+                if self.grad_checkpointing and torch.is_grad_enabled():
+                    x = cast(Tensor, checkpoint(block, x, use_reentrant=False))
+                else:
+                    x = block(x)
+            transformed.append(x)
+        return self.fuse(transformed, cls_only)
+
+    def replace_cls(self, tokens: list[Tensor], cls: list[Tensor]) -> list[Tensor]:
+        """`tokens` with the CLS (B, D_i) of every branch put in front instead of theirs."""
+        replaced = []
+        for x, c, blocks in zip(tokens, cls, self.blocks):
+            # Only what this stage's blocks have just made may be overwritten, and nothing that autograd may have saved.
+            if torch.is_grad_enabled() or not len(cast(nn.Sequential, blocks)):
+                x = torch.cat((c[:, None], x[:, 1:]), dim=1)
+            else:
+                x[:, 0] = c
+            replaced.append(x)
+        return replaced
+
+    def lengths(self) -> list[int]:
+        """The tokens of every branch, CLS included."""
+        return [1 + height * width for height, width in self.grids]
+
+
+def _sum(tensors: Sequence[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, tensors)
+
+
+def _resize(patches: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """(B, h * w, D) of the grid (h, w) = `old_grid` to `new_grid`, bilinear."""
+    if old_grid == new_grid:
+        return patches
+    maps = patches.transpose(1, 2).unflatten(2, old_grid)
+    return F.interpolate(maps, new_grid, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
+
+
+def _projection(in_features: int, out_features: int, kernels: str) -> LayerNormLinear:
+    return LayerNormLinear(in_features, out_features, pre_activation="gelu", kernels=kernels)
+
+
+class NoFusion(MultiScaleBlock):
+    """No fusion: z_i = x_i. The branches meet in the mean of their logits only."""
+
+    def fuse(self, tokens: list[Tensor], cls_only: bool) -> list[Tensor]:
+        return [x[:, 0] for x in tokens] if cls_only else tokens
+
+    def fusion_multiply_adds(self) -> tuple[int, int]:
+        return 0, 0
+
+
+class AllAttentionFusion(MultiScaleBlock):
+    """All-attention (eq. 2): y = [f_1(x_1) ‖ … ‖ f_n(x_n)], o = y + MSA(LN(y)) = [o_1 ‖ … ‖ o_n], z_i = g_i(o_i).
+
+    The tokens meet in the widest branch's width. On CrossViT-S this costs the 7.6 G of the paper's Table 6; of the table's parameters
+    (27.7 M) the equation accounts for all but about 0.9 M.
+    """
+
+    def build_fusion(self, **options: Any) -> None:
+        widest = max(range(len(self.dim)), key=lambda b: self.dim[b])
+        width = self.dim[widest]
+        self.projs = nn.ModuleList(_projection(d, width, self.kernels) for d in self.dim)
+        self.fusion = AttentionBlock(width, self.num_heads[widest], kernels=self.kernels, **options)
+        self.revert_projs = nn.ModuleList(_projection(width, d, self.kernels) for d in self.dim)
+
+    def fuse(self, tokens: list[Tensor], cls_only: bool) -> list[Tensor]:
+        y = torch.cat([f(x) for f, x in zip(self.projs, tokens)], dim=1)
+        split = self.fusion(y).split([x.shape[1] for x in tokens], dim=1)
+        return [g(o[:, 0] if cls_only else o) for g, o in zip(self.revert_projs, split)]
+
+    def fusion_multiply_adds(self) -> tuple[int, int]:
+        lengths = self.lengths()
+        attention = 2 * sum(lengths) ** 2 * max(self.dim)
+        linears = sum(n * linear_multiply_adds(f, g) for n, f, g in zip(lengths, self.projs, self.revert_projs))
+        return attention + linears + sum(lengths) * linear_multiply_adds(self.fusion), attention
+
+
+class _CommonWidthFusion(MultiScaleBlock):
+    """Sums over the branches, taken in the narrowest branch's width; f and g are the identity where a branch has that width already."""
+
+    def build_fusion(self, **options: Any) -> None:
+        width = min(self.dim)
+        self.projs = nn.ModuleList(_projection(d, width, self.kernels) if d != width else nn.Identity() for d in self.dim)
+        self.revert_projs = nn.ModuleList(
+            _projection(width, d, self.kernels) if d != width else nn.Identity() for d in self.dim
+        )
+
+    def fuse_cls(self, tokens: list[Tensor]) -> list[Tensor]:
+        total = _sum([f(x[:, 0]) for f, x in zip(self.projs, tokens)])
+        return [g(total) for g in self.revert_projs]
+
+
+class ClassTokenFusion(_CommonWidthFusion):
+    """Class token (eq. 3): z_i = [g_i(Σ_j f_j(x_j,cls)) ‖ x_i,patch]. The CLS tokens are summed, the patches stay."""
+
+    def fuse(self, tokens: list[Tensor], cls_only: bool) -> list[Tensor]:
+        cls = self.fuse_cls(tokens)
+        return cls if cls_only else self.replace_cls(tokens, cls)
+
+    def fusion_multiply_adds(self) -> tuple[int, int]:
+        return linear_multiply_adds(self.projs, self.revert_projs), 0
+
+
+class PairwiseFusion(_CommonWidthFusion):
+    """Pairwise (eq. 4): z_i = [g_i(Σ_j f_j(x_j,cls)) ‖ g_i(Σ_j f_j(x_j,patch))].
+
+    Patches are summed by their place in the image: f_j's grid is resized (bilinear) to branch i's.
+    """
+
+    def fuse(self, tokens: list[Tensor], cls_only: bool) -> list[Tensor]:
+        if cls_only:
+            return self.fuse_cls(tokens)
+        projected = [f(x) for f, x in zip(self.projs, tokens)]
+        cls = _sum([x[:, :1] for x in projected])
+        fused = []
+        for i, (grid, g) in enumerate(zip(self.grids, self.revert_projs)):
+            patches = _sum([_resize(x[:, 1:], self.grids[j], grid) for j, x in enumerate(projected)])
+            fused.append(g(torch.cat((cls, patches), dim=1)))
+        return fused
+
+    def fusion_multiply_adds(self) -> tuple[int, int]:
+        lengths = self.lengths()
+        return sum(n * linear_multiply_adds(f, g) for n, f, g in zip(lengths, self.projs, self.revert_projs)), 0
+
+
+class CrossAttentionFusion(MultiScaleBlock):
+    """Cross-attention (eq. 5 to 7): the CLS of branch i queries the patches of branch i' = i + 1 (the last one's: of branch 0), and goes back.
+
+        x'_i = [f_i(x_i,cls) ‖ x_i',patch]
+        y_i  = f_i(x_i,cls) + MCA(LN(x'_i)),  MCA(x) = softmax(q kᵀ / sqrt(d)) v,  q = x_cls W_q, k = x W_k, v = x W_v
+        z_i  = [g_i(y_i) ‖ x_i,patch]
+
+    All branches read the tokens as they were before the fusion. With depth[-1] = L > 1 the attention is applied L times, each time over all
+    patches of branch i' and the CLS that the layer before returned (the authors' code gave layers 2 … L that one token alone).
+    """
+
+    def build_fusion(self, **options: Any) -> None:
+        self.projs, self.fusion, self.revert_projs = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        for b, width in enumerate(self.dim):
+            other = (b + 1) % len(self.dim)
+            self.projs.append(_projection(width, self.dim[other], self.kernels))
+            layers = [
+                CrossAttentionBlock(self.dim[other], self.num_heads[other], kernels=self.kernels, **options)
+                for _ in range(max(1, self.fusion_depth))
+            ]
+            self.fusion.append(nn.Sequential(*layers) if self.fusion_depth else layers[0])
+            self.revert_projs.append(_projection(self.dim[other], width, self.kernels))
+
+    def layers(self, branch: int) -> list[CrossAttentionBlock]:
+        """The cross-attention layers that the CLS of `branch` goes through."""
+        fusion = self.fusion[branch]
+        return [cast(CrossAttentionBlock, layer) for layer in (fusion if self.fusion_depth else (fusion,))]  # type: ignore[union-attr]
+
+    def fuse(self, tokens: list[Tensor], cls_only: bool) -> list[Tensor]:
+        cls, patches = zip(*(x.split((1, x.shape[1] - 1), dim=1) for x in tokens))
+        fused = [self._direction(b, c[:, 0], patches[(b + 1) % len(tokens)]) for b, c in enumerate(cls)]
+        return fused if cls_only else self.replace_cls(tokens, fused)
+
+    def _direction(self, branch: int, cls: Tensor, patches: Tensor) -> Tensor:
+        project = cast(LayerNormLinear, self.projs[branch])
+        revert = cast(LayerNormLinear, self.revert_projs[branch])
+        layers = self.layers(branch)
+        if torch.is_grad_enabled() or len(layers) > 1 or not self._one_op(project, layers[0], revert):
+            y = project(cls)
+            for layer in layers:
+                y = layer(y, patches)
+            return revert(y)
+        norm, attn = layers[0].norm1, layers[0].attn
+        return cls_fusion(
+            cls,
+            patches,
+            *affine(project.norm),
+            *affine(project.linear),
+            *affine(norm),
+            *affine(attn.wq),
+            *affine(attn.wk),
+            *affine(attn.wv),
+            *affine(attn.proj),
+            *affine(revert.norm),
+            *affine(revert.linear),
+            attn.num_heads,
+            norm.eps,
+            kernels=self.kernels,
+        )
+
+    def _one_op(self, project: LayerNormLinear, layer: CrossAttentionBlock, revert: LayerNormLinear) -> bool:
+        drops_path = self.training and layer.drop_path > 0
+        return not drops_path and project.fusable() and layer.fusable() and revert.fusable()
+
+    def fusion_multiply_adds(self) -> tuple[int, int]:
+        linears = attention = 0
+        for b in range(len(self.dim)):
+            other = (b + 1) % len(self.dim)
+            tokens = self.lengths()[other]
+            linears += linear_multiply_adds(self.projs[b], self.revert_projs[b])
+            for layer in self.layers(b):
+                linears += linear_multiply_adds(layer.attn.wq, layer.attn.proj)
+                linears += tokens * linear_multiply_adds(layer.attn.wk, layer.attn.wv)
+                attention += 2 * tokens * self.dim[other]
+        return linears + attention, attention
+
+
+FUSIONS: dict[str, type[MultiScaleBlock]] = {
+    "none": NoFusion,
+    "all_attention": AllAttentionFusion,
+    "class_token": ClassTokenFusion,
+    "pairwise": PairwiseFusion,
+    "cross_attention": CrossAttentionFusion,
+}
