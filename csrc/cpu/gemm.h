@@ -1,0 +1,253 @@
+// Matrix products in the one form all kernels share: C[e][r] = sum_k A[e][k] B[k][r].
+//
+// B is a *panel*: up to three vectors of lanes (rows of the activations, queries, ...) for every k, which the kernel that
+// made the activations has written in this order. A is read as it lies: each element (bfloat16: each pair) is
+// broadcast, so weights need no packing and cannot be stale. 8 x 3 accumulators fill the registers and keep the FMA
+// units busy; the result is transposed only where it leaves the panel.
+#pragma once
+
+#include "vec.h"
+
+namespace crossvit::CROSSVIT_ISA {
+
+constexpr int kPanelVectors = 3;                 // vectors of lanes in a panel, at most
+#if defined(__AVX512F__)
+constexpr int kBlock = 8;                        // rows of A in a register tile
+#else
+constexpr int kBlock = 4;
+#endif
+
+constexpr int64_t kDepthChunk = 256;             // products summed in one chain, at most (float32)
+
+struct MultiplyF32 {
+  using Element = float;
+  static CROSSVIT_INLINE Vec fma(Vec c, float a, Vec b) { return c + a * b; }
+};
+#if defined(__AVX512BF16__)
+struct MultiplyBf16 {
+  using Element = int32_t;
+  static CROSSVIT_INLINE Vec fma(Vec c, int32_t a, Vec b) {
+    return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
+  }
+};
+#endif
+
+// One register tile. a: kBlock row pointers; b: steps x NV vectors, ldb floats apart; c: kBlock x NV vectors, ldc apart.
+// What c held is added after the products are summed, so that a long sum is made of short ones and rounds like them.
+template <class Multiply, int NV, bool accumulate>
+CROSSVIT_INLINE void tile(const char* const* a, const float* b, int64_t ldb, int64_t steps, float* c, int64_t ldc) {
+  Vec sum[kBlock][NV];
+  CROSSVIT_UNROLL
+  for (int e = 0; e < kBlock; e++)
+    CROSSVIT_UNROLL
+    for (int v = 0; v < NV; v++) sum[e][v] = Vec{};
+  const char* row[kBlock];
+  CROSSVIT_UNROLL
+  for (int e = 0; e < kBlock; e++) row[e] = a[e];
+  for (int64_t k = 0; k < steps; k++, b += ldb) {
+    Vec lanes[NV];
+    CROSSVIT_UNROLL
+    for (int v = 0; v < NV; v++) lanes[v] = load(b + v * VL);
+    CROSSVIT_UNROLL
+    for (int e = 0; e < kBlock; e++) {
+      typename Multiply::Element s;
+      __builtin_memcpy(&s, row[e] + 4 * k, 4);
+      CROSSVIT_UNROLL
+      for (int v = 0; v < NV; v++) sum[e][v] = Multiply::fma(sum[e][v], s, lanes[v]);
+    }
+  }
+  CROSSVIT_UNROLL
+  for (int e = 0; e < kBlock; e++)
+    CROSSVIT_UNROLL
+    for (int v = 0; v < NV; v++) {
+      float* at = c + e * ldc + v * VL;
+      store(at, accumulate ? load(at) + sum[e][v] : sum[e][v]);
+    }
+}
+
+CROSSVIT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+CROSSVIT_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+CROSSVIT_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+CROSSVIT_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+CROSSVIT_INLINE int64_t size_of(DType d) { return d == DType::f32 ? 4 : 2; }
+
+// A panel in scratch: k-th step at data + k * lanes. pairs: each lane holds the bfloat16 pair (2k, 2k + 1).
+struct Panel {
+  float* data;
+  int64_t lanes;
+  bool pairs;
+};
+
+// Whether products with a matrix of this dtype and depth run on bfloat16 pairs.
+CROSSVIT_INLINE bool multiplies_pairs(DType dtype, int64_t depth) {
+  return kDotBf16 && dtype == DType::bf16 && depth % 2 == 0;
+}
+
+// c[e][r], e < kBlock, = sum_k A[first + e][k] panel[k][r]. Rows past count repeat the last one: their results are not
+// to be used. widened: scratch of kBlock * depth floats, for a bfloat16 matrix where the product runs in float32.
+template <int NV, bool accumulate = false>
+inline void multiply_block(const Matrix& a, int64_t first, int64_t count, int64_t depth, const Panel& b, float* c,
+                           int64_t ldc, float* widened) {
+  const char* row[kBlock];
+  const int64_t bytes = a.row_stride * size_of(a.dtype);
+  for (int e = 0; e < kBlock; e++)
+    row[e] = static_cast<const char*>(a.data) + (first + smaller(e, count - 1)) * bytes;
+#if defined(__AVX512BF16__)
+  if (b.pairs) return tile<MultiplyBf16, NV, accumulate>(row, b.data, b.lanes, depth / 2, c, ldc);
+#endif
+  if (a.dtype == DType::bf16) {
+    for (int e = 0; e < kBlock; e++) {
+      const uint16_t* from = reinterpret_cast<const uint16_t*>(row[e]);
+      float* to = widened + e * depth;
+      int64_t k = 0;
+      for (; k + VL <= depth; k += VL) store(to + k, load(from + k));
+      for (; k < depth; k++) to[k] = widen(from[k]);
+      row[e] = reinterpret_cast<const char*>(to);
+    }
+  }
+  const int64_t pieces = ceil_div(depth, kDepthChunk);
+  for (int64_t p = 0; p < pieces; p++) {
+    const int64_t k = p * depth / pieces, steps = (p + 1) * depth / pieces - k;
+    if (p == 0)
+      tile<MultiplyF32, NV, accumulate>(row, b.data, b.lanes, steps, c, ldc);
+    else
+      tile<MultiplyF32, NV, true>(row, b.data + k * b.lanes, b.lanes, steps, c, ldc);
+    for (int e = 0; e < kBlock; e++) row[e] += 4 * steps;
+  }
+}
+
+CROSSVIT_INLINE char* row_pointer(const Rows& rows, int64_t m) {
+  const int64_t offset = (m / rows.per_batch) * rows.batch_stride + (m % rows.per_batch) * rows.row_stride;
+  return static_cast<char*>(rows.data) + offset * size_of(rows.dtype);
+}
+
+// Rows [m, m + count) and columns [k, k + depth) of a matrix, transposed: to[i * lanes + r]. Lanes past count are zero.
+template <class Element>
+inline void load_transposed_as(const Rows& rows, int64_t m, int64_t count, int64_t k, int64_t depth, float* to,
+                               int64_t lanes) {
+  for (int64_t r0 = 0; r0 < lanes; r0 += VL) {
+    const Element* from[VL];
+    const int64_t here = smaller(larger(count - r0, 0), VL);
+    for (int64_t i = 0; i < here; i++) from[i] = reinterpret_cast<const Element*>(row_pointer(rows, m + r0 + i)) + k;
+    for (int64_t i = 0; i < depth; i += VL) {
+      Vec block[VL];
+      const int64_t n = smaller(depth - i, VL);
+      if (here == VL && n == VL) {
+        CROSSVIT_UNROLL
+        for (int r = 0; r < VL; r++) block[r] = load(from[r] + i);
+      } else {
+        CROSSVIT_UNROLL
+        for (int r = 0; r < VL; r++) block[r] = r < here ? load_n(from[r] + i, static_cast<int>(n)) : Vec{};
+      }
+      transpose(block);
+      if (n == VL) {
+        CROSSVIT_UNROLL
+        for (int j = 0; j < VL; j++) store(to + (i + j) * lanes + r0, block[j]);
+      } else {
+        float corner[VL * VL];
+        CROSSVIT_UNROLL
+        for (int j = 0; j < VL; j++) store(corner + j * VL, block[j]);
+        for (int64_t j = 0; j < n; j++) store(to + (i + j) * lanes + r0, load(corner + j * VL));
+      }
+    }
+  }
+}
+inline void load_transposed(const Rows& rows, int64_t m, int64_t count, int64_t k, int64_t depth, float* to,
+                            int64_t lanes) {
+  if (rows.dtype == DType::f32)
+    load_transposed_as<float>(rows, m, count, k, depth, to, lanes);
+  else
+    load_transposed_as<uint16_t>(rows, m, count, k, depth, to, lanes);
+}
+
+// Hands every row of c (columns x lanes, at most VL columns) to use(row, values of the columns).
+template <int NV, class Use>
+CROSSVIT_INLINE void for_each_row(const float* c, int64_t ldc, int64_t count, Use use) {
+  CROSSVIT_UNROLL
+  for (int v = 0; v < NV; v++) {
+    if (v * VL >= count) break;
+    Vec block[VL];
+    CROSSVIT_UNROLL
+    for (int e = 0; e < VL; e++) block[e] = load(c + e * ldc + v * VL);
+    transpose(block);
+    float row[VL * VL];
+    CROSSVIT_UNROLL
+    for (int r = 0; r < VL; r++) store(row + r * VL, block[r]);
+    const int64_t here = smaller(count - v * VL, VL);
+    for (int64_t r = 0; r < here; r++) use(v * VL + r, load(row + r * VL));
+  }
+}
+
+// The rows of one panel, found once: the divisions of row_pointer would cost as much as the products otherwise.
+struct PanelRows {
+  char* row[kPanelVectors * VL];
+  DType dtype;
+  PanelRows(const Rows& rows, int64_t m, int64_t count) : dtype(rows.dtype) {
+    if (!rows.data) return;
+    for (int64_t r = 0; r < count; r++) row[r] = row_pointer(rows, m + r);
+  }
+  CROSSVIT_INLINE Vec load(int64_t r, int64_t column, int n) const {
+    if (dtype == DType::f32) {
+      const float* f = reinterpret_cast<const float*>(row[r]) + column;
+      return n == VL ? CROSSVIT_ISA::load(f) : load_n(f, n);
+    }
+    const uint16_t* h = reinterpret_cast<const uint16_t*>(row[r]) + column;
+    return n == VL ? CROSSVIT_ISA::load(h) : load_n(h, n);
+  }
+  CROSSVIT_INLINE void store(int64_t r, int64_t column, Vec v, int n) const {
+    if (dtype == DType::f32) {
+      float* f = reinterpret_cast<float*>(row[r]) + column;
+      n == VL ? CROSSVIT_ISA::store(f, v) : store_n(f, v, n);
+    } else {
+      uint16_t* h = reinterpret_cast<uint16_t*>(row[r]) + column;
+      n == VL ? CROSSVIT_ISA::store(h, v) : store_n(h, v, n);
+    }
+  }
+};
+
+CROSSVIT_INLINE float element(const Vector& v, int64_t i) {
+  return v.dtype == DType::f32 ? static_cast<const float*>(v.data)[i] : widen(static_cast<const uint16_t*>(v.data)[i]);
+}
+// A parameter vector as floats, zero-padded to whole vectors; absent: filled with the given value.
+inline void load_vector(const Vector& v, int64_t first, int64_t count, float absent, float* to) {
+  const int64_t padded = round_up(count, VL);
+  for (int64_t i = 0; i < padded; i++) to[i] = i >= count ? 0.0f : v.data ? element(v, first + i) : absent;
+}
+
+// Float rows of a panel as bfloat16 pairs, in place. An even depth.
+inline void pack_pairs(float* data, int64_t lanes, int64_t depth) {
+  for (int64_t k = 0; k < depth / 2; k++)
+    for (int64_t r = 0; r < lanes; r += VL)
+      store(data + k * lanes + r, pair(load(data + 2 * k * lanes + r), load(data + (2 * k + 1) * lanes + r)));
+}
+
+// How `rows` rows are cut into panels of nearly equal numbers of whole vectors.
+struct PanelSplit {
+  int64_t vectors, panels;
+  explicit PanelSplit(int64_t rows) : vectors(ceil_div(rows, VL)), panels(ceil_div(vectors, kPanelVectors)) {}
+  int64_t first(int64_t panel) const { return panel * vectors / panels * VL; }
+  int vectors_of(int64_t panel) const { return static_cast<int>((first(panel + 1) - first(panel)) / VL); }
+};
+
+template <class F>
+CROSSVIT_INLINE void with_vectors(int nv, F f) {
+  switch (nv) {
+    case 1: return f.template operator()<1>();
+    case 2: return f.template operator()<2>();
+    default: return f.template operator()<3>();
+  }
+}
+
+// Takes aligned pieces from a task's scratch; with a null base it only measures.
+struct Arena {
+  char* base;
+  int64_t used = 0;
+  float* floats(int64_t n) {
+    const int64_t at = used;
+    used += round_up(n * 4, 64);
+    return base ? reinterpret_cast<float*>(base + at) : nullptr;
+  }
+};
+
+}  // namespace crossvit::CROSSVIT_ISA

@@ -1,0 +1,21 @@
+// The kernels for one instruction set: setup.py compiles this file once per set, with CROSSVIT_ISA naming it.
+#include "grad.h"
+#include "mlp.h"
+
+#define CROSSVIT_STRING_(x) #x
+#define CROSSVIT_STRING(x) CROSSVIT_STRING_(x)
+
+namespace crossvit::CROSSVIT_ISA {
+
+extern const Kernels kernels;
+const Kernels kernels = {
+    .name = CROSSVIT_STRING(CROSSVIT_ISA),
+    .linear = {linear_tasks, linear_scratch, linear_run},
+    .mlp = {mlp_tasks, mlp_scratch, mlp_run},
+    .linear_grad_input = {linear_grad_input_tasks, linear_grad_input_scratch, linear_grad_input_run},
+    .mlp_grad_input = {mlp_grad_input_tasks, mlp_grad_input_scratch, mlp_grad_input_run},
+    .weight_grad = {weight_grad_tasks, weight_grad_scratch, weight_grad_run},
+    .transpose = {transpose_tasks, transpose_scratch, transpose_run},
+};
+
+}  // namespace crossvit::CROSSVIT_ISA

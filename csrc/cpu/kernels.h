@@ -1,0 +1,149 @@
+// What the torch side (<op>.cpp) and the kernels (isa.cpp, compiled once per instruction set) agree on: plain structs of
+// pointers and sizes, and one table of functions per instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace crossvit {
+
+enum class DType : int32_t { f32, bf16 };
+
+// Rows of a matrix whose leading dimensions may be strided: row m lies at
+// data + (m / per_batch) * batch_stride + (m % per_batch) * row_stride, in elements; its elements are contiguous.
+struct Rows {
+  void* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t per_batch = 1, batch_stride = 0, row_stride = 0;
+};
+
+// A contiguous vector of parameters; absent when data is null.
+struct Vector {
+  const void* data = nullptr;
+  DType dtype = DType::f32;
+};
+
+// A matrix (out, in) as nn.Linear holds it: rows contiguous, row_stride elements apart.
+struct Matrix {
+  const void* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t row_stride = 0;
+};
+
+// LayerNorm over a row. Forward writes mean and rstd (where not null), backward reads them.
+struct Norm {
+  bool present = false;
+  Vector weight, bias;
+  float eps = 0;
+  float *mean = nullptr, *rstd = nullptr;
+};
+
+// A factor on a Linear's result: none, one per sample of rows_per_sample rows, or one per channel.
+struct Scale {
+  enum Kind : int32_t { none, sample, channel } kind = none;
+  Vector values;
+  int64_t rows_per_sample = 1;
+};
+
+// out = residual + scale * act(Linear(pre_act(norm(x)))), every part but Linear optional.
+struct LinearArgs {
+  Rows x, out, residual, pre;  // pre: Linear's result before the activation, wanted where data is not null
+  int64_t rows, in, out_features;
+  Norm norm;
+  bool gelu_in = false, gelu_out = false;
+  Matrix weight;
+  Vector bias;
+  Scale scale;
+  int64_t splits = 1;  // of the output columns, chosen by tasks()
+};
+
+// out = x + scale * (W2 gelu(W1 norm(x) + b1) + b2), a row panel at a time, the hidden activations in cache.
+struct MlpArgs {
+  Rows x, out, pre;
+  int64_t rows, width, hidden;
+  Norm norm;
+  Matrix w1, w2;
+  Vector b1, b2;
+  Scale scale;
+};
+
+// The gradient of LinearArgs' x: through the activation, the product with the weight (given transposed, (in, out)) and
+// LayerNorm. add: rows added to the result (a residual path), where data is not null.
+struct LinearGradInputArgs {
+  Rows grad, pre, x, grad_x, add;
+  int64_t rows, in, out_features;
+  Norm norm;
+  bool gelu_in = false, gelu_out = false;
+  Matrix weight_t;  // float32
+  Scale scale;
+  float *grad_norm_weight = nullptr, *grad_norm_bias = nullptr;  // (tasks, in) partial sums, one row per task
+};
+
+// The gradient of MlpArgs' x and of the hidden pre-activations (grad_hidden, float32 rows, for the weights' gradients).
+struct MlpGradInputArgs {
+  Rows grad, pre, x, grad_x, grad_hidden;
+  int64_t rows, width, hidden;
+  Norm norm;
+  Matrix w1_t, w2_t;  // float32: (width, hidden), (hidden, width)
+  Scale scale;
+  float *grad_norm_weight = nullptr, *grad_norm_bias = nullptr;
+};
+
+// grad_weight (out, in) = sum over rows of (scale * grad * act'(pre)) x act_in(norm(x)); grad_bias likewise.
+struct WeightGradArgs {
+  Rows grad, pre, x;
+  int64_t rows, in, out_features;
+  Norm norm;
+  bool gelu_in = false, gelu_out = false;
+  Scale scale;
+  Rows grad_weight;                 // rows of the result; null: only the bias is wanted
+  void* grad_bias = nullptr;        // null: not wanted
+  DType grad_bias_dtype = DType::f32;
+  int64_t out_chunk = 0, in_chunk = 0;  // chosen by tasks()
+};
+
+// to (columns, rows) float32 = transpose of from (rows, columns).
+struct TransposeArgs {
+  Rows from;
+  int64_t rows, columns;
+  float* to;
+};
+
+// Multi-head self-attention over packed qkv (batch, tokens, 3 * heads * width), and its gradient.
+struct AttentionArgs {
+  const void* qkv;
+  void* out;
+  DType dtype;
+  int64_t batch, tokens, heads, width;         // width of one head
+  int64_t batch_stride, token_stride;          // of qkv, in elements
+  float* lse;                                  // (batch, heads, tokens), or null
+  int64_t splits = 1;                          // of the queries, chosen by tasks()
+};
+struct AttentionGradArgs {
+  const void *qkv, *out, *grad_out;            // out and grad_out contiguous (batch, tokens, heads * width)
+  void* grad_qkv;                              // contiguous
+  DType dtype;
+  int64_t batch, tokens, heads, width;
+  int64_t batch_stride, token_stride;
+  const float* lse;
+};
+
+// A kernel: how many independent tasks a call is, the scratch bytes one needs, and one task. Tasks write disjoint memory
+// and their arithmetic does not depend on how many there are, so results do not depend on threads.
+template <class Args>
+struct Kernel {
+  int64_t (*tasks)(Args&, int64_t threads);
+  int64_t (*scratch)(const Args&);
+  void (*run)(const Args&, int64_t task, char* scratch);
+};
+
+struct Kernels {
+  const char* name;
+  Kernel<LinearArgs> linear;
+  Kernel<MlpArgs> mlp;
+  Kernel<LinearGradInputArgs> linear_grad_input;
+  Kernel<MlpGradInputArgs> mlp_grad_input;
+  Kernel<WeightGradArgs> weight_grad;
+  Kernel<TransposeArgs> transpose;
+};
+
+}  // namespace crossvit

@@ -1,0 +1,115 @@
+#include "launch.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include <cstdlib>
+#include <new>
+
+namespace crossvit {
+
+namespace {
+
+struct Scratch {
+  char* data = nullptr;
+  int64_t size = 0;
+  ~Scratch() { std::free(data); }
+};
+
+}  // namespace
+
+char* thread_scratch(int64_t bytes) {
+  thread_local Scratch scratch;
+  if (scratch.size < bytes) {
+    std::free(scratch.data);
+    scratch.size = (bytes + 4095) / 4096 * 4096;
+    scratch.data = static_cast<char*>(std::aligned_alloc(64, scratch.size));
+    if (!scratch.data) {
+      scratch.size = 0;
+      throw std::bad_alloc();
+    }
+  }
+  return scratch.data;
+}
+
+DType dtype_of(const Tensor& t) {
+  if (t.scalar_type() == at::kFloat) return DType::f32;
+  TORCH_CHECK(t.scalar_type() == at::kBFloat16, "the CPU kernels take float32 and bfloat16, not ", t.scalar_type());
+  return DType::bf16;
+}
+
+Vector vector_of(const OptionalTensor& t) {
+  if (!t) return {};
+  TORCH_CHECK(t->is_contiguous(), "a parameter vector must be contiguous");
+  return {t->const_data_ptr(), dtype_of(*t)};
+}
+
+RowTensor::RowTensor(const Tensor& t) : tensor(t) {
+  const int64_t width = t.size(-1);
+  count = width ? t.numel() / width : 0;
+  // Leading dimensions that lie one behind the other are one; two may remain.
+  int64_t size[2] = {1, 1}, stride[2] = {0, 0};
+  int found = 0;
+  bool fits = width <= 1 || t.stride(-1) == 1;
+  for (int64_t d = t.dim() - 2; d >= 0 && fits; d--) {
+    if (t.size(d) == 1) continue;
+    if (found && t.stride(d) == stride[found - 1] * size[found - 1]) {
+      size[found - 1] *= t.size(d);
+    } else if (found < 2) {
+      size[found] = t.size(d);
+      stride[found++] = t.stride(d);
+    } else {
+      fits = false;
+    }
+  }
+  if (!fits) {
+    tensor = t.contiguous();
+    size[0] = std::max<int64_t>(count, 1);
+    stride[0] = width;
+    stride[1] = 0;
+  }
+  rows = {const_cast<void*>(tensor.const_data_ptr()), dtype_of(tensor), size[0], stride[1], stride[0]};
+}
+
+WeightTensor::WeightTensor(const Tensor& t) : tensor(t.stride(1) == 1 || t.size(1) <= 1 ? t : t.contiguous()) {
+  matrix = {tensor.const_data_ptr(), dtype_of(tensor), tensor.stride(0)};
+}
+
+WeightTensor transposed(const Tensor& weight) {
+  const Tensor result = empty_f32({weight.size(1), weight.size(0)});
+  const RowTensor from(weight);
+  TransposeArgs args{from.rows, weight.size(0), weight.size(1), float_data(result)};
+  launch(active().transpose, args);
+  return WeightTensor(result);
+}
+
+ScaleTensor::ScaleTensor(const OptionalTensor& t, const Tensor& x) {
+  if (!t) return;
+  tensor = t->contiguous();
+  scale.kind = t->dim() == 1 && x.dim() > 1 ? Scale::channel : Scale::sample;
+  scale.values = vector_of(tensor);
+  scale.rows_per_sample = std::max<int64_t>(1, x.numel() / std::max<int64_t>(1, x.size(0) * x.size(-1)));
+}
+
+Norm norm_of(const Tensor& weight, const OptionalTensor& bias, double eps) {
+  Norm norm;
+  norm.present = true;
+  norm.weight = vector_of(weight);
+  norm.bias = vector_of(bias);
+  norm.eps = static_cast<float>(eps);
+  return norm;
+}
+
+NormGradients::NormGradients(bool weight_wanted, bool bias_wanted, int64_t tasks, int64_t width, const Tensor& like) {
+  const auto options = like.options().dtype(at::kFloat);
+  if (weight_wanted) weight = at::zeros({tasks, width}, options);
+  if (bias_wanted) bias = at::zeros({tasks, width}, options);
+}
+
+Tensor total(const Tensor& partial, const Tensor& parameter) {
+  return partial.sum(0).to(parameter.scalar_type());
+}
+
+Tensor empty_like_dtype(at::IntArrayRef shape, at::ScalarType dtype) { return at::empty(shape, at::dtype(dtype)); }
+
+}  // namespace crossvit

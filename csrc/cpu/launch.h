@@ -1,0 +1,84 @@
+// Torch tensors in, kernels run: the views that kernels.h wants of a tensor, and the loop over a kernel's tasks.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/List.h>
+#include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
+
+#include <algorithm>
+#include <atomic>
+#include <optional>
+
+#include "kernels.h"
+
+namespace crossvit {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Needs = c10::List<bool>;  // which gradients are wanted, in the order of the op's schema
+
+// The kernels of the instruction set in force (bindings.cpp chooses it when the module is loaded).
+const Kernels& active();
+
+// Memory of this thread, at least `bytes` long and aligned to a cache line; kept from call to call.
+char* thread_scratch(int64_t bytes);
+
+inline int64_t threads_here() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+
+// Runs a kernel's tasks on torch's threads. They are handed out one by one, since neither the tasks nor, on a shared
+// machine, the cores are equally fast.
+template <class Args>
+void launch(const Kernel<Args>& kernel, Args& args) {
+  const int64_t threads = threads_here();
+  const int64_t tasks = kernel.tasks(args, threads);
+  const int64_t bytes = kernel.scratch(args);
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min(tasks, threads), 1, [&](int64_t, int64_t) {
+    char* scratch = thread_scratch(bytes);
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) kernel.run(args, task, scratch);
+  });
+}
+
+DType dtype_of(const Tensor& t);
+Vector vector_of(const OptionalTensor& t);
+
+// A tensor (..., width) with its rows as kernels.h wants them; the tensor itself, or a contiguous copy that it owns.
+struct RowTensor {
+  Tensor tensor;
+  Rows rows;
+  int64_t count = 0;
+  explicit RowTensor(const Tensor& t);
+};
+
+// A weight (out, in); the tensor itself, or a contiguous copy that it owns.
+struct WeightTensor {
+  Tensor tensor;
+  Matrix matrix;
+  explicit WeightTensor(const Tensor& t);
+};
+
+// A weight transposed, in float32, as the gradients of the inputs want it.
+WeightTensor transposed(const Tensor& weight);
+
+// The factor of linear_residual and layer_norm_mlp; owns a contiguous copy if it needs one.
+struct ScaleTensor {
+  Tensor tensor;
+  Scale scale;
+  ScaleTensor(const OptionalTensor& t, const Tensor& x);
+};
+
+Norm norm_of(const Tensor& weight, const OptionalTensor& bias, double eps);
+
+// Partial sums of the LayerNorm parameters' gradients, one row per task, and their total in the parameter's dtype.
+struct NormGradients {
+  Tensor weight, bias;
+  NormGradients(bool weight_wanted, bool bias_wanted, int64_t tasks, int64_t width, const Tensor& like);
+};
+Tensor total(const Tensor& partial, const Tensor& parameter);
+
+Tensor empty_like_dtype(at::IntArrayRef shape, at::ScalarType dtype);
+inline Tensor empty_f32(at::IntArrayRef shape) { return empty_like_dtype(shape, at::kFloat); }
+inline float* float_data(const Tensor& t) { return t.numel() ? t.data_ptr<float>() : nullptr; }
+
+}  // namespace crossvit

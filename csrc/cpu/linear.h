@@ -1,0 +1,102 @@
+// LayerNorm, Linear, activation and residual on one panel of rows (layer_norm_linear, linear_residual, patch_embed).
+#pragma once
+
+#include "norm.h"
+
+namespace crossvit::CROSSVIT_ISA {
+
+// Rows [m, m + count) of x as a panel ready to be multiplied: normalised, activated, packed as the matrix needs it.
+template <int NV>
+inline Panel prepare_panel(const Rows& x, int64_t m, int64_t count, int64_t depth, const Norm& norm, bool gelu_in,
+                           DType matrix, const float* norm_weight, const float* norm_bias, float* data) {
+  constexpr int64_t lanes = NV * VL;
+  load_transposed(x, m, count, 0, depth, data, lanes);
+  if (norm.present) normalize_panel<NV>(data, depth, norm, norm_weight, norm_bias, m, count);
+  if (gelu_in) gelu_panel(data, depth * lanes);
+  const bool pairs = multiplies_pairs(matrix, depth);
+  if (pairs) pack_pairs(data, lanes, depth);
+  return {data, lanes, pairs};
+}
+
+// c (VL columns of the result x lanes) = rows [first, first + columns) of the matrix times the panel.
+template <int NV>
+inline void multiply_columns(const Matrix& matrix, int64_t first, int64_t columns, int64_t depth, const Panel& panel,
+                             float* c, float* widened) {
+  for (int64_t e = 0; e < columns; e += kBlock)
+    multiply_block<NV>(matrix, first + e, columns - e, depth, panel, c + e * panel.lanes, panel.lanes, widened);
+}
+
+// The factor of one row and VL columns.
+CROSSVIT_INLINE Vec scale_of(const Scale& scale, const float* channels, int64_t m, int64_t column) {
+  if (scale.kind == Scale::channel) return load(channels + column);
+  return broadcast(element(scale.values, m / scale.rows_per_sample));
+}
+
+struct LinearScratch {
+  float *panel, *c, *widened, *norm_weight, *norm_bias, *bias, *channels;
+  int64_t bytes;
+  LinearScratch(const LinearArgs& a, char* base) {
+    Arena arena{base};
+    panel = arena.floats(a.in * kPanelVectors * VL);
+    c = arena.floats(VL * kPanelVectors * VL);
+    widened = arena.floats(kBlock * a.in);
+    norm_weight = arena.floats(a.in + VL);
+    norm_bias = arena.floats(a.in + VL);
+    bias = arena.floats(a.out_features + VL);
+    channels = arena.floats(a.out_features + VL);
+    bytes = arena.used;
+  }
+};
+
+template <int NV>
+inline void linear_panel(const LinearArgs& a, int64_t m, int64_t count, int64_t begin, int64_t end,
+                         const LinearScratch& s) {
+  Norm norm = a.norm;
+  if (begin != 0) norm.mean = nullptr;  // one of the column splits writes the statistics
+  const Panel panel =
+      prepare_panel<NV>(a.x, m, count, a.in, norm, a.gelu_in, a.weight.dtype, s.norm_weight, s.norm_bias, s.panel);
+  const PanelRows out(a.out, m, count), residual(a.residual, m, count), pre(a.pre, m, count);
+  for (int64_t e = begin; e < end; e += VL) {
+    const int n = static_cast<int>(smaller(end - e, VL));
+    multiply_columns<NV>(a.weight, e, n, a.in, panel, s.c, s.widened);
+    const Vec bias = load(s.bias + e);
+    for_each_row<NV>(s.c, panel.lanes, count, [&](int64_t r, Vec y) {
+      y += bias;
+      if (a.pre.data) pre.store(r, e, y, n);
+      if (a.gelu_out) y = gelu(y);
+      if (a.scale.kind != Scale::none) y *= scale_of(a.scale, s.channels, m + r, e);
+      if (a.residual.data) y += residual.load(r, e, n);
+      out.store(r, e, y, n);
+    });
+  }
+}
+
+inline int64_t linear_tasks(LinearArgs& a, int64_t threads) {
+  const int64_t panels = PanelSplit(a.rows).panels;
+  // Few panels do not divide over the threads: cut the columns too, as long as a piece is worth preparing its panel.
+  const int64_t wanted = panels >= 8 * threads || threads == 1 ? 1 : ceil_div(4 * threads, panels);
+  a.splits = larger(1, smaller(wanted, a.out_features / (4 * VL)));
+  return panels * a.splits;
+}
+
+inline int64_t linear_scratch(const LinearArgs& a) { return LinearScratch(a, nullptr).bytes; }
+
+inline void linear_run(const LinearArgs& a, int64_t task, char* scratch) {
+  const LinearScratch s(a, scratch);
+  const PanelSplit split(a.rows);
+  const int64_t panel = task / a.splits, piece = task % a.splits;
+  const int64_t m = split.first(panel), count = smaller(split.first(panel + 1), a.rows) - m;
+  const int64_t blocks = ceil_div(a.out_features, VL);
+  const int64_t begin = piece * blocks / a.splits * VL;
+  const int64_t end = smaller((piece + 1) * blocks / a.splits * VL, a.out_features);
+  if (a.norm.present) {
+    load_vector(a.norm.weight, 0, a.in, 1.0f, s.norm_weight);
+    load_vector(a.norm.bias, 0, a.in, 0.0f, s.norm_bias);
+  }
+  load_vector(a.bias, 0, a.out_features, 0.0f, s.bias);
+  if (a.scale.kind == Scale::channel) load_vector(a.scale.values, 0, a.out_features, 0.0f, s.channels);
+  with_vectors(split.vectors_of(panel),
+               [&]<int NV>() { linear_panel<NV>(a, m, count, begin, end, s); });
+}
+
+}  // namespace crossvit::CROSSVIT_ISA

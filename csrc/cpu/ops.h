@@ -1,0 +1,46 @@
+// The CPU implementations that bindings.cpp hands to the dispatcher; contracts and saved tensors are those of
+// crossvit_kernels/ops/<op>.py, which has validated the arguments.
+#pragma once
+
+#include <tuple>
+#include <vector>
+
+#include "launch.h"
+
+namespace crossvit {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_linear(const Tensor& x, const Tensor& norm_weight,
+                                                             const OptionalTensor& norm_bias, const Tensor& weight,
+                                                             const OptionalTensor& bias, double eps, bool gelu_in,
+                                                             bool gelu_out, bool save);
+std::vector<Tensor> layer_norm_linear_backward(const Tensor& grad_out, const Tensor& x, const Tensor& norm_weight,
+                                               const OptionalTensor& norm_bias, const Tensor& weight,
+                                               const Tensor& mean, const Tensor& rstd, const Tensor& pre, bool gelu_in,
+                                               bool gelu_out, Needs needs);
+
+Tensor linear_residual(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& residual,
+                       const OptionalTensor& scale);
+std::vector<Tensor> linear_residual_backward(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
+                                             const OptionalTensor& bias, const OptionalTensor& scale,
+                                             Needs needs);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_mlp(const Tensor& x, const Tensor& norm_weight,
+                                                          const OptionalTensor& norm_bias, const Tensor& w1,
+                                                          const OptionalTensor& b1, const Tensor& w2,
+                                                          const OptionalTensor& b2, double eps,
+                                                          const OptionalTensor& scale, bool save);
+std::vector<Tensor> layer_norm_mlp_backward(const Tensor& grad_out, const Tensor& x, const Tensor& norm_weight,
+                                            const OptionalTensor& norm_bias, const Tensor& w1, const Tensor& w2,
+                                            const OptionalTensor& b2, const OptionalTensor& scale, const Tensor& mean,
+                                            const Tensor& rstd, const Tensor& pre, Needs needs);
+
+// Shared by the backward passes: the gradients of a Linear's weight and bias (appended to result), and of the factor on
+// its result.
+void weight_gradients(const Rows& grad, const Rows& pre, const Rows& x, int64_t rows, const Norm& norm, bool gelu_in,
+                      bool gelu_out, const Scale& scale, const Tensor& weight, at::ScalarType bias_dtype,
+                      bool weight_wanted, bool bias_wanted, std::vector<Tensor>& result);
+Tensor scale_gradient(const Tensor& grad_out, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                      const Tensor& scale, const Tensor& unscaled, Scale::Kind kind);
+Tensor activate(const Tensor& pre);
+
+}  // namespace crossvit

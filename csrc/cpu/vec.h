@@ -1,0 +1,240 @@
+// Vectors of VL floats, their memory forms (float32, bfloat16) and the elementary functions the kernels need.
+//
+// Compiled once per instruction set (isa.cpp), so everything lives in a namespace named after the set and nothing
+// here, or above it, includes the standard library: an inline function of libstdc++ compiled for AVX-512 must never
+// be the copy that the linker keeps for everyone.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "kernels.h"
+
+#define CROSSVIT_INLINE inline __attribute__((always_inline))
+#define CROSSVIT_UNROLL _Pragma("GCC unroll 16")
+
+namespace crossvit::CROSSVIT_ISA {
+
+#if defined(__AVX512F__)
+constexpr int VL = 16;
+#elif defined(__AVX2__)
+constexpr int VL = 8;
+#else
+constexpr int VL = 4;
+#endif
+
+#if defined(__AVX512BF16__)
+constexpr bool kDotBf16 = true;  // the machine multiplies bfloat16 pairs
+#else
+constexpr bool kDotBf16 = false;
+#endif
+
+typedef float Vec __attribute__((vector_size(VL * 4)));
+typedef int32_t IVec __attribute__((vector_size(VL * 4)));
+typedef uint32_t UVec __attribute__((vector_size(VL * 4)));
+typedef uint16_t HVec __attribute__((vector_size(VL * 2)));
+
+template <int... L>
+struct Lanes {};
+#if defined(__AVX512F__)
+using AllLanes = Lanes<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>;
+#elif defined(__AVX2__)
+using AllLanes = Lanes<0, 1, 2, 3, 4, 5, 6, 7>;
+#else
+using AllLanes = Lanes<0, 1, 2, 3>;
+#endif
+
+CROSSVIT_INLINE Vec broadcast(float s) { return s - Vec{}; }
+
+CROSSVIT_INLINE Vec load(const float* p) {
+  Vec v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+CROSSVIT_INLINE void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
+
+CROSSVIT_INLINE float widen(uint16_t h) {
+  const uint32_t bits = static_cast<uint32_t>(h) << 16;
+  float f;
+  __builtin_memcpy(&f, &bits, 4);
+  return f;
+}
+
+// Round to nearest even in the upper half of each lane; a NaN stays one (quiet).
+CROSSVIT_INLINE UVec round_bits(Vec v) {
+  const UVec u = (UVec)v;
+  const UVec rounded = u + 0x7fffu + ((u >> 16) & 1u);
+  const UVec quiet = u | 0x400000u;
+  const UVec ordered = (UVec)(v == v);
+  return (rounded & ordered) | (quiet & ~ordered);
+}
+CROSSVIT_INLINE uint16_t narrow(float f) {
+  uint32_t u;
+  __builtin_memcpy(&u, &f, 4);
+  if (f != f) return static_cast<uint16_t>((u | 0x400000u) >> 16);
+  return static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+
+CROSSVIT_INLINE Vec load(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
+  HVec h;
+  __builtin_memcpy(&h, p, sizeof h);
+  return (Vec)(__builtin_convertvector(h, UVec) << 16);
+#endif
+}
+CROSSVIT_INLINE void store(uint16_t* p, Vec v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)(round_bits(v) >> 16)));
+#else
+  const HVec h = __builtin_convertvector(round_bits(v) >> 16, HVec);
+  __builtin_memcpy(p, &h, sizeof h);
+#endif
+}
+
+// The first n lanes only: what lies behind them in memory is neither read nor written.
+CROSSVIT_INLINE Vec load_n(const float* p, int n) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+#else
+  Vec v{};
+  for (int i = 0; i < n; i++) v[i] = p[i];
+  return v;
+#endif
+}
+CROSSVIT_INLINE Vec load_n(const uint16_t* p, int n) {
+  Vec v{};
+  for (int i = 0; i < n; i++) v[i] = widen(p[i]);
+  return v;
+}
+CROSSVIT_INLINE void store_n(float* p, Vec v, int n) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
+#else
+  for (int i = 0; i < n; i++) p[i] = v[i];
+#endif
+}
+CROSSVIT_INLINE void store_n(uint16_t* p, Vec v, int n) {
+  for (int i = 0; i < n; i++) p[i] = narrow(v[i]);
+}
+
+// Two rows of floats as bfloat16 pairs: lane r of the result holds (even[r], odd[r]), even in the low half.
+CROSSVIT_INLINE Vec pair(Vec even, Vec odd) {
+#if defined(__AVX512BF16__)
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+  const __m512i interleave =
+      _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3,
+                       18, 2, 17, 1, 16, 0);
+  return (Vec)_mm512_permutexvar_epi16(interleave, both);
+#else
+  return (Vec)((round_bits(even) >> 16) | (round_bits(odd) & 0xffff0000u));
+#endif
+}
+
+// Comparisons are written so that a NaN in x comes through.
+CROSSVIT_INLINE Vec at_least(Vec x, float low) { return x < low ? broadcast(low) : x; }
+CROSSVIT_INLINE Vec at_most(Vec x, float high) { return x > high ? broadcast(high) : x; }
+CROSSVIT_INLINE Vec maximum(Vec a, Vec b) { return a > b ? a : b; }  // a NaN in b comes through
+CROSSVIT_INLINE Vec absolute(Vec x) { return (Vec)((UVec)x & 0x7fffffffu); }
+
+CROSSVIT_INLINE float sum(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float s = 0;
+  for (int i = 0; i < VL; i++) s += v[i];
+  return s;
+#endif
+}
+
+CROSSVIT_INLINE Vec square_root(Vec x) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_sqrt_ps((__m256)x);
+#else
+  Vec r;
+  for (int i = 0; i < VL; i++) r[i] = __builtin_sqrtf(x[i]);
+  return r;
+#endif
+}
+
+// exp(x): x = n ln 2 + r with |r| <= ln 2 / 2, a minimax polynomial in r (relative error 3e-9 before rounding), n added
+// to the exponent. Below -103.9 the result is 0, above 88.7 infinite; NaN stays.
+CROSSVIT_INLINE Vec exponential(Vec x) {
+  const Vec inside = at_most(at_least(x, -104.0f), 89.0f);
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  const Vec shifted = inside * 1.44269504088896f + kRound;
+  const Vec n = shifted - kRound;
+  const Vec r = (inside - n * 0.693145751953125f) - n * 1.42860682030941723212e-6f;
+  Vec p = r * 1.381446724e-3f + 8.368780836e-3f;
+  p = p * r + 4.166839272e-2f;
+  p = p * r + 1.666651964e-1f;
+  p = p * r + 4.999999404e-1f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  // In two steps, so that neither factor leaves the range of normal numbers.
+  const IVec exponent = (IVec)shifted - 0x4b400000;
+  const IVec half = exponent >> 1;
+  return p * (Vec)((half + 127) << 23) * (Vec)((exponent - half + 127) << 23);
+#endif
+}
+
+// log(erfc(t / sqrt 2)) = t * polynomial(t) on [0, 6], fitted so that Phi below has an absolute error under 3e-8; beyond, the
+// polynomial falls fast enough that its exponential vanishes.
+CROSSVIT_INLINE Vec log_erfc(Vec t) {
+  Vec p = t * -8.220959025e-09f + 3.226811884e-07f;
+  p = p * t + -5.021960988e-06f;
+  p = p * t + 4.006507879e-05f;
+  p = p * t + -1.564761915e-04f;
+  p = p * t + -6.382074207e-05f;
+  p = p * t + 4.878616892e-03f;
+  p = p * t + -3.638400137e-02f;
+  p = p * t + -3.182986677e-01f;
+  p = p * t + -7.978854179e-01f;
+  return p * t;
+}
+
+// Phi(x), the normal distribution function: erfc itself on the left, so that nothing cancels there.
+CROSSVIT_INLINE Vec normal_cdf(Vec x) {
+  const Vec tail = exponential(log_erfc(absolute(x))) * 0.5f;
+  return x < 0.0f ? tail : 1.0f - tail;
+}
+
+// gelu(x) = x Phi(x) (the erf form), and its derivative Phi(x) + x phi(x).
+CROSSVIT_INLINE Vec gelu(Vec x) { return x * normal_cdf(x); }
+CROSSVIT_INLINE Vec gelu_derivative(Vec x) {
+  constexpr float kInverseRoot2Pi = 0.3989422804014327f;
+  return normal_cdf(x) + x * (exponential(x * x * -0.5f) * kInverseRoot2Pi);
+}
+
+// A VL x VL transpose by butterflies: in step s, lanes that differ in bit s change rows.
+template <int S, int... L>
+CROSSVIT_INLINE void exchange(Vec& a, Vec& b, __attribute__((unused)) Lanes<L...>) {
+  const Vec low = __builtin_shufflevector(a, b, ((L & S) ? L - S + VL : L)...);
+  const Vec high = __builtin_shufflevector(a, b, ((L & S) ? L + VL : L + S)...);
+  a = low;
+  b = high;
+}
+template <int S>
+CROSSVIT_INLINE void transpose_step(Vec* rows) {
+  if constexpr (S < VL) {
+    CROSSVIT_UNROLL
+    for (int i = 0; i < VL; i++)
+      if ((i & S) == 0) exchange<S>(rows[i], rows[i + S], AllLanes{});
+    transpose_step<2 * S>(rows);
+  }
+}
+CROSSVIT_INLINE void transpose(Vec* rows) { transpose_step<1>(rows); }
+
+}  // namespace crossvit::CROSSVIT_ISA
