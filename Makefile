@@ -1,0 +1,71 @@
+# Every target sets up what it needs: .venv with torch and all tools on the first call, the C++ extension whenever csrc changed.
+# Needs python3 (3.11 to 3.13, with venv and headers), g++ 11 or newer, make, and a network the first time.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+BIN := .venv/bin
+PYTHON := $(BIN)/python
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
+TOOLS := .venv/.tools
+EXTENSION := crossvit_kernels/_build.json
+PACKAGE := .venv/.package
+
+help:  ## This list
+	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 16
+
+bench: $(PACKAGE)  ## CrossViT-9 and 15-dagger against timm, torch.compile, ONNX Runtime and OpenVINO: table, JSON, plot (10 minutes)
+	$(PYTHON) -m benchmarks.throughput --model crossvit_9_240,crossvit_15_dagger_240 --batch 1,8 --dtype float32,bfloat16 \
+		--kernels reference,auto --peers all --json benchmarks/results/throughput.json
+
+test: $(PACKAGE)  ## The tests (those marked gpu skip where there is no GPU)
+	$(PYTHON) -m pytest --durations=15
+
+check: $(PACKAGE)  ## ruff, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+format:  $(PACKAGE)  ## Rewrite the sources as ruff and clang-format want them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+build: $(PACKAGE)  ## The environment and the C++ extension
+
+# A package of its own in build/sanitize, with its own objects, tested from there: the one in use stays as it is.
+SANITIZED := build/sanitize
+sanitize: $(PACKAGE)  ## The op tests on an extension compiled with -fsanitize=address,undefined
+	rm -rf $(SANITIZED)
+	CROSSVIT_KERNELS_SANITIZE=address,undefined $(PYTHON) setup.py -q \
+		build_py --build-lib $(SANITIZED) build_ext --build-lib $(SANITIZED)
+	cp -r tests pyproject.toml $(SANITIZED)
+	cd $(SANITIZED) && \
+	export LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 && \
+	$(CURDIR)/$(PYTHON) -m pytest --durations=5 SELECTION
+
+clean:  ## Remove what was built; .venv stays
+	rm -rf build dist *.egg-info crossvit_kernels/_C.*.so crossvit_kernels/_build.json
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+.PHONY: help bench test check format build sanitize clean
+
+$(PYTHON):
+	python3 -m venv .venv
+
+$(TOOLS): | $(PYTHON)
+	@echo "Installing torch and what its extensions are built with (the first time 5 GB, about two minutes)"
+	$(PYTHON) -m pip install -q --disable-pip-version-check 'torch>=2.11' torchvision 'setuptools>=77' wheel ninja pybind11
+	touch $@
+
+$(EXTENSION): $(TOOLS) setup.py $(CPP)
+	$(PYTHON) setup.py -q build_ext --inplace
+
+$(PACKAGE): pyproject.toml | $(EXTENSION)
+	$(PYTHON) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[test]'
+	touch $@
