@@ -1,0 +1,240 @@
+"""What setup.py builds, what it says where it cannot, and how the package runs on what it finds beside it."""
+
+import contextlib
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import setuptools
+import torch
+
+import crossvit_kernels
+from crossvit_kernels import backends
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(crossvit_kernels.__file__).parent
+HOW_TO_INSTALL = "pip install --no-build-isolation ."
+
+extension = pytest.mark.skipif(not backends.available("cpu"), reason=f"no extension: {backends.reason('cpu')}")
+source_tree = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="no source tree beside the tests")
+compiler = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler")
+
+
+def python(code: str, *, path: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs code in a fresh interpreter, with `path` as its first place to import from."""
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("CROSSVIT_")} | environment
+    variables["PYTHONPATH"] = str(path or PACKAGE.parent)
+    return subprocess.run(
+        [sys.executable, "-c", code], env=variables, cwd=path, capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+@pytest.fixture
+def copy_of_package(tmp_path: Path) -> Path:
+    """crossvit_kernels without its extension, importable from the folder returned."""
+    shutil.copytree(
+        PACKAGE, tmp_path / "crossvit_kernels", ignore=shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
+    )
+    return tmp_path
+
+
+@pytest.fixture
+def setup_py(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The names that setup.py defines, without its call of setuptools.setup."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PATH", os.environ["PATH"])  # setup.py adds to it
+    monkeypatch.delenv("CROSSVIT_KERNELS_SANITIZE", raising=False)
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    return runpy.run_path("setup.py")
+
+
+@extension
+def test_build_info_agrees_with_the_record_and_with_torch() -> None:
+    from crossvit_kernels import _C
+
+    record = json.loads((PACKAGE / "_build.json").read_text())
+    info = _C.build_info()
+    assert info["instruction_sets"] == record["instruction_sets"]
+    assert info["instruction_sets"][0] == "generic"
+    assert str(torch.__version__).startswith(info["torch_version"])
+    assert record["torch"] == str(torch.__version__)
+    assert record["missing"] is None
+    assert info["cuda_architectures"] == []
+    assert _C.cpu_instruction_set() in info["instruction_sets"]
+
+
+@extension
+def test_every_instruction_set_of_this_cpu_computes_the_same() -> None:
+    """The sets round differently, none by more than a few ulp of a sum of 96 products."""
+    from crossvit_kernels import _C
+
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(37, 96, generator=generator), torch.randn(50, 96, generator=generator)
+    norm_weight, norm_bias = torch.randn(2, 96, generator=generator)
+    expected = crossvit_kernels.layer_norm_linear(x, norm_weight, norm_bias, weight, kernels="reference")
+    before, ran = _C.cpu_instruction_set(), set()
+    try:
+        for name in _C.build_info()["instruction_sets"]:
+            with contextlib.suppress(ValueError):  # this CPU lacks it
+                _C.set_instruction_set(name)
+            ran.add(_C.cpu_instruction_set())
+            out = crossvit_kernels.layer_norm_linear(x, norm_weight, norm_bias, weight, kernels="cpu")
+            torch.testing.assert_close(out, expected, atol=2e-5, rtol=1e-5)
+    finally:
+        _C.set_instruction_set(before)
+    assert {"generic", before} <= ran
+
+
+@extension
+def test_the_environment_forces_an_instruction_set() -> None:
+    code = "from crossvit_kernels import backends, _C; print(backends.reason('cpu'), _C.cpu_instruction_set())"
+    assert python(code, CROSSVIT_KERNELS_ISA="generic").stdout.split() == ["None", "generic"]
+
+
+@extension
+def test_an_instruction_set_that_was_not_built_is_named() -> None:
+    from crossvit_kernels import _C
+
+    with pytest.raises(ValueError, match=r"'sse9' was not compiled in.*generic"):
+        _C.set_instruction_set("sse9")
+
+
+@extension
+def test_the_extension_brings_no_openmp_runtime_of_its_own() -> None:
+    """Two of them in one process are two pools of threads on the same cores."""
+    code = "import torch; from crossvit_kernels import _C; print(open('/proc/self/maps').read())"
+    mapped = python(code).stdout
+    assert "crossvit_kernels/_C" in mapped
+    assert len(set(re.findall(r"/\S*lib(?:gomp|iomp5|omp)\S*", mapped))) == 1
+
+
+def test_an_extension_for_another_torch_is_named_and_not_loaded(copy_of_package: Path) -> None:
+    record = {"torch": "1.0.0", "python": "3.11", "abi": "any", "instruction_sets": ["generic"], "missing": None}
+    package = copy_of_package / "crossvit_kernels"
+    (package / "_build.json").write_text(json.dumps(record))
+    (package / "_C.py").write_text("raise SystemExit('_C was loaded')")
+    result = python("from crossvit_kernels import backends; print(backends.reason('cpu'))", path=copy_of_package)
+    assert result.returncode == 0, result.stderr
+    (sentence,) = result.stdout.splitlines()
+    for part in ("torch 1.0.0", str(torch.__version__), HOW_TO_INSTALL):
+        assert part in sentence
+
+
+@pytest.mark.parametrize("missing", [None, "no C++ compiler: 'c++' is not on the PATH"])
+def test_without_an_extension_it_runs_on_the_reference_and_says_so_once(
+    copy_of_package: Path, missing: str | None
+) -> None:
+    if missing:
+        record = {"torch": str(torch.__version__), "instruction_sets": [], "missing": missing}
+        (copy_of_package / "crossvit_kernels" / "_build.json").write_text(json.dumps(record))
+    code = """
+import json, warnings, torch, crossvit_kernels as k
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    x, w = torch.randn(2, 3, 8), torch.randn(4, 8)
+    for dtype in (torch.float32, torch.float32, torch.bfloat16):
+        a = [t.to(dtype) for t in (x, torch.ones(8), torch.zeros(8), w)]
+        assert torch.equal(k.layer_norm_linear(*a), k.layer_norm_linear(*a, kernels="reference"))
+        k.linear_residual(a[0], w.new_ones(8, 8).to(dtype), None, a[0])
+print(json.dumps([str(c.message) for c in caught if "crossvit_kernels" in str(c.message)]))
+"""
+    result = python(code, path=copy_of_package)
+    assert result.returncode == 0, result.stderr
+    (message,) = json.loads(result.stdout)
+    assert HOW_TO_INSTALL in message
+    assert (missing or "was not built") in message
+
+
+@source_tree
+def test_setup_without_torch_stops_with_a_sentence(tmp_path: Path) -> None:
+    """As in pip's isolated build environment, which has setuptools and no torch."""
+    (tmp_path / "setuptools").symlink_to(Path(setuptools.__file__).parent)
+    distutils_hack = find_spec("_distutils_hack")
+    assert distutils_hack is not None
+    assert distutils_hack.origin is not None
+    (tmp_path / "_distutils_hack").symlink_to(Path(distutils_hack.origin).parent)
+    result = subprocess.run(
+        [sys.executable, "-S", "setup.py", "bdist_wheel"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert result.returncode == 1
+    (sentence,) = result.stderr.splitlines()
+    assert "torch" in sentence
+    assert HOW_TO_INSTALL in sentence
+
+
+@source_tree
+@pytest.mark.parametrize("command", ["build", "build_ext"])
+def test_without_a_compiler_it_still_installs(tmp_path: Path, command: str) -> None:
+    """As part of an installation the extension may be missing; asked for by name it may not."""
+    for name in ("crossvit", "crossvit_kernels", "csrc"):
+        shutil.copytree(
+            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
+        )
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    result = subprocess.run(
+        [sys.executable, "setup.py", "-q", command, "--build-lib", "lib"],
+        env=os.environ | {"CXX": "no-such-compiler"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert "no C++ compiler: 'no-such-compiler' is not on the PATH" in result.stderr
+    assert result.returncode == (0 if command == "build" else 1)
+    if command == "build":
+        built = tmp_path / "lib" / "crossvit_kernels"
+        record = json.loads((built / "_build.json").read_text())
+        assert (built / "backends.py").is_file()
+        assert (built / "py.typed").is_file()
+        assert record["instruction_sets"] == []
+        assert "no-such-compiler" in record["missing"]
+
+
+@source_tree
+@compiler
+def test_instruction_sets_that_the_compiler_does_not_know_are_left_out(
+    setup_py: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = shutil.which(os.environ.get("CXX", "c++"))
+    old = tmp_path / "c++"
+    old.write_text(f'#!/bin/sh\ncase "$*" in *-mavx512bf16*) exit 1;; esac\nexec {real} "$@"\n')
+    old.chmod(0o755)
+    foreign = tmp_path / "g++"
+    foreign.write_text(f'#!/bin/sh\ncase "$*" in *-mavx*) exit 1;; esac\nexec {real} "$@"\n')
+    foreign.chmod(0o755)
+    known = setup_py["known_instruction_sets"]()
+    monkeypatch.setenv("CXX", str(old))
+    assert setup_py["known_instruction_sets"]() == [name for name in known if name != "avx512_bf16"]
+    monkeypatch.setenv("CXX", str(foreign))
+    assert setup_py["known_instruction_sets"]() == ["generic"]
+
+
+@source_tree
+def test_nothing_is_compiled_for_this_machine_alone_or_with_loose_arithmetic(setup_py: dict[str, Any]) -> None:
+    extension = setup_py["extension"]
+    flags = [*setup_py["COMMON_FLAGS"], *setup_py["ISA_FLAGS"], *extension.extra_compile_args["cxx"]]
+    flags += [flag for flags, _ in setup_py["INSTRUCTION_SETS"].values() for flag in flags]
+    assert not [flag for flag in flags if flag.startswith(("-march", "-mtune", "-ffast-math", "-Ofast"))]
+    baseline = [
+        *setup_py["COMMON_FLAGS"],
+        *extension.extra_compile_args["cxx"],
+        *setup_py["INSTRUCTION_SETS"]["generic"][0],
+    ]
+    assert not [flag for flag in baseline if flag.startswith("-m")]
+    assert extension.extra_link_args == []
