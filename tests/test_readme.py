@@ -1,0 +1,32 @@
+"""What the README tells a reader to type works."""
+
+import re
+import shlex
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+if not (ROOT / "Makefile").is_file():
+    pytest.skip("no source tree beside the tests", allow_module_level=True)
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("code", [code for language, code in BLOCKS if language == "python"])
+def test_its_python_runs(code: str) -> None:
+    pytest.importorskip("timm")
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_its_commands_exist() -> None:
+    commands = [line for language, text in BLOCKS if language == "bash" for line in text.splitlines() if line]
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for command in commands:
+        words = [word for word in shlex.split(command, comments=True) if not re.fullmatch(r"[A-Z_]+=\S*", word)]
+        if words[0] == "make":
+            assert set(words[1:]) <= targets, command
+        elif words[:2] == ["python", "-m"]:
+            assert find_spec(words[2]), command
+        else:
+            assert words[0] in ("pip", "python"), command
