@@ -1,4 +1,5 @@
-"""Fused kernels for the parts of a vision transformer that PyTorch does badly, each behind one function and one flag, `kernels=`."""
+"""Fused kernels for the parts of a vision transformer that PyTorch does badly, each behind one function and one flag,
+`kernels=`."""
 
 from . import backends
 from .ops import (

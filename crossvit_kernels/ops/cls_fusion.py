@@ -1,14 +1,20 @@
 """cls_fusion: one direction of a CrossViT stage's fusion, inference only.
 
     c   = W_f gelu(LayerNorm(cls)) + b_f                 cls (B, D_d) of this branch to the other's width D
-    y   = c + W_o CA(c, patches) + b_o                   CA: cls_cross_attention over the other branch's patches (B, N, D)
-    out = W_g gelu(LayerNorm(y)) + b_g                   (B, D_d), back in this branch
+    y   = c + W_o CA(c, patches) + b_o                   CA: cls_cross_attention over the other branch's patches (B, N,
+    D) out = W_g gelu(LayerNorm(y)) + b_g                   (B, D_d), back in this branch
 
 arXiv 2103.14899, eq. 5 to 7; `MultiScaleBlock.forward` in the authors' models/crossvit.py.
 """
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from . import _validate
+from ._registry import Op
+from .cls_cross_attention import _flops as attention_flops
 from .cls_cross_attention import cls_cross_attention_reference
 from .layer_norm_linear import layer_norm_linear_reference
 from .linear_residual import linear_residual_reference
@@ -51,6 +57,33 @@ def cls_fusion_reference(
     )
 
 
+def _outputs(cls: Tensor, *rest: Any) -> tuple[Tensor]:
+    revert_weight = rest[17]
+    return (revert_weight.new_empty(cls.shape),)
+
+
+def _flops(backend: str, cls: Tensor, patches: Tensor, *rest: Any) -> int:
+    (batch, own_width), (_, _, width) = cls.shape, patches.shape
+    return attention_flops(
+        backend, cls.new_empty((batch, width)), patches, *rest[4:12], *rest[-2:]
+    ) + 2 * batch * width * (2 * own_width + width)
+
+
+_op = Op(
+    "cls_fusion",
+    "Tensor cls, Tensor patches, Tensor proj_norm_weight, Tensor? proj_norm_bias, Tensor proj_weight, "
+    "Tensor? proj_bias, Tensor norm_weight, Tensor? norm_bias, Tensor q_weight, Tensor? q_bias, Tensor k_weight, "
+    "Tensor? k_bias, Tensor v_weight, Tensor? v_bias, Tensor out_weight, Tensor? out_bias, "
+    "Tensor revert_norm_weight, Tensor? revert_norm_bias, Tensor revert_weight, Tensor? revert_bias, "
+    "int num_heads, float eps",
+    reference=cls_fusion_reference,
+    outputs=_outputs,
+    flops=_flops,
+    matrices=[f"{name}_{part}" for name in ("proj", "q", "k", "v", "out", "revert") for part in ("weight", "bias")],
+    activations=("cls", "patches"),
+)
+
+
 def cls_fusion(
     cls: Tensor,
     patches: Tensor,
@@ -77,7 +110,36 @@ def cls_fusion(
     *,
     kernels: str = "auto",
 ) -> Tensor:
-    return cls_fusion_reference(
+    """One direction of a stage's fusion; inference only.
+
+    Args:
+        cls: (B, D_d), this branch's CLS token; patches: (B, N, D), the other branch's; floating point, any strides.
+        proj_norm_weight, proj_norm_bias: (D_d,); proj_weight, proj_bias: (D, D_d), (D,): LayerNorm, gelu, Linear to the
+            other width.
+        norm_weight, norm_bias: (D,); q_, k_ and v_weight, _bias: (D, D), (D,): the attention's, see
+            `cls_cross_attention`.
+        out_weight, out_bias: (D, D), (D,): the attention's output projection.
+        revert_norm_weight, revert_norm_bias: (D,); revert_weight, revert_bias: (D_d, D), (D_d,): LayerNorm, gelu,
+            Linear back.
+        num_heads: a divisor of D.
+        eps: added to the variance by all three LayerNorms.
+        kernels: the backend, see `crossvit_kernels.backends`.
+        Any bias may be None.
+
+    Returns:
+        (B, D_d), the CLS token after fusion, in the inputs' dtype; under autocast in autocast's.
+
+    Raises:
+        RuntimeError: a gradient would be needed (compose layer_norm_linear, cls_cross_attention and linear_residual for
+            training), or the backend asked for is not there.
+        TypeError, ValueError: an argument's type, dtype, shape, device or value is wrong.
+    """
+    _validate.tensor("patches", patches, "(B, N, D)")
+    _validate.tensor("cls", cls, "(B, D_d)")
+    batch, _, width = patches.shape
+    own_width = cls.shape[-1]
+    _validate.positive("the smaller width", min(width, own_width))
+    inputs: tuple[Any, ...] = (
         cls,
         patches,
         proj_norm_weight,
@@ -101,3 +163,20 @@ def cls_fusion(
         num_heads,
         eps,
     )
+    own, other = (own_width,), (width,)
+    shapes = ((batch, own_width), patches.shape, own, own, (width, own_width), other, other, other) + 4 * (
+        (width, width),
+        other,
+    )
+    for name, value, shape in zip(_op.inputs, inputs, (*shapes, other, other, (own_width, width), own)):
+        if value is not None or not name.endswith("bias"):
+            _validate.beside(name, value, shape, "patches", patches)
+    _validate.heads(num_heads, width, "patches' width")
+    _validate.epsilon(eps)
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
+        raise RuntimeError(
+            "cls_fusion is for inference: call it under torch.no_grad(), or compose the other ops for training"
+        )
+    if _op.needs_reference(kernels, patches, q_weight.dtype):
+        return cls_fusion_reference(*inputs)
+    return _op(*inputs, kernels=kernels)

@@ -4,12 +4,20 @@
     pre = weight @ pre_act(y) + bias                               weight (E, D)
     out = act(pre)                                                 (..., E)
 
-The queries, keys and values of a ViT block use neither activation, the first half of its MLP activation="gelu", CrossViT's projections of
-the CLS token pre_activation="gelu" (arXiv 2103.14899, eq. 5 and 7: f and g; `projs` and `revert_projs` in the authors' models/crossvit.py).
+The queries, keys and values of a ViT block use neither activation, the first half of its MLP activation="gelu",
+CrossViT's projections of the CLS token pre_activation="gelu" (arXiv 2103.14899, eq. 5 and 7: f and g; `projs` and
+`revert_projs` in the authors' models/crossvit.py).
 """
 
+import math
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from . import _validate
+from ._registry import Op
 
 
 def layer_norm_linear_reference(
@@ -31,6 +39,60 @@ def layer_norm_linear_reference(
     return F.gelu(out) if activation == "gelu" else out
 
 
+def norm_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """LayerNorm's mean and rstd for every row of x (..., D), both (M,) float32."""
+    variance, mean = torch.var_mean(x.reshape(-1, x.shape[-1]).float(), dim=-1, correction=0)
+    return mean, (variance + eps).rsqrt()
+
+
+def _reference(x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, *rest: Any) -> Tensor:
+    bias, eps, gelu_in, gelu_out = rest
+    names = {"pre_activation": "gelu" if gelu_in else None, "activation": "gelu" if gelu_out else None}
+    return layer_norm_linear_reference(x, norm_weight, norm_bias, weight, bias, eps, **names)
+
+
+def _save(x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    bias, eps, gelu_in, gelu_out = rest
+    statistics = norm_statistics(x, eps)
+    if not gelu_out:
+        return *statistics, weight.new_empty(0)
+    pre = _reference(x, norm_weight, norm_bias, weight, bias, eps, gelu_in, False)
+    return *statistics, pre.reshape(-1, weight.shape[0])
+
+
+def _outputs(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    rows, gelu_out = math.prod(x.shape[:-1]), rest[-1]
+    mean, rstd = x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
+    pre = weight.new_empty((rows, weight.shape[0]) if gelu_out else 0)
+    return weight.new_empty((*x.shape[:-1], weight.shape[0])), mean, rstd, pre
+
+
+def _flops(backend: str, x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, *rest: Any) -> int:
+    return 2 * math.prod(x.shape[:-1]) * weight.shape[0] * weight.shape[1]
+
+
+def _backward_flops(backend: str, needs: dict[str, bool], *inputs: Any) -> int:
+    through_matrix = needs["x"] or needs["norm_weight"] or needs["norm_bias"]
+    return (through_matrix + needs["weight"]) * _flops(backend, *inputs)
+
+
+_op = Op(
+    "layer_norm_linear",
+    "Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor weight, Tensor? bias, float eps, "
+    "bool gelu_in, bool gelu_out",
+    reference=_reference,
+    outputs=_outputs,
+    flops=_flops,
+    backward_flops=_backward_flops,
+    matrices=("weight", "bias"),
+    activations=("x",),
+    saved=("mean", "rstd", "pre"),  # (M,) float32 twice; (M, E), the Linear's output, only where an activation follows
+    save=_save,
+)
+
+
 def layer_norm_linear(
     x: Tensor,
     norm_weight: Tensor,
@@ -43,6 +105,35 @@ def layer_norm_linear(
     activation: str | None = None,
     kernels: str = "auto",
 ) -> Tensor:
-    return layer_norm_linear_reference(
-        x, norm_weight, norm_bias, weight, bias, eps, pre_activation=pre_activation, activation=activation
-    )
+    """act(Linear(pre_act(LayerNorm(x)))).
+
+    Args:
+        x: (..., D), floating point, any strides.
+        norm_weight, norm_bias: (D,), as nn.LayerNorm holds them; the bias may be None.
+        weight, bias: (E, D) and (E,), as nn.Linear holds them; the bias may be None.
+        eps: added to LayerNorm's variance.
+        pre_activation, activation: None or "gelu" (by erf), before and after the Linear.
+        kernels: the backend, see `crossvit_kernels.backends`.
+
+    Returns:
+        (..., E) in x's dtype; under autocast in autocast's.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape, device or value is wrong; RuntimeError: the backend
+            asked for is not there.
+    """
+    _validate.tensor("x", x, "(..., D)")
+    width = x.shape[-1]
+    _validate.positive("x's width", width)
+    _validate.beside("norm_weight", norm_weight, (width,), "x", x)
+    if norm_bias is not None:
+        _validate.beside("norm_bias", norm_bias, (width,), "x", x)
+    _validate.matrix("weight", weight, width, "x", x)
+    if bias is not None:
+        _validate.beside("bias", bias, weight.shape[:1], "x", x)
+    _validate.epsilon(eps)
+    gelu_in = _validate.activation("pre_activation", pre_activation)
+    gelu_out = _validate.activation("activation", activation)
+    if _op.needs_reference(kernels, x, weight.dtype):
+        return _reference(x, norm_weight, norm_bias, weight, bias, eps, gelu_in, gelu_out)
+    return _op(x, norm_weight, norm_bias, weight, bias, eps, gelu_in, gelu_out, kernels=kernels)

@@ -1,11 +1,19 @@
 """layer_norm_mlp: x + scale * Linear2(gelu(Linear1(LayerNorm(x)))), the MLP half of a pre-norm block with its residual.
 
-    pre = w1 @ LayerNorm(x) + b1                        x (..., D), w1 (hidden, D)
-    out = x + scale * (w2 @ gelu(pre) + b2)             w2 (D, hidden), out (..., D)
+pre = w1 @ LayerNorm(x) + b1                        x (..., D), w1 (hidden, D)
+out = x + scale * (w2 @ gelu(pre) + b2)             w2 (D, hidden), out (..., D)
 """
 
+import math
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from . import _validate
+from ._registry import Op
+from .layer_norm_linear import norm_statistics
 
 
 def layer_norm_mlp_reference(
@@ -26,6 +34,48 @@ def layer_norm_mlp_reference(
     return x + (y if scale is None else scale * y)
 
 
+def _reference(x: Tensor, *rest: Any) -> Tensor:
+    return layer_norm_mlp_reference(x, *rest[:-1], scale=rest[-1])
+
+
+def _save(x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, w1: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    b1, _, _, eps, _ = rest
+    pre = F.linear(F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps), w1, b1)
+    return *norm_statistics(x, eps), pre.reshape(-1, w1.shape[0])
+
+
+def _outputs(x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, w1: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    rows = math.prod(x.shape[:-1])
+    out = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, w1.dtype))
+    mean, rstd = x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
+    return out, mean, rstd, w1.new_empty((rows, w1.shape[0]))
+
+
+def _flops(backend: str, x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, w1: Tensor, *rest: Any) -> int:
+    return 4 * math.prod(x.shape[:-1]) * w1.shape[0] * w1.shape[1]
+
+
+def _backward_flops(backend: str, needs: dict[str, bool], *inputs: Any) -> int:
+    below = needs["x"] or needs["norm_weight"] or needs["norm_bias"]  # the gradient passes both matrices
+    hidden = below or needs["w1"] or needs["b1"]
+    return (below + hidden + needs["w1"] + needs["w2"] + needs["scale"]) * _flops(backend, *inputs) // 2
+
+
+_op = Op(
+    "layer_norm_mlp",
+    "Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, "
+    "float eps, Tensor? scale",
+    reference=_reference,
+    outputs=_outputs,
+    flops=_flops,
+    backward_flops=_backward_flops,
+    matrices=("w1", "b1", "w2", "b2"),
+    activations=("x",),
+    saved=("mean", "rstd", "pre"),  # (M,) float32 twice; (M, hidden) before gelu
+    save=_save,
+)
+
+
 def layer_norm_mlp(
     x: Tensor,
     norm_weight: Tensor,
@@ -39,4 +89,42 @@ def layer_norm_mlp(
     scale: Tensor | None = None,
     kernels: str = "auto",
 ) -> Tensor:
-    return layer_norm_mlp_reference(x, norm_weight, norm_bias, w1, b1, w2, b2, eps, scale=scale)
+    """x + scale * Linear2(gelu(Linear1(LayerNorm(x)))).
+
+    Args:
+        x: (..., D), floating point, any strides.
+        norm_weight, norm_bias: (D,), as nn.LayerNorm holds them; the bias may be None.
+        w1, b1: (hidden, D) and (hidden,), w2, b2: (D, hidden) and (D,), as nn.Linear holds them; either bias may be
+            None.
+        eps: added to LayerNorm's variance.
+        scale: None, or a factor per sample, (B, 1, ..., 1) with as many dimensions as x (drop path), or per channel,
+            (D,) (LayerScale).
+        kernels: the backend, see `crossvit_kernels.backends`.
+
+    Returns:
+        x's shape, in the dtype to which x, scale and the Linears promote.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape, device or value is wrong; RuntimeError: the backend
+            asked for is not there.
+    """
+    _validate.tensor("x", x, "(..., D)")
+    width = x.shape[-1]
+    _validate.positive("x's width", width)
+    _validate.beside("norm_weight", norm_weight, (width,), "x", x)
+    if norm_bias is not None:
+        _validate.beside("norm_bias", norm_bias, (width,), "x", x)
+    _validate.matrix("w1", w1, width, "x", x)
+    hidden = w1.shape[0]
+    if b1 is not None:
+        _validate.beside("b1", b1, (hidden,), "x", x)
+    _validate.beside("w2", w2, (width, hidden), "x", x)
+    if b2 is not None:
+        _validate.beside("b2", b2, (width,), "x", x)
+    _validate.epsilon(eps)
+    if scale is not None:
+        _validate.scale(scale, x, width)
+    if _op.needs_reference(kernels, x, w1.dtype):
+        return _reference(x, norm_weight, norm_bias, w1, b1, w2, b2, eps, scale)
+    x, scale = _validate.promoted(x, scale, w1)
+    return _op(x, norm_weight, norm_bias, w1, b1, w2, b2, eps, scale, kernels=kernels)

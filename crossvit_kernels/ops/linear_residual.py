@@ -1,10 +1,17 @@
 """linear_residual: residual + scale * Linear(x), a pre-norm block's way back onto its residual stream.
 
-    out = residual + scale * (weight @ x + bias)        x (..., K), weight (E, K), residual and out (..., E)
+out = residual + scale * (weight @ x + bias)        x (..., K), weight (E, K), residual and out (..., E)
 """
 
+import math
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from . import _validate
+from ._registry import Op
 
 
 def linear_residual_reference(
@@ -13,6 +20,38 @@ def linear_residual_reference(
     """linear_residual in plain PyTorch."""
     y = F.linear(x, weight, bias)
     return residual + (y if scale is None else scale * y)
+
+
+def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, scale: Tensor | None) -> Tensor:
+    return linear_residual_reference(x, weight, bias, residual, scale=scale)
+
+
+def _outputs(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, scale: Tensor | None) -> tuple[Tensor]:
+    return (residual.new_empty(residual.shape, dtype=torch.promote_types(residual.dtype, weight.dtype)),)
+
+
+def _flops(backend: str, x: Tensor, weight: Tensor, *rest: Any) -> int:
+    return 2 * math.prod(x.shape[:-1]) * weight.shape[0] * weight.shape[1]
+
+
+def _backward_flops(backend: str, needs: dict[str, bool], *inputs: Any) -> int:
+    return (needs["x"] + needs["weight"] + needs["scale"]) * _flops(
+        backend, *inputs
+    )  # scale's needs the Linear's output again
+
+
+_op = Op(
+    "linear_residual",
+    "Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor? scale",
+    reference=_reference,
+    outputs=_outputs,
+    flops=_flops,
+    backward_flops=_backward_flops,
+    matrices=("weight", "x", "bias"),
+    activations=("x", "residual"),
+    save=lambda *inputs: (),
+    passed="residual",
+)
 
 
 def linear_residual(
@@ -24,4 +63,33 @@ def linear_residual(
     scale: Tensor | None = None,
     kernels: str = "auto",
 ) -> Tensor:
-    return linear_residual_reference(x, weight, bias, residual, scale=scale)
+    """residual + scale * Linear(x).
+
+    Args:
+        x: (..., K), floating point, any strides.
+        weight, bias: (E, K) and (E,), as nn.Linear holds them; the bias may be None.
+        residual: (..., E), any floating dtype and strides.
+        scale: None, or a factor per sample, (B, 1, ..., 1) with as many dimensions as x (drop path), or per channel,
+            (E,) (LayerScale).
+        kernels: the backend, see `crossvit_kernels.backends`.
+
+    Returns:
+        (..., E) in the dtype to which residual, scale and Linear(x) promote.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape, device or value is wrong; RuntimeError: the backend
+            asked for is not there.
+    """
+    _validate.tensor("x", x, "(..., K)")
+    _validate.positive("x's width", x.shape[-1])
+    _validate.matrix("weight", weight, x.shape[-1], "x", x)
+    width = weight.shape[0]
+    if bias is not None:
+        _validate.beside("bias", bias, (width,), "x", x)
+    _validate.beside("residual", residual, (*x.shape[:-1], width), "x", x, any_dtype=True)
+    if scale is not None:
+        _validate.scale(scale, x, width)
+    if _op.needs_reference(kernels, x, weight.dtype):
+        return _reference(x, weight, bias, residual, scale)
+    residual, scale = _validate.promoted(residual, scale, weight)
+    return _op(x, weight, bias, residual, scale, kernels=kernels)

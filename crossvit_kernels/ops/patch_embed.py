@@ -1,13 +1,18 @@
 """patch_embed: an image's patches, projected, behind the CLS token, with their positions.
 
-    images (B, C, H, W), resized bicubically to image_size where that differs
-    patch  = weight (D, C, P, P) * image at stride P + bias       (H / P) x (W / P) of them, row by row
-    out    = [cls_token || patch_1 ... patch_N] + pos_embed        (B, 1 + N, D)
+images (B, C, H, W), resized bicubically to image_size where that differs
+patch  = weight (D, C, P, P) * image at stride P + bias       (H / P) x (W / P) of them, row by row
+out    = [cls_token || patch_1 ... patch_N] + pos_embed        (B, 1 + N, D)
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from . import _validate
+from ._registry import Op
 
 
 def patch_embed_reference(
@@ -27,6 +32,39 @@ def patch_embed_reference(
     return torch.cat([cls_token.expand(images.shape[0], -1, -1), patches], dim=1) + pos_embed
 
 
+def _reference(images: Tensor, *rest: Any) -> Tensor:
+    *parameters, height, width = rest
+    return patch_embed_reference(images, *parameters, image_size=(height, width))
+
+
+def _outputs(images: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor]:
+    cls_token, pos_embed, _, _ = rest
+    dtype = torch.promote_types(torch.promote_types(weight.dtype, cls_token.dtype), pos_embed.dtype)
+    return (images.new_empty((images.shape[0], *pos_embed.shape[1:]), dtype=dtype),)
+
+
+def _flops(backend: str, images: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> int:
+    height, width = rest[-2:]
+    return 2 * images.shape[0] * height * width * weight.shape[0] * weight.shape[1]
+
+
+def _backward_flops(backend: str, needs: dict[str, bool], *inputs: Any) -> int:
+    return (needs["images"] + needs["weight"]) * _flops(backend, *inputs)
+
+
+_op = Op(
+    "patch_embed",
+    "Tensor images, Tensor weight, Tensor? bias, Tensor cls_token, Tensor pos_embed, SymInt height, SymInt width",
+    reference=_reference,
+    outputs=_outputs,
+    flops=_flops,
+    backward_flops=_backward_flops,
+    matrices=("weight", "bias"),  # the images are resized in their own dtype first
+    activations=("images",),
+    save=lambda *inputs: (),
+)
+
+
 def patch_embed(
     images: Tensor,
     weight: Tensor,
@@ -37,4 +75,44 @@ def patch_embed(
     image_size: int | tuple[int, int] | None = None,
     kernels: str = "auto",
 ) -> Tensor:
-    return patch_embed_reference(images, weight, bias, cls_token, pos_embed, image_size=image_size)
+    """[cls_token || patches of the resized images, projected] + pos_embed.
+
+    Args:
+        images: (B, C, H, W), floating point, any strides.
+        weight, bias: (D, C, P, P) and (D,), as nn.Conv2d holds them; the bias may be None.
+        cls_token: (1, 1, D).
+        pos_embed: (1, 1 + N, D), N the number of patches.
+        image_size: the size that the images are resized to first, an int or (height, width), as
+            torch.nn.functional.interpolate does with mode="bicubic", align_corners=False; None: as they come. Multiples
+            of P.
+        kernels: the backend, see `crossvit_kernels.backends`.
+
+    Returns:
+        (B, 1 + N, D), patches row by row, in the dtype to which the projection, cls_token and pos_embed promote.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape, device or value is wrong; RuntimeError: the backend
+            asked for is not there.
+    """
+    _validate.tensor("images", images, "(B, C, H, W)")
+    _, channels, height, width = images.shape
+    _validate.positive("images' smallest side", min(channels, height, width))
+    _validate.tensor("weight", weight, "(D, C, P, P)")
+    embed, _, patch, _ = weight.shape
+    _validate.beside("weight", weight, (embed, channels, patch, patch), "images", images)
+    _validate.positive("weight's smallest side", min(embed, patch))
+    if bias is not None:
+        _validate.beside("bias", bias, (embed,), "images", images)
+    if image_size is not None:
+        height, width = _validate.size("image_size", image_size)
+    if height % patch or width % patch:
+        name = "images" if image_size is None else "image_size"
+        raise ValueError(
+            f"{name}: expected a height and width that are multiples of the patch's {patch}, got {height} x {width}"
+        )
+    _validate.beside("cls_token", cls_token, (1, 1, embed), "images", images)
+    tokens = 1 + (height // patch) * (width // patch)
+    _validate.beside("pos_embed", pos_embed, (1, tokens, embed), "images", images)
+    if _op.needs_reference(kernels, images, weight.dtype):
+        return _reference(images, weight, bias, cls_token, pos_embed, height, width)
+    return _op(images, weight, bias, cls_token, pos_embed, height, width, kernels=kernels)

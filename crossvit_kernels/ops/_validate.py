@@ -1,0 +1,117 @@
+"""Argument checks that the ops share: each names the argument, what was expected and what came. Messages are made only
+where a check fails."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+
+
+def tensor(name: str, value: Tensor, layout: str) -> None:
+    """A floating-point tensor with the dimensions of `layout`, e.g. "(B, N, D)"; one that starts with "..." may have
+    any number in front."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor {layout}, got {type(value).__name__}")
+    if value.dtype not in FLOATING or value.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense floating-point tensor {layout}, got {value.dtype}, {value.layout}")
+    named = layout.count(",") + 1
+    if value.dim() < named - 1 if layout.startswith("(...") else value.dim() != named:
+        raise ValueError(f"{name}: expected a tensor {layout}, got shape {tuple(value.shape)}")
+
+
+def beside(
+    name: str, value: Tensor, shape: Sequence[int], first_name: str, first: Tensor, *, any_dtype: bool = False
+) -> None:
+    """A tensor of this shape that goes together with the op's first argument: on its device and, outside autocast, of
+    its dtype."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor of shape {tuple(shape)}, got {type(value).__name__}")
+    if value.shape != shape:
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(value.shape)}")
+    if value.device != first.device:
+        raise ValueError(f"{name}: expected to be on {first.device} as {first_name} is, got {value.device}")
+    if value.dtype is not first.dtype:
+        _mixed(name, value, first_name, first, any_dtype)
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got {value.layout}")
+
+
+def _mixed(name: str, value: Tensor, first_name: str, first: Tensor, any_dtype: bool) -> None:
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
+    if torch.float64 in (value.dtype, first.dtype) or not (any_dtype or torch.is_autocast_enabled(first.device.type)):
+        raise TypeError(
+            f"{name}: expected {first.dtype} as {first_name} is, got {value.dtype} (under autocast alone dtypes may mix, float64 with none)"
+        )
+
+
+def matrix(name: str, value: Tensor, columns: int, first_name: str, first: Tensor) -> None:
+    """A Linear's weight of any number of rows, see `beside`."""
+    tensor(name, value, "(E, D)")
+    rows = value.shape[0]
+    beside(name, value, (rows, columns), first_name, first)
+    positive(f"{name}'s rows", rows)
+
+
+def heads(num_heads: int, width: int, width_name: str) -> None:
+    """A number of heads that divides the width."""
+    if not isinstance(num_heads, int) or isinstance(num_heads, bool):
+        raise TypeError(f"num_heads: expected an int, got {type(num_heads).__name__}")
+    if num_heads <= 0 or width % num_heads:
+        raise ValueError(f"num_heads: expected a divisor of {width_name}, {width}, got {num_heads}")
+
+
+def positive(name: str, value: int) -> None:
+    """A size that is not zero: only the batch may be empty."""
+    if value <= 0:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+def epsilon(eps: Any) -> None:
+    """LayerNorm's eps, a number that is not negative."""
+    if not isinstance(eps, float) and (not isinstance(eps, int) or isinstance(eps, bool)):
+        raise TypeError(f"eps: expected a number, got {type(eps).__name__}")
+    if not eps >= 0:
+        raise ValueError(f"eps: expected at least 0, got {eps}")
+
+
+def activation(name: str, value: str | None) -> bool:
+    """Whether this activation is "gelu"; the other choice is None."""
+    if value is None:
+        return False
+    if value != "gelu":
+        raise ValueError(f"{name}: expected None or 'gelu', got {value!r}")
+    return True
+
+
+def scale(value: Tensor, x: Tensor, width: int) -> None:
+    """A factor per sample, (B, 1, ..., 1) with the dimensions of x, or per channel, (width,)."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"scale: expected a tensor, got {type(value).__name__}")
+    per_sample = (x.shape[0], *([1] * (x.dim() - 1))) if x.dim() > 1 else (width,)
+    beside("scale", value, per_sample if value.dim() == x.dim() else (width,), "x", x, any_dtype=True)
+
+
+def size(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width, given as one int or two."""
+    pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()
+    if len(pair) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) for side in pair):
+        raise TypeError(f"{name}: expected an int or (height, width), got {value!r}")
+    positive(f"{name}'s smaller side", min(pair))
+    return pair
+
+
+def promoted(residual: Tensor, scale: Tensor | None, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The residual and the scale in the dtype of residual + scale * Linear, where they do not all share one."""
+    if residual.dtype is matrix.dtype and (scale is None or scale.dtype is matrix.dtype):
+        return residual, scale
+    device = residual.device.type
+    linear = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else matrix.dtype
+    dtype = torch.promote_types(residual.dtype, linear)
+    if scale is None:
+        return residual.to(dtype), None
+    dtype = torch.promote_types(dtype, scale.dtype)
+    return residual.to(dtype), scale.to(dtype)
