@@ -238,3 +238,17 @@ def test_nothing_is_compiled_for_this_machine_alone_or_with_loose_arithmetic(set
     ]
     assert not [flag for flag in baseline if flag.startswith("-m")]
     assert extension.extra_link_args == []
+
+
+def test_models_and_ops_need_torch_alone() -> None:
+    """What the other packages are for (weights in .safetensors, data, plots) asks for them when it is used."""
+    code = """
+import sys
+absent = "torchvision timm safetensors PIL tqdm matplotlib huggingface_hub triton"
+sys.modules.update(dict.fromkeys(absent.split()))  # None there: importing it raises ModuleNotFoundError
+import torch, crossvit
+with torch.inference_mode():
+    print(tuple(crossvit.create_model("crossvit_9_240").eval()(torch.zeros(1, 3, 240, 240)).shape))
+"""
+    result = python(code)
+    assert result.stdout.strip() == "(1, 1000)", result.stderr
