@@ -118,6 +118,9 @@ TORCH_LIBRARY(crossvit_kernels_cpu, m) {
   op("layer_norm_mlp_backward(Tensor grad_out, Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor w1, Tensor w2, "
      "Tensor? b2, Tensor? scale, Tensor mean, Tensor rstd, Tensor pre, bool[] needs) -> Tensor[]",
      TORCH_FN(layer_norm_mlp_backward));
+  op("self_attention(Tensor qkv, int num_heads, bool save) -> (Tensor out, Tensor lse)", TORCH_FN(self_attention));
+  op("self_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, int num_heads) -> Tensor",
+     TORCH_FN(self_attention_backward));
 }
 
 PYBIND11_MODULE(_C, m) {

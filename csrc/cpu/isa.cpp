@@ -1,4 +1,5 @@
 // The kernels for one instruction set: setup.py compiles this file once per set, with CROSSVIT_ISA naming it.
+#include "attention.h"
 #include "grad.h"
 #include "mlp.h"
 
@@ -16,6 +17,8 @@ const Kernels kernels = {
     .mlp_grad_input = {mlp_grad_input_tasks, mlp_grad_input_scratch, mlp_grad_input_run},
     .weight_grad = {weight_grad_tasks, weight_grad_scratch, weight_grad_run},
     .transpose = {transpose_tasks, transpose_scratch, transpose_run},
+    .attention = {attention_tasks, attention_scratch, attention_run},
+    .attention_grad = {attention_grad_tasks, attention_grad_scratch, attention_grad_run},
 };
 
 }  // namespace crossvit::CROSSVIT_ISA

@@ -144,6 +144,8 @@ struct Kernels {
   Kernel<MlpGradInputArgs> mlp_grad_input;
   Kernel<WeightGradArgs> weight_grad;
   Kernel<TransposeArgs> transpose;
+  Kernel<AttentionArgs> attention;
+  Kernel<AttentionGradArgs> attention_grad;
 };
 
 }  // namespace crossvit

@@ -34,6 +34,10 @@ std::vector<Tensor> layer_norm_mlp_backward(const Tensor& grad_out, const Tensor
                                             const OptionalTensor& b2, const OptionalTensor& scale, const Tensor& mean,
                                             const Tensor& rstd, const Tensor& pre, Needs needs);
 
+std::tuple<Tensor, Tensor> self_attention(const Tensor& qkv, int64_t num_heads, bool save);
+Tensor self_attention_backward(const Tensor& grad_out, const Tensor& qkv, const Tensor& out, const Tensor& lse,
+                               int64_t num_heads);
+
 // Shared by the backward passes: the gradients of a Linear's weight and bias (appended to result), and of the factor on
 // its result.
 void weight_gradients(const Rows& grad, const Rows& pre, const Rows& x, int64_t rows, const Norm& norm, bool gelu_in,

@@ -1,0 +1,267 @@
+// Multi-head self-attention, one head of one image (and some of its queries) a task. Queries are the lanes of a panel and
+// keys run down it, so the softmax never crosses lanes, and the probabilities leave it as the panel that meets V.
+#pragma once
+
+#include "gemm.h"
+
+namespace crossvit::CROSSVIT_ISA {
+
+// exp((score - shift) * scale) down a panel, in place; returns the sums. Two keys become one row of pairs where asked.
+template <int NV>
+inline void exponentials(float* scores, int64_t keys, const Vec* shift, float scale, bool pairs, Vec* sum) {
+  constexpr int64_t lanes = NV * VL;
+  for (int v = 0; v < NV; v++) sum[v] = Vec{};
+  const int64_t step = pairs ? 2 : 1;
+  for (int64_t n = 0; n < keys; n += step)
+    CROSSVIT_UNROLL
+    for (int v = 0; v < NV; v++) {
+      const float* from = scores + n * lanes + v * VL;
+      const Vec p = exponential((load(from) - shift[v]) * scale);
+      sum[v] += p;
+      if (!pairs) {
+        store(scores + n * lanes + v * VL, p);
+        continue;
+      }
+      const Vec q = n + 1 < keys ? exponential((load(from + lanes) - shift[v]) * scale) : Vec{};
+      sum[v] += q;
+      store(scores + n / 2 * lanes + v * VL, pair(p, q));
+    }
+}
+
+CROSSVIT_INLINE Vec logarithm(Vec x) {
+  for (int i = 0; i < VL; i++) x[i] = __builtin_logf(x[i]);
+  return x;
+}
+
+// One of q (0), k (1), v (2) of one image and head, as rows and as a matrix.
+template <class Args>
+inline Rows head_rows(const Args& a, int64_t image, int64_t head, int64_t which) {
+  const DType dtype = a.dtype;
+  const int64_t offset = image * a.batch_stride + (which * a.heads + head) * a.width;
+  char* data = static_cast<char*>(const_cast<void*>(a.qkv)) + offset * size_of(dtype);
+  return {data, dtype, a.tokens, 0, a.token_stride};
+}
+inline Matrix as_matrix(const Rows& rows) { return {rows.data, rows.dtype, rows.row_stride}; }
+
+// The same head of a contiguous (batch, tokens, heads * width) tensor.
+template <class Args>
+inline Rows joined_rows(const Args& a, const void* data, int64_t image, int64_t head) {
+  const int64_t offset = image * a.tokens * a.heads * a.width + head * a.width;
+  return {static_cast<char*>(const_cast<void*>(data)) + offset * size_of(a.dtype), a.dtype, a.tokens, 0,
+          a.heads * a.width};
+}
+
+struct AttentionScratch {
+  float *query, *scores, *values, *values_f32, *c, *widened;
+  int64_t keys_padded, bytes;
+  AttentionScratch(const AttentionArgs& a, char* base) {
+    Arena arena{base};
+    const int64_t lanes = kPanelVectors * VL;
+    keys_padded = round_up(a.tokens, VL);
+    query = arena.floats(round_up(a.width, 2) * lanes);
+    scores = arena.floats(keys_padded * lanes);
+    values = arena.floats(a.width * keys_padded);
+    values_f32 = arena.floats(a.width * keys_padded);
+    c = arena.floats(VL * lanes);
+    widened = arena.floats(kBlock * larger(a.width, keys_padded));
+    bytes = arena.used;
+  }
+};
+
+template <int NV>
+inline void attention_panel(const AttentionArgs& a, int64_t image, int64_t head, int64_t m, int64_t count,
+                            const Matrix& values, const AttentionScratch& s) {
+  constexpr int64_t lanes = NV * VL;
+  const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(a.width));
+  const Matrix keys = as_matrix(head_rows(a, image, head, 1));
+  load_transposed(head_rows(a, image, head, 0), m, count, 0, a.width, s.query, lanes);
+  const Panel query{s.query, lanes, multiplies_pairs(a.dtype, a.width)};
+  if (query.pairs) pack_pairs(s.query, lanes, a.width);
+
+  Vec highest[NV], sum[NV];
+  for (int v = 0; v < NV; v++) highest[v] = broadcast(-__builtin_inff());
+  for (int64_t n = 0; n < a.tokens; n += kBlock) {
+    float* scores = s.scores + n * lanes;
+    multiply_block<NV>(keys, n, a.tokens - n, a.width, query, scores, lanes, s.widened);
+    // Rows past the last key repeat it, which the maximum does not mind.
+    for (int e = 0; e < kBlock; e++)
+      CROSSVIT_UNROLL
+      for (int v = 0; v < NV; v++) highest[v] = maximum(highest[v], load(scores + e * lanes + v * VL));
+  }
+  const bool pairs = values.dtype == DType::bf16 && kDotBf16;
+  exponentials<NV>(s.scores, a.tokens, highest, scale, pairs, sum);
+  if (a.lse) {
+    float* lse = a.lse + (image * a.heads + head) * a.tokens + m;
+    for (int v = 0; v < NV && v * VL < count; v++)
+      store_n(lse + v * VL, highest[v] * scale + logarithm(sum[v]), static_cast<int>(smaller(count - v * VL, VL)));
+  }
+
+  const Panel probabilities{s.scores, lanes, pairs};
+  const int64_t depth = pairs ? round_up(a.tokens, 2) : a.tokens;
+  const PanelRows out(joined_rows(a, a.out, image, head), m, count);
+  for (int v = 0; v < NV; v++) sum[v] = 1.0f / sum[v];
+  for (int64_t j = 0; j < a.width; j += VL) {
+    const int n = static_cast<int>(smaller(a.width - j, VL));
+    for (int64_t e = 0; e < n; e += kBlock)
+      multiply_block<NV>(values, j + e, a.width - j - e, depth, probabilities, s.c + e * lanes, lanes, s.widened);
+    for (int e = 0; e < n; e++)
+      for (int v = 0; v < NV; v++) store(s.c + e * lanes + v * VL, load(s.c + e * lanes + v * VL) * sum[v]);
+    for_each_row<NV>(s.c, lanes, count, [&](int64_t r, Vec y) { out.store(r, j, y, n); });
+  }
+}
+
+inline int64_t attention_tasks(AttentionArgs& a, int64_t threads) {
+  const int64_t heads = a.batch * a.heads, panels = PanelSplit(a.tokens).panels;
+  a.splits = heads >= 4 * threads || threads == 1 || heads == 0 ? 1 : smaller(ceil_div(4 * threads, heads), panels);
+  return heads * a.splits;
+}
+inline int64_t attention_scratch(const AttentionArgs& a) { return AttentionScratch(a, nullptr).bytes; }
+
+inline void attention_run(const AttentionArgs& a, int64_t task, char* scratch) {
+  const AttentionScratch s(a, scratch);
+  const int64_t head = task / a.splits % a.heads, image = task / a.splits / a.heads, piece = task % a.splits;
+  // V transposed: the product with the probabilities runs along the keys.
+  const bool pairs = a.dtype == DType::bf16 && kDotBf16;
+  load_transposed(head_rows(a, image, head, 2), 0, a.tokens, 0, a.width, pairs ? s.values_f32 : s.values,
+                  s.keys_padded);
+  Matrix values{s.values, pairs ? DType::bf16 : DType::f32, s.keys_padded};
+  if (pairs)
+    for (int64_t i = 0; i < a.width * s.keys_padded; i += VL)
+      store(reinterpret_cast<uint16_t*>(s.values) + i, load(s.values_f32 + i));
+  const PanelSplit split(a.tokens);
+  for (int64_t p = piece * split.panels / a.splits; p < (piece + 1) * split.panels / a.splits; p++) {
+    const int64_t m = split.first(p), count = smaller(split.first(p + 1), a.tokens) - m;
+    with_vectors(split.vectors_of(p), [&]<int NV>() { attention_panel<NV>(a, image, head, m, count, values, s); });
+  }
+}
+
+// --- gradient ----------------------------------------------------------------------------------------------------------
+
+struct AttentionGradScratch {
+  float *query, *grad, *scores, *grad_scores, *keys_t, *query_rows, *grad_rows, *grad_keys, *grad_values, *c, *widened;
+  int64_t keys_padded, width_padded, bytes;
+  AttentionGradScratch(const AttentionGradArgs& a, char* base) {
+    Arena arena{base};
+    const int64_t lanes = kPanelVectors * VL;
+    keys_padded = round_up(a.tokens, VL);
+    width_padded = round_up(a.width, VL);
+    query = arena.floats(width_padded * lanes);
+    grad = arena.floats(width_padded * lanes);
+    scores = arena.floats(keys_padded * lanes);
+    grad_scores = arena.floats(keys_padded * lanes);
+    keys_t = arena.floats(width_padded * keys_padded);
+    query_rows = arena.floats(lanes * width_padded);
+    grad_rows = arena.floats(lanes * width_padded);
+    grad_keys = arena.floats(keys_padded * width_padded);
+    grad_values = arena.floats(keys_padded * width_padded);
+    c = arena.floats(width_padded * lanes);
+    widened = arena.floats(kBlock * a.width);
+    bytes = arena.used;
+  }
+};
+
+// Rows of a panel, row-major as floats and zero-padded to whole vectors: the right-hand side of a sum over queries.
+inline void load_rows(const Rows& rows, int64_t m, int64_t count, int64_t width, float* to, int64_t ldt) {
+  const PanelRows from(rows, m, count);
+  for (int64_t r = 0; r < count; r++)
+    for (int64_t j = 0; j < width; j += VL)
+      store(to + r * ldt + j, from.load(r, j, static_cast<int>(smaller(width - j, VL))));
+}
+
+template <int NV>
+inline void attention_grad_panel(const AttentionGradArgs& a, int64_t image, int64_t head, int64_t m, int64_t count,
+                                 const AttentionGradScratch& s) {
+  constexpr int64_t lanes = NV * VL;
+  const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(a.width));
+  const Rows query = head_rows(a, image, head, 0), grad = joined_rows(a, a.grad_out, image, head);
+  const Matrix keys = as_matrix(head_rows(a, image, head, 1)), values = as_matrix(head_rows(a, image, head, 2));
+  load_transposed(query, m, count, 0, a.width, s.query, lanes);
+  load_rows(query, m, count, a.width, s.query_rows, s.width_padded);
+  load_rows(grad, m, count, a.width, s.grad_rows, s.width_padded);
+
+  // delta[q] = out[q] . grad[q], which is sum over keys of p times its gradient.
+  load_transposed(joined_rows(a, a.out, image, head), m, count, 0, a.width, s.grad, lanes);
+  Vec delta[NV] = {}, lse[NV];
+  load_transposed(grad, m, count, 0, a.width, s.c, lanes);
+  for (int64_t j = 0; j < a.width; j++)
+    for (int v = 0; v < NV; v++) delta[v] += load(s.grad + j * lanes + v * VL) * load(s.c + j * lanes + v * VL);
+  const float* saved = a.lse + (image * a.heads + head) * a.tokens + m;
+  for (int v = 0; v < NV; v++) {
+    const int n = static_cast<int>(smaller(larger(count - v * VL, 0), VL));
+    lse[v] = n ? load_n(saved + v * VL, n) : Vec{};
+  }
+
+  const Panel queries{s.query, lanes, false}, grads{s.c, lanes, false};
+  for (int64_t n = 0; n < a.tokens; n += kBlock) {
+    float *p = s.scores + n * lanes, *ds = s.grad_scores + n * lanes;
+    multiply_block<NV>(keys, n, a.tokens - n, a.width, queries, p, lanes, s.widened);
+    multiply_block<NV>(values, n, a.tokens - n, a.width, grads, ds, lanes, s.widened);
+    for (int e = 0; e < kBlock; e++)
+      CROSSVIT_UNROLL
+      for (int v = 0; v < NV; v++) {
+        const int64_t at = e * lanes + v * VL;
+        const Vec probability = exponential(load(p + at) * scale - lse[v]);
+        store(p + at, probability);
+        store(ds + at, probability * (load(ds + at) - delta[v]) * scale);
+      }
+  }
+
+  const Panel grad_scores{s.grad_scores, lanes, false};
+  const Matrix keys_t{s.keys_t, DType::f32, s.keys_padded};
+  Rows grad_query = head_rows(a, image, head, 0);
+  grad_query.data = static_cast<char*>(a.grad_qkv) +
+                    (image * a.tokens * 3 * a.heads + head) * a.width * size_of(a.dtype);
+  grad_query.row_stride = 3 * a.heads * a.width;
+  const PanelRows to(grad_query, m, count);
+  for (int64_t j = 0; j < a.width; j += kBlock)
+    multiply_block<NV>(keys_t, j, a.width - j, a.tokens, grad_scores, s.c + j * lanes, lanes, nullptr);
+  for (int64_t j = 0; j < a.width; j += VL)
+    for_each_row<NV>(s.c + j * lanes, lanes, count,
+                     [&](int64_t r, Vec g) { to.store(r, j, g, static_cast<int>(smaller(a.width - j, VL))); });
+
+  const Matrix p{s.scores, DType::f32, lanes}, ds{s.grad_scores, DType::f32, lanes};
+  const PanelSplit columns(a.width);
+  for (int64_t c = 0; c < columns.panels; c++)
+    with_vectors(columns.vectors_of(c), [&]<int NJ>() {
+      const int64_t j = columns.first(c);
+      const Panel query_rows{s.query_rows + j, s.width_padded, false}, grad_rows{s.grad_rows + j, s.width_padded, false};
+      for (int64_t n = 0; n < a.tokens; n += kBlock) {
+        const int64_t at = n * s.width_padded + j;
+        multiply_block<NJ, true>(ds, n, a.tokens - n, count, query_rows, s.grad_keys + at, s.width_padded, nullptr);
+        multiply_block<NJ, true>(p, n, a.tokens - n, count, grad_rows, s.grad_values + at, s.width_padded, nullptr);
+      }
+    });
+}
+
+inline int64_t attention_grad_tasks(AttentionGradArgs& a, int64_t) { return a.batch * a.heads; }
+inline int64_t attention_grad_scratch(const AttentionGradArgs& a) { return AttentionGradScratch(a, nullptr).bytes; }
+
+inline void attention_grad_run(const AttentionGradArgs& a, int64_t task, char* scratch) {
+  const AttentionGradScratch s(a, scratch);
+  const int64_t image = task / a.heads, head = task % a.heads;
+  load_transposed(head_rows(a, image, head, 1), 0, a.tokens, 0, a.width, s.keys_t, s.keys_padded);
+  for (int64_t i = 0; i < s.keys_padded * s.width_padded; i += VL) {
+    store(s.grad_keys + i, Vec{});
+    store(s.grad_values + i, Vec{});
+  }
+  const PanelSplit split(a.tokens);
+  for (int64_t p = 0; p < split.panels; p++) {
+    const int64_t m = split.first(p), count = smaller(split.first(p + 1), a.tokens) - m;
+    with_vectors(split.vectors_of(p), [&]<int NV>() { attention_grad_panel<NV>(a, image, head, m, count, s); });
+  }
+  const int64_t stride = 3 * a.heads * a.width;
+  for (int64_t which = 1; which <= 2; which++) {
+    const float* from = which == 1 ? s.grad_keys : s.grad_values;
+    const int64_t offset = image * a.tokens * stride + (which * a.heads + head) * a.width;
+    const Rows to{static_cast<char*>(a.grad_qkv) + offset * size_of(a.dtype), a.dtype, a.tokens, 0, stride};
+    for (int64_t n0 = 0; n0 < a.tokens; n0 += kPanelVectors * VL) {
+      const int64_t count = smaller(a.tokens - n0, kPanelVectors * VL);
+      const PanelRows rows(to, n0, count);
+      for (int64_t r = 0; r < count; r++)
+        for (int64_t j = 0; j < a.width; j += VL)
+          rows.store(r, j, load(from + (n0 + r) * s.width_padded + j), static_cast<int>(smaller(a.width - j, VL)));
+    }
+  }
+}
+
+}  // namespace crossvit::CROSSVIT_ISA
