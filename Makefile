@@ -1,5 +1,5 @@
 # Every target sets up what it needs: .venv with torch and all tools on the first call, the C++ extension whenever csrc changed.
-# Needs python3 (3.11 to 3.13, with venv and headers), g++ 11 or newer, make, and a network the first time.
+# Needs python3 (3.11 to 3.13, with venv and headers), g++ 12 or newer, make, and a network the first time.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c

@@ -92,8 +92,9 @@ def missing() -> str | None:
     """What keeps the extension from being compiled, in words, or None."""
     if shutil.which(cxx()[0]) is None:
         return f"no C++ compiler: {cxx()[0]!r} is not on the PATH (install g++, or name one in the variable CXX)"
-    if not compiles("#include <concepts>\nint main() {}", []):
-        return f"the C++ compiler {shlex.join(cxx())!r} does not compile C++20 (g++ 11 or newer does)"
+    # clang's OpenMP calls are not those of libgomp, which torch loads.
+    if not compiles("#include <concepts>\n#if __GNUC__ < 12 || defined(__clang__)\n#error\n#endif", []):
+        return f"the C++ compiler {shlex.join(cxx())!r} will not do: g++ 12 or newer is needed"
     include = sysconfig.get_path("include")
     if not compiles("#include <Python.h>\nint main() {}", [f"-I{include}"]):
         return f"Python.h is not in {include} (Debian: apt-get install python3-dev)"
