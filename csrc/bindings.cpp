@@ -118,6 +118,19 @@ TORCH_LIBRARY(crossvit_kernels_cpu, m) {
   op("layer_norm_mlp_backward(Tensor grad_out, Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor w1, Tensor w2, "
      "Tensor? b2, Tensor? scale, Tensor mean, Tensor rstd, Tensor pre, bool[] needs) -> Tensor[]",
      TORCH_FN(layer_norm_mlp_backward));
+  op("cls_cross_attention(Tensor cls, Tensor patches, Tensor norm_weight, Tensor? norm_bias, Tensor q_weight, "
+     "Tensor? q_bias, Tensor k_weight, Tensor v_weight, Tensor? v_bias, int num_heads, float eps, bool save) -> (Tensor out, "
+     "Tensor mean, Tensor rstd, Tensor probs, Tensor context, Tensor query, Tensor key_query)",
+     TORCH_FN(cls_cross_attention));
+  op("cls_cross_attention_backward(Tensor grad_out, Tensor cls, Tensor patches, Tensor norm_weight, Tensor? norm_bias, "
+     "Tensor q_weight, Tensor k_weight, Tensor v_weight, Tensor mean, Tensor rstd, Tensor probs, Tensor context, "
+     "Tensor query, Tensor key_query, int num_heads, bool[] needs) -> Tensor[]",
+     TORCH_FN(cls_cross_attention_backward));
+  op("cls_fusion(Tensor cls, Tensor patches, Tensor proj_norm_weight, Tensor? proj_norm_bias, Tensor proj_weight, "
+     "Tensor? proj_bias, Tensor norm_weight, Tensor? norm_bias, Tensor q_weight, Tensor? q_bias, Tensor k_weight, "
+     "Tensor v_weight, Tensor? v_bias, Tensor out_weight, Tensor? out_bias, Tensor revert_norm_weight, "
+     "Tensor? revert_norm_bias, Tensor revert_weight, Tensor? revert_bias, int num_heads, float eps) -> Tensor",
+     TORCH_FN(cls_fusion));
   op("self_attention(Tensor qkv, int num_heads, bool save) -> (Tensor out, Tensor lse)", TORCH_FN(self_attention));
   op("self_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, int num_heads) -> Tensor",
      TORCH_FN(self_attention_backward));

@@ -18,6 +18,7 @@ constexpr int kBlock = 4;
 #endif
 
 constexpr int64_t kDepthChunk = 256;             // products summed in one chain, at most (float32)
+constexpr int64_t kScoreChunk = 64;              // the same for scores, whose error an exponential multiplies
 
 struct MultiplyF32 {
   using Element = float;
@@ -88,7 +89,7 @@ CROSSVIT_INLINE bool multiplies_pairs(DType dtype, int64_t depth) {
 // to be used. widened: scratch of kBlock * depth floats, for a bfloat16 matrix where the product runs in float32.
 template <int NV, bool accumulate = false>
 inline void multiply_block(const Matrix& a, int64_t first, int64_t count, int64_t depth, const Panel& b, float* c,
-                           int64_t ldc, float* widened) {
+                           int64_t ldc, float* widened, int64_t chunk = kDepthChunk) {
   const char* row[kBlock];
   const int64_t bytes = a.row_stride * size_of(a.dtype);
   for (int e = 0; e < kBlock; e++)
@@ -106,7 +107,7 @@ inline void multiply_block(const Matrix& a, int64_t first, int64_t count, int64_
       row[e] = reinterpret_cast<const char*>(to);
     }
   }
-  const int64_t pieces = ceil_div(depth, kDepthChunk);
+  const int64_t pieces = ceil_div(depth, chunk);
   for (int64_t p = 0; p < pieces; p++) {
     const int64_t k = p * depth / pieces, steps = (p + 1) * depth / pieces - k;
     if (p == 0)

@@ -1,5 +1,6 @@
 // The kernels for one instruction set: setup.py compiles this file once per set, with CROSSVIT_ISA naming it.
 #include "attention.h"
+#include "cross_attention.h"
 #include "grad.h"
 #include "mlp.h"
 
@@ -19,6 +20,11 @@ const Kernels kernels = {
     .transpose = {transpose_tasks, transpose_scratch, transpose_run},
     .attention = {attention_tasks, attention_scratch, attention_run},
     .attention_grad = {attention_grad_tasks, attention_grad_scratch, attention_grad_run},
+    .absorb = {absorb_tasks, absorb_scratch, absorb_run},
+    .project_heads = {project_heads_tasks, project_heads_scratch, project_heads_run},
+    .cross = {cross_tasks, cross_scratch, cross_run},
+    .cross_combine = {cross_combine_tasks, cross_combine_scratch, cross_combine_run},
+    .cross_grad = {cross_grad_tasks, cross_grad_scratch, cross_grad_run},
 };
 
 }  // namespace crossvit::CROSSVIT_ISA

@@ -127,6 +127,43 @@ struct AttentionGradArgs {
   const float* lse;
 };
 
+// Single-query cross-attention in the absorbed form; cross_attention.h has the formula that the names come from.
+// result (batch, heads, width) = scale * W_h^T rows[b][h], rows (batch, heads * head_width).
+struct AbsorbArgs {
+  const float* rows;
+  Matrix weight;  // (heads * head_width, width)
+  float* result;
+  int64_t batch, heads, head_width, width;
+  float scale;
+};
+// out (batch, heads * head_width) = scale * (W_h (gamma . rows[b][h] + beta) + bias), rows (batch, heads, width).
+struct ProjectHeadsArgs {
+  const float* rows;
+  Matrix weight;
+  Vector gamma, beta, bias;
+  Rows out;
+  int64_t batch, heads, head_width, width;
+  float scale;
+};
+struct CrossArgs {
+  Rows cls, patches;            // patches: batch_stride and row_stride; one image is `tokens` rows
+  int64_t batch, tokens, width, heads;
+  Norm norm;                    // gamma alone enters; mean and rstd (batch, 1 + tokens), or null
+  const float* key_query;       // (batch, heads, width)
+  float* probs;                 // (batch, heads, 1 + tokens), or null
+  float* context;               // (batch, heads, width)
+  float* partial = nullptr;     // (batch * splits, heads, width + 2): context, maximum and sum of a piece
+  int64_t splits = 1;           // of the tokens, chosen by tasks()
+};
+struct CrossGradArgs {
+  Rows cls, patches, grad_patches;
+  int64_t batch, tokens, width, heads;
+  Norm norm;
+  const float *key_query, *probs, *context, *grad_context;
+  float* grad_cls_normalized;   // (batch, width): of the CLS's x-hat, by way of keys and values
+  float* grad_scores_tokens;    // (batch, heads, width): w_h, the gradient of u_h
+};
+
 // A kernel: how many independent tasks a call is, the scratch bytes one needs, and one task. Tasks write disjoint memory
 // and their arithmetic does not depend on how many there are, so results do not depend on threads.
 template <class Args>
@@ -146,6 +183,10 @@ struct Kernels {
   Kernel<TransposeArgs> transpose;
   Kernel<AttentionArgs> attention;
   Kernel<AttentionGradArgs> attention_grad;
+  Kernel<AbsorbArgs> absorb;
+  Kernel<ProjectHeadsArgs> project_heads;
+  Kernel<CrossArgs> cross, cross_combine;
+  Kernel<CrossGradArgs> cross_grad;
 };
 
 }  // namespace crossvit

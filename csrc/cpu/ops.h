@@ -38,6 +38,24 @@ std::tuple<Tensor, Tensor> self_attention(const Tensor& qkv, int64_t num_heads, 
 Tensor self_attention_backward(const Tensor& grad_out, const Tensor& qkv, const Tensor& out, const Tensor& lse,
                                int64_t num_heads);
 
+using CrossAttentionResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+CrossAttentionResult cls_cross_attention(const Tensor& cls, const Tensor& patches, const Tensor& norm_weight,
+                                         const OptionalTensor& norm_bias, const Tensor& q_weight,
+                                         const OptionalTensor& q_bias, const Tensor& k_weight, const Tensor& v_weight,
+                                         const OptionalTensor& v_bias, int64_t num_heads, double eps, bool save);
+std::vector<Tensor> cls_cross_attention_backward(
+    const Tensor& grad_out, const Tensor& cls, const Tensor& patches, const Tensor& norm_weight,
+    const OptionalTensor& norm_bias, const Tensor& q_weight, const Tensor& k_weight, const Tensor& v_weight,
+    const Tensor& mean, const Tensor& rstd, const Tensor& probs, const Tensor& context, const Tensor& query,
+    const Tensor& key_query, int64_t num_heads, Needs needs);
+Tensor cls_fusion(const Tensor& cls, const Tensor& patches, const Tensor& proj_norm_weight,
+                  const OptionalTensor& proj_norm_bias, const Tensor& proj_weight, const OptionalTensor& proj_bias,
+                  const Tensor& norm_weight, const OptionalTensor& norm_bias, const Tensor& q_weight,
+                  const OptionalTensor& q_bias, const Tensor& k_weight, const Tensor& v_weight,
+                  const OptionalTensor& v_bias, const Tensor& out_weight, const OptionalTensor& out_bias,
+                  const Tensor& revert_norm_weight, const OptionalTensor& revert_norm_bias,
+                  const Tensor& revert_weight, const OptionalTensor& revert_bias, int64_t num_heads, double eps);
+
 // Shared by the backward passes: the gradients of a Linear's weight and bias (appended to result), and of the factor on
 // its result.
 void weight_gradients(const Rows& grad, const Rows& pre, const Rows& x, int64_t rows, const Norm& norm, bool gelu_in,
