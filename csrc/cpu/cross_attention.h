@@ -388,7 +388,7 @@ inline void cross_grad_panel(const CrossGradArgs& a, const CrossGradScratch& s, 
   const float* grad_context = a.grad_context + image * a.heads * a.width;
   const Matrix dz{grad_context, DType::f32, a.width};
   for (int64_t h = 0; h < a.heads; h += kBlock)
-    multiply_block<NV>(dz, h, a.heads - h, a.width, Panel{s.panel, lanes, false}, ds + h * lanes, lanes, nullptr);
+    multiply_block<NV>(dz, h, a.heads - h, a.width, Panel{s.panel, lanes, false}, ds + h * lanes, lanes, nullptr, kScoreChunk);
   for (int64_t h = 0; h < a.heads; h++)
     for (int v = 0; v < NV; v++) {
       const int n = static_cast<int>(smaller(larger(count - v * VL, 0), VL));

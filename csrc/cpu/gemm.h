@@ -18,7 +18,7 @@ constexpr int kBlock = 4;
 #endif
 
 constexpr int64_t kDepthChunk = 256;             // products summed in one chain, at most (float32)
-constexpr int64_t kScoreChunk = 64;              // the same for scores, whose error an exponential multiplies
+constexpr int64_t kScoreChunk = 32;              // the same for scores, whose error an exponential multiplies
 
 struct MultiplyF32 {
   using Element = float;

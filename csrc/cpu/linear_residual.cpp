@@ -91,7 +91,8 @@ std::vector<Tensor> linear_residual_backward(const Tensor& grad_out, const Tenso
 }
 
 // d scale = sum of grad_out * Linear(x) over what the scale spans, without making Linear(x) again: per channel it is
-// W . (grad_out^T x) + b . sum(grad_out), per sample x . (grad_out W) + grad_out . b.
+// W . (grad_out^T x) + b . sum(grad_out), per sample x . (grad_out W) + grad_out . b,
+// a long sum that cancels: in float64.
 Tensor scale_gradient(const Tensor& grad_out, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                       const Tensor& scale, const Tensor& unscaled, Scale::Kind kind) {
   Tensor result;
@@ -105,8 +106,8 @@ Tensor scale_gradient(const Tensor& grad_out, const Tensor& x, const Tensor& wei
     if (bias) result = result.add(gradients[1].mul(bias->to(at::kFloat)));
   } else {
     const int64_t samples = grad_out.size(0);
-    result = unscaled.mul(x.to(at::kFloat)).reshape({samples, -1}).sum(1);
-    if (bias) result = result.add(grad_out.to(at::kFloat).mul(bias->to(at::kFloat)).reshape({samples, -1}).sum(1));
+    result = unscaled.mul(x.to(at::kDouble)).reshape({samples, -1}).sum(1);
+    if (bias) result = result.add(grad_out.to(at::kDouble).mul(bias->to(at::kDouble)).reshape({samples, -1}).sum(1));
   }
   return result.reshape(scale.sizes()).to(scale.scalar_type());
 }
