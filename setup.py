@@ -35,7 +35,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "torch":
         raise
-    sys.exit(f"crossvit-kernels compiles against the torch it will run with, and there is none here: {HOW_TO_INSTALL}")
+    sys.exit(f"crossvit-kernels is built with the torch it will run on, not in isolation from it: {HOW_TO_INSTALL}")
 if torch.__version__ < "2.11":
     sys.exit(f"crossvit-kernels needs torch 2.11 or newer, and this is {torch.__version__}: {HOW_TO_INSTALL}")
 
