@@ -137,7 +137,7 @@ def report() -> str:
     if _extension is not None:
         built = _extension.build_info()
         sets = ", ".join(built["instruction_sets"])
-        lines[1] += f", {_extension.cpu_instruction_set()} in use (built: {sets}; {built['compiler']})"
+        lines[1] += f", {_extension.cpu_instruction_set()} in use (built: {sets}; compiler {built['compiler']})"
     default = _environment()
     lines.append(f"kernels='auto' means {default}" + ("" if default == "auto" else ", from CROSSVIT_KERNELS"))
     text = "\n".join(lines)

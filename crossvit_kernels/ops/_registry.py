@@ -100,7 +100,7 @@ class Op:
         for device in ("CPU", "CUDA"):
             LIBRARY.impl(name, self._autocast(device.lower()), f"Autocast{device}")
         register_flop_formula(self.op.overloadpacket, get_raw=True)(self._count)
-        # For ONNX and run_decompositions. FakeTensorMode would take it too, where sizes are symbolic, but for meta_table.
+        # For ONNX and run_decompositions; where sizes are symbolic FakeTensorMode would take it too, but for meta_table.
         register_decomposition(self.op)(self._decompose)
         meta_table[self.op] = self._fake
         torch.library.register_autograd(

@@ -44,7 +44,7 @@ def _mixed(name: str, value: Tensor, first_name: str, first: Tensor, any_dtype: 
         raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
     if torch.float64 in (value.dtype, first.dtype) or not (any_dtype or torch.is_autocast_enabled(first.device.type)):
         raise TypeError(
-            f"{name}: expected {first.dtype} as {first_name} is, got {value.dtype} (under autocast alone dtypes may mix, float64 with none)"
+            f"{name}: expected {first.dtype} as {first_name} is, got {value.dtype} (dtypes mix under autocast only)"
         )
 
 

@@ -1,0 +1,32 @@
+"""What the tests share: a seeded generator, the backends of this machine, and fresh memory that holds NaN."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from crossvit_kernels import backends
+from inputs import Random
+
+NATIVE = [name for name in backends.BACKENDS if name != "reference" and backends.available(name)]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes `backend` runs on every backend of this machine but the reference."""
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", NATIVE)
+
+
+@pytest.fixture
+def rng() -> Random:
+    """A generator, seeded anew for every test."""
+    return Random()
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that torch hands out uninitialised holds NaN, so that an element no kernel writes is seen."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
