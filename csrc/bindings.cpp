@@ -134,6 +134,12 @@ TORCH_LIBRARY(crossvit_kernels_cpu, m) {
   op("self_attention(Tensor qkv, int num_heads, bool save) -> (Tensor out, Tensor lse)", TORCH_FN(self_attention));
   op("self_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, int num_heads) -> Tensor",
      TORCH_FN(self_attention_backward));
+  op("patch_embed(Tensor images, Tensor weight, Tensor? bias, Tensor cls_token, Tensor pos_embed, int height, "
+     "int width) -> Tensor",
+     TORCH_FN(patch_embed));
+  op("patch_embed_backward(Tensor grad_out, Tensor images, Tensor weight, Tensor? bias, Tensor cls_token, "
+     "Tensor pos_embed, int height, int width, bool[] needs) -> Tensor[]",
+     TORCH_FN(patch_embed_backward));
 }
 
 PYBIND11_MODULE(_C, m) {

@@ -3,6 +3,7 @@
 #include "cross_attention.h"
 #include "grad.h"
 #include "mlp.h"
+#include "patch.h"
 
 #define CROSSVIT_STRING_(x) #x
 #define CROSSVIT_STRING(x) CROSSVIT_STRING_(x)
@@ -20,6 +21,9 @@ const Kernels kernels = {
     .transpose = {transpose_tasks, transpose_scratch, transpose_run},
     .attention = {attention_tasks, attention_scratch, attention_run},
     .attention_grad = {attention_grad_tasks, attention_grad_scratch, attention_grad_run},
+    .patch_embed = {patch_embed_tasks, patch_embed_scratch, patch_embed_run},
+    .patch_rows = {patch_rows_tasks, patch_rows_scratch, patch_rows_run},
+    .patch_grad_images = {patch_grad_images_tasks, patch_grad_images_scratch, patch_grad_images_run},
     .absorb = {absorb_tasks, absorb_scratch, absorb_run},
     .project_heads = {project_heads_tasks, project_heads_scratch, project_heads_run},
     .cross = {cross_tasks, cross_scratch, cross_run},

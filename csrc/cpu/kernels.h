@@ -164,6 +164,50 @@ struct CrossGradArgs {
   float* grad_scores_tokens;    // (batch, heads, width): w_h, the gradient of u_h
 };
 
+// Bicubic interpolation along one axis: result i is the sum over t < 4 of weight[t][i] * pixel(first[i] + t - kBorder),
+// pixels outside the image being the nearest inside. kTapPadding more entries follow the last result's.
+constexpr int64_t kBorder = 2;
+constexpr int64_t kTapPadding = 16;
+struct Taps {
+  const int32_t* first;
+  const float* weight[4];
+  int64_t in, out;
+};
+
+// Images (batch, channels, rows.in, columns.in), rows contiguous, as the patches of their resized selves, row by row.
+struct PatchImages {
+  void* data;
+  DType dtype;
+  int64_t batch_stride, channel_stride, row_stride, extent;  // in elements; extent: from data to the end of the images
+  int64_t channels, patch, per_row, per_image;               // patch: its side; patches per row and image
+  bool resize;                                               // if not, the taps' pointers are null
+  Taps rows, columns;
+};
+
+// out[m] = W patch_m + bias + positions[m] for all patches of all images; cls_out[b] = cls_token + cls_position.
+struct PatchEmbedArgs {
+  PatchImages images;
+  int64_t patches, out_features;
+  Matrix weight;  // (out, channels * patch * patch)
+  Vector bias;
+  Rows positions, out, cls_token, cls_position, cls_out;
+  int64_t splits = 1;  // of the output columns, chosen by tasks()
+};
+
+// The patches as rows (patches, channels * patch * patch), for the weight's gradient.
+struct PatchRowsArgs {
+  PatchImages images;
+  int64_t patches;
+  float* rows;
+};
+
+// The gradient of the images (images.data, written) from that of the patches as rows.
+struct PatchGradImagesArgs {
+  PatchImages images;
+  int64_t batch;
+  const float* rows;
+};
+
 // A kernel: how many independent tasks a call is, the scratch bytes one needs, and one task. Tasks write disjoint memory
 // and their arithmetic does not depend on how many there are, so results do not depend on threads.
 template <class Args>
@@ -183,6 +227,9 @@ struct Kernels {
   Kernel<TransposeArgs> transpose;
   Kernel<AttentionArgs> attention;
   Kernel<AttentionGradArgs> attention_grad;
+  Kernel<PatchEmbedArgs> patch_embed;
+  Kernel<PatchRowsArgs> patch_rows;
+  Kernel<PatchGradImagesArgs> patch_grad_images;
   Kernel<AbsorbArgs> absorb;
   Kernel<ProjectHeadsArgs> project_heads;
   Kernel<CrossArgs> cross, cross_combine;

@@ -56,6 +56,12 @@ Tensor cls_fusion(const Tensor& cls, const Tensor& patches, const Tensor& proj_n
                   const Tensor& revert_norm_weight, const OptionalTensor& revert_norm_bias,
                   const Tensor& revert_weight, const OptionalTensor& revert_bias, int64_t num_heads, double eps);
 
+Tensor patch_embed(const Tensor& images, const Tensor& weight, const OptionalTensor& bias, const Tensor& cls_token,
+                   const Tensor& pos_embed, int64_t height, int64_t width);
+std::vector<Tensor> patch_embed_backward(const Tensor& grad_out, const Tensor& images, const Tensor& weight,
+                                         const OptionalTensor& bias, const Tensor& cls_token, const Tensor& pos_embed,
+                                         int64_t height, int64_t width, Needs needs);
+
 // Shared by the backward passes: the gradients of a Linear's weight and bias (appended to result), and of the factor on
 // its result.
 void weight_gradients(const Rows& grad, const Rows& pre, const Rows& x, int64_t rows, const Norm& norm, bool gelu_in,

@@ -1,0 +1,159 @@
+// patch_embed on the CPU: resize, patches, projection, CLS token and positions over panels of patches, and the
+// gradients (patch.h, grad.h).
+#include "launch.h"
+#include "ops.h"
+
+#include <ATen/ops/sum.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+namespace crossvit {
+
+namespace {
+
+// The taps of torch.nn.functional.interpolate(mode="bicubic", align_corners=False), which takes A = -0.75, in float64.
+struct AxisTaps {
+  std::vector<int32_t> first;
+  std::vector<float> weight[4];
+  Taps taps{};
+
+  AxisTaps(int64_t in, int64_t out, bool resize) {
+    taps.in = in;
+    taps.out = out;
+    if (!resize) return;
+    constexpr double A = -0.75;
+    const auto inner = [](double x) { return ((A + 2) * x - (A + 3)) * x * x + 1; };        // |x| <= 1
+    const auto outer = [](double x) { return ((A * x - 5 * A) * x + 8 * A) * x - 4 * A; };  // 1 < |x| < 2
+    first.resize(out + kTapPadding);
+    for (auto& w : weight) w.resize(out + kTapPadding);
+    const double scale = static_cast<double>(in) / static_cast<double>(out);
+    for (int64_t i = 0; i < out; i++) {
+      const double source = scale * (static_cast<double>(i) + 0.5) - 0.5, below = std::floor(source);
+      const double t = source - below;
+      first[i] = static_cast<int32_t>(static_cast<int64_t>(below) - 1 + kBorder);
+      const double weights[4] = {outer(1 + t), inner(t), inner(1 - t), outer(2 - t)};
+      for (int k = 0; k < 4; k++) weight[k][i] = static_cast<float>(weights[k]);
+    }
+    std::fill(first.begin() + out, first.end(), first[out - 1]);
+    taps.first = first.data();
+    for (int k = 0; k < 4; k++) taps.weight[k] = weight[k].data();
+  }
+};
+
+// Images and the size they are resized to; owns the taps, and a contiguous copy of images whose rows are not dense.
+struct ResizedImages {
+  Tensor tensor;
+  bool resize;
+  AxisTaps rows, columns;
+  PatchImages images{};
+  int64_t patches;
+
+  ResizedImages(const Tensor& t, int64_t height, int64_t width, int64_t patch)
+      : tensor(t.stride(3) == 1 || t.size(3) == 1 ? t : t.contiguous()),
+        resize(t.size(2) != height || t.size(3) != width),
+        rows(t.size(2), height, resize),
+        columns(t.size(3), width, resize) {
+    images.data = const_cast<void*>(tensor.const_data_ptr());
+    images.dtype = dtype_of(tensor);
+    images.batch_stride = tensor.stride(0);
+    images.channel_stride = tensor.stride(1);
+    images.row_stride = tensor.stride(2);
+    images.extent = 1;
+    for (int64_t d = 0; d < 4; d++) images.extent += (tensor.size(d) - 1) * tensor.stride(d);
+    images.channels = tensor.size(1);
+    images.patch = patch;
+    images.per_row = width / patch;
+    images.per_image = height / patch * images.per_row;
+    images.resize = resize;
+    images.rows = rows.taps;
+    images.columns = columns.taps;
+    patches = tensor.size(0) * images.per_image;
+  }
+};
+
+// The weight (D, C, P, P) as the matrix (D, C * P * P).
+Tensor as_matrix(const Tensor& weight) { return weight.contiguous().view({weight.size(0), -1}); }
+
+}  // namespace
+
+Tensor patch_embed(const Tensor& images, const Tensor& weight, const OptionalTensor& bias, const Tensor& cls_token,
+                   const Tensor& pos_embed, int64_t height, int64_t width) {
+  const ResizedImages resized(images, height, width, weight.size(3));
+  const int64_t features = weight.size(0), patches = resized.images.per_image;
+  const WeightTensor matrix(as_matrix(weight));
+  const Tensor cls = cls_token.contiguous(), positions = pos_embed.contiguous();
+  const auto dtype =
+      c10::promoteTypes(c10::promoteTypes(weight.scalar_type(), cls.scalar_type()), positions.scalar_type());
+  const Tensor out = empty_like_dtype({images.size(0), 1 + patches, features}, dtype);
+
+  // Row 0 of what (rows, features) tensors hold, and the rows behind it, once per image.
+  const auto first_row = [&](const Tensor& t, int64_t batch_stride) {
+    return Rows{const_cast<void*>(t.const_data_ptr()), dtype_of(t), 1, batch_stride, 0};
+  };
+  const auto other_rows = [&](const Tensor& t, int64_t batch_stride) {
+    char* data = static_cast<char*>(const_cast<void*>(t.const_data_ptr()));
+    return Rows{t.numel() ? data + features * t.element_size() : data, dtype_of(t), patches, batch_stride, features};
+  };
+  PatchEmbedArgs args{};
+  args.images = resized.images;
+  args.patches = resized.patches;
+  args.out_features = features;
+  args.weight = matrix.matrix;
+  args.bias = vector_of(bias);
+  args.positions = other_rows(positions, 0);
+  args.out = other_rows(out, out.stride(0));
+  args.cls_token = first_row(cls, 0);
+  args.cls_position = first_row(positions, 0);
+  args.cls_out = first_row(out, out.stride(0));
+  launch(active().patch_embed, args);
+  return out;
+}
+
+std::vector<Tensor> patch_embed_backward(const Tensor& grad_out, const Tensor& images, const Tensor& weight,
+                                         const OptionalTensor& bias, const Tensor& cls_token, const Tensor& pos_embed,
+                                         int64_t height, int64_t width, Needs needs) {
+  const ResizedImages resized(images, height, width, weight.size(3));
+  const Tensor matrix = as_matrix(weight);
+  const RowTensor grad(grad_out.narrow(1, 1, resized.images.per_image));
+  std::vector<Tensor> result;
+  if (needs.get(0)) {
+    const Tensor rows = empty_f32({resized.patches, matrix.size(1)});
+    const WeightTensor weight_t = transposed(matrix);
+    LinearGradInputArgs product{};
+    product.grad = grad.rows;
+    product.rows = resized.patches;
+    product.in = matrix.size(1);
+    product.out_features = matrix.size(0);
+    product.weight_t = weight_t.matrix;
+    product.grad_x = RowTensor(rows).rows;
+    launch(active().linear_grad_input, product);
+
+    const ResizedImages written(empty_like_dtype(images.sizes(), images.scalar_type()), height, width, weight.size(3));
+    PatchGradImagesArgs args{written.images, images.size(0), float_data(rows)};
+    launch(active().patch_grad_images, args);
+    result.push_back(written.tensor);
+  }
+  if (needs.get(1) || needs.get(2)) {
+    Tensor rows;
+    if (needs.get(1)) {
+      rows = empty_f32({resized.patches, matrix.size(1)});
+      PatchRowsArgs args{resized.images, resized.patches, float_data(rows)};
+      launch(active().patch_rows, args);
+    }
+    weight_gradients(grad.rows, {}, needs.get(1) ? RowTensor(rows).rows : Rows{}, resized.patches, Norm{}, false, false,
+                     Scale{}, matrix, bias ? bias->scalar_type() : weight.scalar_type(), needs.get(1), needs.get(2),
+                     result);
+    if (needs.get(1)) {
+      Tensor& grad_weight = result[needs.get(0) ? 1 : 0];
+      grad_weight = grad_weight.view(weight.sizes());
+    }
+  }
+  if (needs.get(3))
+    result.push_back(grad_out.select(1, 0).sum(0, false, at::kFloat).view({1, 1, -1}).to(cls_token.scalar_type()));
+  if (needs.get(4)) result.push_back(grad_out.sum(0, true, at::kFloat).to(pos_embed.scalar_type()));
+  return result;
+}
+
+}  // namespace crossvit
