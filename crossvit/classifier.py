@@ -10,6 +10,7 @@ from crossvit_kernels.nn import KernelModule, PatchEmbed, check_rates, set_kerne
 from .describe import Description
 
 POOLS = ("token", "avg")
+INITIAL_DEVIATION = 0.02
 
 
 def to_size(image_size: int | tuple[int, int], name: str = "image_size") -> tuple[int, int]:
@@ -19,7 +20,7 @@ def to_size(image_size: int | tuple[int, int], name: str = "image_size") -> tupl
         raise TypeError(f"{name} must be an int or (height, width), got {image_size!r}")
     if min(size) < 1:
         raise ValueError(f"{name} must be positive, got {image_size!r}")
-    return cast(tuple[int, int], size)
+    return size
 
 
 def check_pool(global_pool: str) -> str:
@@ -35,9 +36,12 @@ def drop_path_rates(rate: float, depth: int) -> list[float]:
 
 
 def init_weights(module: nn.Module) -> None:
-    """The authors' initial weights: Linear truncated normal of deviation 0.02 with bias 0, LayerNorm 1 and 0; convolutions keep PyTorch's."""
+    """The authors' initial weights: Linear normal of deviation 0.02 with bias 0, LayerNorm 1 and 0; convolutions keep
+    PyTorch's.
+    """
     if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        # Theirs is truncated at ±2, which is a hundred deviations away.
+        nn.init.normal_(module.weight, std=INITIAL_DEVIATION)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, nn.LayerNorm):
@@ -46,7 +50,9 @@ def init_weights(module: nn.Module) -> None:
 
 
 def take_indices(indices: int | list[int] | tuple[int, ...] | None, count: int) -> list[int]:
-    """timm's reading of `indices`: None all of `count`, an int the last so many, a sequence those (negative ones from the end)."""
+    """timm's reading of `indices`: None all of `count`, an int the last so many, a sequence those (negative ones from
+    the end).
+    """
     if indices is None:
         return list(range(count))
     if isinstance(indices, int):
@@ -60,9 +66,10 @@ def take_indices(indices: int | list[int] | tuple[int, ...] | None, count: int) 
 
 
 class Classifier(KernelModule):
-    """Base of the models. A subclass sets `embed_dim`, `patch_embed`, `blocks`, `norm` and `head`, and gives the methods that raise here."""
+    """Base of the models. A subclass sets `embed_dim`, `patch_embed`, `blocks`, `norm` and `head`, and gives the
+    methods that raise here.
+    """
 
-    blocks: nn.Module
     variant: str | None = None  # the name it was created by
 
     def __init__(
@@ -97,26 +104,28 @@ class Classifier(KernelModule):
         height, width = images.shape[2:]
         if (height, width) != self.image_size:
             raise ValueError(
-                f"images are {height}×{width} but this model takes {self.image_size[0]}×{self.image_size[1]}: resize them, or "
-                f"create the model with image_size=({height}, {width}) (weights then load with resampled positions)"
+                f"images are {height}×{width} but this model takes {self.image_size[0]}×{self.image_size[1]}: resize them, "
+                f"or create the model with image_size=({height}, {width}) (weights then load with resampled positions)"
             )
 
     def set_kernels(self, kernels: str) -> None:
-        """Makes every op of the model use `kernels`. Raises ValueError for an unknown name, RuntimeError with the reason for an absent backend."""
+        """Makes every op of the model use `kernels`. Raises ValueError for an unknown name, RuntimeError with the
+        reason for an absent backend.
+        """
         set_kernels(self, kernels)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether training keeps only each transformer block's input and computes the block again for the backward."""
-        for module in self.modules():
-            if hasattr(module, "grad_checkpointing"):
-                module.grad_checkpointing = enable
+        self.grad_checkpointing = enable
 
     def describe(self) -> Description:
         """Parameters and multiply-adds per part, for one image; `print` it for a table."""
         raise NotImplementedError
 
     def position_grids(self, image_size: tuple[int, int] | None = None) -> dict[str, tuple[int, int]]:
-        """Rows and columns of every branch's patches, by the name of its position embedding, for the model's own or another image size."""
+        """Rows and columns of every branch's patches, by the name of its position embedding, for the model's own or
+        another image size.
+        """
         raise NotImplementedError
 
     def first_convolutions(self) -> list[str]:
@@ -128,7 +137,9 @@ class Classifier(KernelModule):
         ]
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Puts a new head of `num_classes` in (0: none, the model then returns features), and optionally another pooling."""
+        """Puts a new head of `num_classes` in (0: none, the model then returns features), and optionally another
+        pooling.
+        """
         if num_classes < 0:
             raise ValueError(f"num_classes must be at least 0, got {num_classes}")
         if global_pool is not None:
@@ -145,7 +156,7 @@ class Classifier(KernelModule):
         """A Linear to `num_classes` with initial weights, an Identity for none."""
         if self.num_classes == 0:
             return nn.Identity()
-        like = next(self.norm.parameters())
+        like = next(cast(nn.Module, self.norm).parameters())
         head = nn.Linear(in_features, self.num_classes, device=like.device, dtype=like.dtype)
         init_weights(head)
         return head
@@ -155,7 +166,9 @@ class Classifier(KernelModule):
         return self.head
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that the recipe exempts from weight decay beside biases and norms: CLS tokens and positions."""
+        """Names of the parameters that the recipe exempts from weight decay beside biases and norms: CLS tokens and
+        positions.
+        """
         return {name for name, _ in self.named_parameters() if name.startswith(("cls_token", "pos_embed"))}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -163,7 +176,9 @@ class Classifier(KernelModule):
         return dict(stem=r"^cls_token|pos_embed|patch_embed", blocks=[(r"^blocks\.(\d+)", None), (r"^norm", (99999,))])
 
     def layer_of(self, name: str) -> int:
-        """The layer that parameter `name` belongs to: 0 the stem, 1 … the stages, with the final norm in the last, then the head."""
+        """The layer that parameter `name` belongs to: 0 the stem, 1 … the stages, with the final norm in the last, then
+        the head.
+        """
         depth = len(cast(nn.ModuleList, self.blocks))
         if name.startswith(("cls_token", "pos_embed", "patch_embed")):
             return 0
@@ -174,10 +189,11 @@ class Classifier(KernelModule):
     def parameter_groups(
         self, lr: float | None = None, weight_decay: float = 0.05, layer_decay: float = 1.0
     ) -> list[dict[str, Any]]:
-        """Parameter groups for a torch optimizer: no weight decay on biases, norms and `no_weight_decay()`, layer-wise learning rates.
+        """Parameter groups for a torch optimizer: no weight decay on biases, norms and `no_weight_decay()`, layer-wise
+        learning rates.
 
-        Layer i of L has `lr_scale` = layer_decay ** (L - i), the head 1, as timm's `param_groups_layer_decay`; where `lr` is given each
-        group also has its own `lr`, scaled. Parameters that need no gradient are left out.
+        Layer i of L has `lr_scale` = layer_decay ** (L - i), the head 1, as timm's `param_groups_layer_decay`; where
+        `lr` is given each group also has its own `lr`, scaled. Parameters that need no gradient are left out.
         """
         exempt, last = self.no_weight_decay(), len(cast(nn.ModuleList, self.blocks)) + 1
         groups: dict[tuple[float, float], dict[str, Any]] = {}
@@ -195,5 +211,5 @@ class Classifier(KernelModule):
     def apply_init(self, *embeddings: nn.Parameter) -> None:
         """The authors' initial weights for the whole model; `embeddings` are its CLS tokens and positions."""
         for embedding in embeddings:
-            nn.init.trunc_normal_(embedding, std=0.02)
+            nn.init.normal_(embedding, std=INITIAL_DEVIATION)
         self.apply(init_weights)

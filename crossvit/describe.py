@@ -1,8 +1,9 @@
 """Parameters and multiply-adds, per part of a model.
 
-Multiply-adds are counted as the paper counts its "FLOPs" for one image: every matrix multiplication and convolution, the two of
-each attention included, keys and values projected for every token; norms, activations, softmax and resizing are left out. The fused kernels
-do less in cross-attention (they never form keys and values): this is the model's size, not the kernels' work.
+Multiply-adds are counted as the paper counts its "FLOPs" for one image: every matrix multiplication and convolution,
+the two of each attention included, keys and values projected for every token; norms, activations, softmax and resizing
+are left out. The fused kernels do less in cross-attention (they never form keys and values): this is the model's size,
+not the kernels' work.
 """
 
 from collections.abc import Iterable
@@ -15,7 +16,9 @@ from crossvit_kernels.nn import AttentionBlock, PatchEmbed
 
 @dataclass(frozen=True)
 class Part:
-    """One row: a part of the model, its parameters and its multiply-adds for one image, `attention` of them in softmax(q kᵀ) v."""
+    """One row: a part of the model, its parameters and its multiply-adds for one image, `attention` of them in
+    softmax(q kᵀ) v.
+    """
 
     name: str
     parameters: int
@@ -79,10 +82,7 @@ def embed_multiply_adds(embed: PatchEmbed) -> int:
     size, total = embed.image_size, 0
     for conv in embed.proj.modules():
         if isinstance(conv, nn.Conv2d):
-            height, width = (
-                (s + 2 * int(p) - k) // stride + 1
-                for s, p, k, stride in zip(size, conv.padding, conv.kernel_size, conv.stride)
-            )
-            size = (height, width)
-            total += height * width * conv.weight.numel()
+            kernel, stride, padding = conv.kernel_size[0], conv.stride[0], int(conv.padding[0])
+            size = ((size[0] + 2 * padding - kernel) // stride + 1, (size[1] + 2 * padding - kernel) // stride + 1)
+            total += size[0] * size[1] * conv.weight.numel()
     return total

@@ -1,7 +1,8 @@
 """A stage of CrossViT, `MultiScaleBlock`, and the paper's five ways to fuse its branches (section 3.3), each a class.
 
-Notation: x_i are the tokens of branch i behind its own transformer blocks, CLS first; f_i and g_i project to another branch's width and back
-(LayerNorm, GELU, Linear, as in the authors' code). Parameters keep timm's names: projs.{i} is f_i, revert_projs.{i} is g_i.
+Notation: x_i are the tokens of branch i behind its own transformer blocks, CLS first; f_i and g_i project to another
+branch's width and back (LayerNorm, GELU, Linear, as in the authors' code). Parameters keep timm's names: projs.{i} is
+f_i, revert_projs.{i} is g_i.
 """
 
 import functools
@@ -20,10 +21,12 @@ from .describe import linear_multiply_adds
 
 
 class MultiScaleBlock(KernelModule):
-    """One stage: every branch's own transformer blocks, then a fusion of the branches. Tokens: a list of (B, 1 + N_i, D_i), one per branch.
+    """One stage: every branch's own transformer blocks, then a fusion of the branches. Tokens: a list of (B, 1 + N_i,
+    D_i), one per branch.
 
-    dim, grids, num_heads, mlp_ratio: one entry per branch (`grids`: its patches' rows and columns); depth: the blocks of every branch and,
-    last, the fusion's layers; drop_path: the rates of the blocks in turn, the last one also the fusion's.
+    dim, grids, num_heads, mlp_ratio: one entry per branch (`grids`: its patches' rows and columns); depth: the blocks
+    of every branch and, last, the fusion's layers; drop_path: the rates of the blocks in turn, the last one also the
+    fusion's.
     """
 
     def __init__(
@@ -77,7 +80,9 @@ class MultiScaleBlock(KernelModule):
         raise NotImplementedError
 
     def forward(self, tokens: list[Tensor], cls_only: bool = False) -> list[Tensor]:
-        """One stage; `cls_only` returns the branches' CLS tokens alone, (B, D_i), which is all that a token-pooled head reads."""
+        """One stage; `cls_only` returns the branches' CLS tokens alone, (B, D_i), which is all that a token-pooled head
+        reads.
+        """
         transformed = []
         for x, blocks in zip(tokens, self.blocks):
             for block in cast(nn.Sequential, blocks):
@@ -134,8 +139,8 @@ class NoFusion(MultiScaleBlock):
 class AllAttentionFusion(MultiScaleBlock):
     """All-attention (eq. 2): y = [f_1(x_1) ‖ … ‖ f_n(x_n)], o = y + MSA(LN(y)) = [o_1 ‖ … ‖ o_n], z_i = g_i(o_i).
 
-    The tokens meet in the widest branch's width. On CrossViT-S this costs the 7.6 G of the paper's Table 6; of the table's parameters
-    (27.7 M) the equation accounts for all but about 0.9 M.
+    The tokens meet in the widest branch's width. On CrossViT-S this costs the 7.6 G of the paper's Table 6; of the
+    table's parameters (27.7 M) the equation accounts for all but about 0.9 M.
     """
 
     def build_fusion(self, **options: Any) -> None:
@@ -158,11 +163,15 @@ class AllAttentionFusion(MultiScaleBlock):
 
 
 class _CommonWidthFusion(MultiScaleBlock):
-    """Sums over the branches, taken in the narrowest branch's width; f and g are the identity where a branch has that width already."""
+    """Sums over the branches, taken in the narrowest branch's width; f and g are the identity where a branch has that
+    width already.
+    """
 
     def build_fusion(self, **options: Any) -> None:
         width = min(self.dim)
-        self.projs = nn.ModuleList(_projection(d, width, self.kernels) if d != width else nn.Identity() for d in self.dim)
+        self.projs = nn.ModuleList(
+            _projection(d, width, self.kernels) if d != width else nn.Identity() for d in self.dim
+        )
         self.revert_projs = nn.ModuleList(
             _projection(width, d, self.kernels) if d != width else nn.Identity() for d in self.dim
         )
@@ -195,8 +204,8 @@ class PairwiseFusion(_CommonWidthFusion):
         projected = [f(x) for f, x in zip(self.projs, tokens)]
         cls = _sum([x[:, :1] for x in projected])
         fused = []
-        for i, (grid, g) in enumerate(zip(self.grids, self.revert_projs)):
-            patches = _sum([_resize(x[:, 1:], self.grids[j], grid) for j, x in enumerate(projected)])
+        for grid, g in zip(self.grids, self.revert_projs):
+            patches = _sum([_resize(x[:, 1:], theirs, grid) for x, theirs in zip(projected, self.grids)])
             fused.append(g(torch.cat((cls, patches), dim=1)))
         return fused
 
@@ -206,14 +215,16 @@ class PairwiseFusion(_CommonWidthFusion):
 
 
 class CrossAttentionFusion(MultiScaleBlock):
-    """Cross-attention (eq. 5 to 7): the CLS of branch i queries the patches of branch i' = i + 1 (the last one's: of branch 0), and goes back.
+    """Cross-attention (eq. 5 to 7): the CLS of branch i queries the patches of branch i' = i + 1 (the last one's: of
+    branch 0), and goes back.
 
         x'_i = [f_i(x_i,cls) ‖ x_i',patch]
         y_i  = f_i(x_i,cls) + MCA(LN(x'_i)),  MCA(x) = softmax(q kᵀ / sqrt(d)) v,  q = x_cls W_q, k = x W_k, v = x W_v
         z_i  = [g_i(y_i) ‖ x_i,patch]
 
-    All branches read the tokens as they were before the fusion. With depth[-1] = L > 1 the attention is applied L times, each time over all
-    patches of branch i' and the CLS that the layer before returned (the authors' code gave layers 2 … L that one token alone).
+    All branches read the tokens as they were before the fusion. With depth[-1] = L > 1 the attention is applied L
+    times, each time over all patches of branch i' and the CLS that the layer before returned (the authors' code gave
+    layers 2 … L that one token alone).
     """
 
     def build_fusion(self, **options: Any) -> None:

@@ -28,15 +28,23 @@ def identify(state: Mapping[str, Tensor]) -> str:
 
 
 def _traits(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-    """embed_dim, depth, mlp width and stem of a CrossViT's or a single-branch model's state dict; None if it is neither's."""
+    """embed_dim, depth, mlp width and stem of a CrossViT's or a single-branch model's state dict; None if it is
+    neither's.
+    """
     try:
         if "cls_token" in state:
             names, block = ["cls_token"], r"blocks\.()(\d+)\.norm1\.weight"
             first, mlp = ["patch_embed"], ["blocks.0"]
         else:
             branches = sum(re.fullmatch(r"cls_token_\d+", key) is not None for key in state)
-            names, block = [f"cls_token_{b}" for b in range(branches)], r"blocks\.(\d+)\.blocks\.(\d+)\.\d+\.norm1\.weight"
-            first, mlp = [f"patch_embed.{b}" for b in range(branches)], [f"blocks.0.blocks.{b}.0" for b in range(branches)]
+            names, block = (
+                [f"cls_token_{b}" for b in range(branches)],
+                r"blocks\.(\d+)\.blocks\.(\d+)\.\d+\.norm1\.weight",
+            )
+            first, mlp = (
+                [f"patch_embed.{b}" for b in range(branches)],
+                [f"blocks.0.blocks.{b}.0" for b in range(branches)],
+            )
         if not names:
             return None
         matches = filter(None, (re.fullmatch(block, key) for key in state))
@@ -44,7 +52,9 @@ def _traits(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
         stages = sorted({stage for stage, _ in counts})
         return dict(
             embed_dim=tuple(state[name].shape[-1] for name in names),
-            depth=tuple(tuple(counts[stage, str(b) if len(names) > 1 else ""] for b in range(len(names))) for stage in stages),
+            depth=tuple(
+                tuple(counts[stage, str(b) if len(names) > 1 else ""] for b in range(len(names))) for stage in stages
+            ),
             mlp_width=tuple(state[f"{prefix}.mlp.fc1.weight"].shape[0] for prefix in mlp),
             multi_conv=f"{first[0]}.proj.0.weight" in state,
             tokens=tuple(state[name.replace("cls_token", "pos_embed")].shape[1] for name in names),
@@ -56,7 +66,9 @@ def _traits(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
 def _variant_traits(variant: Variant) -> dict[str, Any]:
     given = variant.arguments
     if variant.single_branch:
-        given = given | dict(embed_dim=(given["embed_dim"],), mlp_ratio=(given["mlp_ratio"],), depth=((given["depth"], 0),))
+        given = given | dict(
+            embed_dim=(given["embed_dim"],), mlp_ratio=(given["mlp_ratio"],), depth=((given["depth"], 0),)
+        )
     return dict(
         embed_dim=given["embed_dim"],
         depth=tuple(tuple(row[:-1]) for row in given["depth"]),

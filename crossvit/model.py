@@ -23,18 +23,22 @@ from .stem import conv_stem
 
 
 def branch_size(image_size: tuple[int, int], scale: float, patch_size: int) -> tuple[int, int]:
-    """(height, width) of a branch's image: the input's times `scale`, each rounded to the nearest multiple of `patch_size`."""
+    """(height, width) of a branch's image: the input's times `scale`, each rounded to the nearest multiple of
+    `patch_size`.
+    """
     height, width = (max(1, round(side * scale / patch_size)) * patch_size for side in image_size)
     return height, width
 
 
 class CrossViT(Classifier):
-    """Images (B, in_chans, *image_size) -> logits (B, num_classes), the mean of the branches' logits; num_classes=0: features (B, Σ embed_dim).
+    """Images (B, in_chans, *image_size) -> logits (B, num_classes), the mean of the branches' logits; num_classes=0:
+    features (B, Σ embed_dim).
 
-    One entry per branch in img_scale, patch_size, embed_dim, num_heads and mlp_ratio (longer: the rest is not read); one row per stage in
-    depth: the blocks of every branch, then the layers of the fusion (0, as in all published models, and 1 both mean one). Branch b attends
-    into branch b + 1, the last into branch 0. `multi_conv`: the † stem. `crop_scale`: a smaller branch takes the centre of the image instead
-    of resizing it. drop_rate is the dropout in front of the head. Parameters carry timm's names.
+    One entry per branch in img_scale, patch_size, embed_dim, num_heads and mlp_ratio (longer: the rest is not read);
+    one row per stage in depth: the blocks of every branch, then the layers of the fusion (0, as in all published
+    models, and 1 both mean one). Branch b attends into branch b + 1, the last into branch 0. `multi_conv`: the † stem.
+    `crop_scale`: a smaller branch takes the centre of the image instead of resizing it. drop_rate is the dropout in
+    front of the head. Parameters carry timm's names.
 
     Raises ValueError or TypeError, naming the argument, for sizes that do not fit.
     """
@@ -80,9 +84,13 @@ class CrossViT(Classifier):
             img_scale=img_scale, embed_dim=embed_dim, num_heads=num_heads, mlp_ratio=mlp_ratio
         ).items():
             if len(values) < branches:
-                raise ValueError(f"{name} must have an entry for each of the {branches} branches of patch_size, got {values!r}")
+                raise ValueError(
+                    f"{name} must have an entry for each of the {branches} branches of patch_size, got {values!r}"
+                )
         if not depth or any(len(row) != branches + 1 or min(row) < 0 for row in depth):
-            raise ValueError(f"depth must have rows of {branches} branch depths and the fusion's, none negative, got {depth!r}")
+            raise ValueError(
+                f"depth must have rows of {branches} branch depths and the fusion's, none negative, got {depth!r}"
+            )
         if fusion not in FUSIONS:
             raise ValueError(f"fusion must be one of {tuple(FUSIONS)}, got {fusion!r}")
         self.num_branches = branches
@@ -138,6 +146,11 @@ class CrossViT(Classifier):
         self.head = self.build_head()
         self.apply_init(*(getattr(self, f"{name}_{b}") for b in range(branches) for name in ("pos_embed", "cls_token")))
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        super().set_grad_checkpointing(enable)
+        for stage in self.blocks:
+            cast(MultiScaleBlock, stage).grad_checkpointing = enable
+
     def build_head(self) -> nn.ModuleList:
         return nn.ModuleList(self.new_linear(dim) for dim in self.embed_dim)
 
@@ -169,16 +182,22 @@ class CrossViT(Classifier):
         return [norm(x) for norm, x in zip(self.norm, self._stages(images))]
 
     def forward_head(self, features: list[Tensor], pre_logits: bool = False) -> Tensor:
-        """Logits (B, num_classes) of what `forward_features` returned; `pre_logits` or no head: the pooled features (B, Σ embed_dim)."""
+        """Logits (B, num_classes) of what `forward_features` returned; `pre_logits` or no head: the pooled features (B,
+        Σ embed_dim).
+        """
         pooled = [x[:, 1:].mean(dim=1) if self.global_pool == "avg" else x[:, 0] for x in features]
         return self._head(pooled, pre_logits)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, num_classes) of images (B, in_chans, *image_size); without a head the pooled features (B, Σ embed_dim)."""
+        """Logits (B, num_classes) of images (B, in_chans, *image_size); without a head the pooled features (B, Σ
+        embed_dim).
+        """
         return self._head(self._pooled(images))
 
     def forward_branches(self, images: Tensor) -> list[Tensor]:
-        """Every branch's own logits, (B, num_classes) each, as the paper's Table 6 rates them; their mean is what `forward` returns."""
+        """Every branch's own logits, (B, num_classes) each, as the paper's Table 6 rates them; their mean is what
+        `forward` returns.
+        """
         if self.num_classes == 0:
             raise ValueError("forward_branches needs a head: this model has num_classes=0")
         return self._branch_logits(self._pooled(images))
@@ -206,11 +225,13 @@ class CrossViT(Classifier):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[list[Tensor], list[Tensor]]:
-        """What `forward_features` returns, and the patch tokens of every branch behind every stage; timm's arguments and order.
+        """What `forward_features` returns, and the patch tokens of every branch behind every stage; timm's arguments
+        and order.
 
-        With K stages, feature b * K + k is branch b behind stage k: (B, D_b, rows, columns), or (B, N_b, D_b) with output_fmt="NLC".
-        indices: None all, an int the last so many, a sequence those. norm: normalised as that branch's last tokens are. stop_early: later
-        stages are not run (the first list then holds the tokens of the last one that was). Raises ValueError for indices out of range.
+        With K stages, feature b * K + k is branch b behind stage k: (B, D_b, rows, columns), or (B, N_b, D_b) with
+        output_fmt="NLC". indices: None all, an int the last so many, a sequence those. norm: normalised as that
+        branch's last tokens are. stop_early: later stages are not run (the first list then holds the tokens of the last
+        one that was). Raises ValueError for indices out of range.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
@@ -234,12 +255,13 @@ class CrossViT(Classifier):
         return [branch_norm(x) for branch_norm, x in zip(self.norm, tokens)], intermediates
 
     def describe(self) -> Description:
-        """Parameters and multiply-adds of every branch's embedding and blocks, of the fusion and of the head; `print` it for a table."""
+        """Parameters and multiply-adds of every branch's parts, of the fusion and of the head; `print` it for a table."""
         embeds = [cast(PatchEmbed, embed) for embed in self.patch_embed]
         stages = [cast(MultiScaleBlock, stage) for stage in self.blocks]
         parts = []
         for b, embed in enumerate(embeds):
-            name = f"branch {b}: patches {embed.patch_size}×{embed.patch_size} of {embed.image_size[0]}×{embed.image_size[1]}"
+            height, width = embed.image_size
+            name = f"branch {b}: patches {embed.patch_size}×{embed.patch_size} of {height}×{width}"
             parts.append(Part(name, count_parameters(embed), embed_multiply_adds(embed)))
         for b, embed in enumerate(embeds):
             blocks = [block for stage in stages for block in cast(Any, stage.blocks[b])]

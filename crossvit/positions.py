@@ -6,15 +6,18 @@ from torch import Tensor
 
 
 def resample_positions(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-    """Resamples pos_embed (1, 1 + h * w, D) of the patch grid (h, w) = `old_grid` bicubically to `new_grid`; the CLS slot stays as it is.
+    """Resamples pos_embed (1, 1 + h * w, D) of the patch grid (h, w) = `old_grid` bicubically to `new_grid`; the CLS
+    slot stays as it is.
 
-    As DeiT's fine-tuning at a higher resolution does it (`interpolate(mode="bicubic", align_corners=False)`), which the paper follows for 384.
-    Computed in float32, returned in the dtype given. Raises ValueError if the shape does not fit `old_grid`.
+    As DeiT's fine-tuning at a higher resolution does it (`interpolate(mode="bicubic", align_corners=False)`), which the
+    paper follows for 384. Computed in float32, returned in the dtype given. Raises ValueError if the shape does not fit
+    `old_grid`.
     """
     height, width = old_grid
     if pos_embed.dim() != 3 or pos_embed.shape[:2] != (1, 1 + height * width):
         raise ValueError(
-            f"pos_embed must be (1, {1 + height * width}, D) for a grid of {height}×{width}, got {tuple(pos_embed.shape)}"
+            f"pos_embed must be (1, {1 + height * width}, D) for a grid of {height}×{width}, "
+            f"got {tuple(pos_embed.shape)}"
         )
     if old_grid == new_grid:
         return pos_embed

@@ -1,4 +1,6 @@
-"""The single-branch transformer that the paper compares with: DeiT (arXiv 2012.12877), of the same blocks, without distillation."""
+"""The single-branch transformer that the paper compares with: DeiT (arXiv 2012.12877), of the same blocks, without
+distillation.
+"""
 
 from typing import cast
 
@@ -23,10 +25,11 @@ from .stem import conv_stem
 
 
 class VisionTransformer(Classifier):
-    """Images (B, in_chans, *image_size) -> logits (B, num_classes); num_classes=0: features (B, embed_dim). Parameters carry timm's names.
+    """Images (B, in_chans, *image_size) -> logits (B, num_classes); num_classes=0: features (B, embed_dim). Parameters
+    carry timm's names.
 
-    The image is resized to the nearest multiple of `patch_size` where that does not divide it. `multi_conv`: the † models' stem.
-    Raises ValueError or TypeError, naming the argument, for sizes that do not fit.
+    The image is resized to the nearest multiple of `patch_size` where that does not divide it. `multi_conv`: the †
+    models' stem. Raises ValueError or TypeError, naming the argument, for sizes that do not fit.
     """
 
     def __init__(
@@ -124,7 +127,9 @@ class VisionTransformer(Classifier):
         return cast(Tensor, self.norm(self._tokens(images)))
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits (B, num_classes) of what `forward_features` returned; `pre_logits` or no head: the pooled features (B, D)."""
+        """Logits (B, num_classes) of what `forward_features` returned; `pre_logits` or no head: the pooled features (B,
+        D).
+        """
         return self._head(features[:, 1:].mean(dim=1) if self.global_pool == "avg" else features[:, 0], pre_logits)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -140,12 +145,15 @@ class VisionTransformer(Classifier):
         self,
         images: Tensor,
         indices: int | list[int] | tuple[int, ...] | None = None,
+        *,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """What `forward_features` returns, and the patch tokens behind every block; timm's arguments, as in `CrossViT.forward_intermediates`."""
+        """What `forward_features` returns, and the patch tokens behind every block; timm's arguments, as in
+        `CrossViT.forward_intermediates`.
+        """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
         taken = set(take_indices(indices, len(self.blocks)))
@@ -168,7 +176,11 @@ class VisionTransformer(Classifier):
         work = tokens * linear_multiply_adds(self.blocks) + attention
         height, width = embed.image_size
         parts = (
-            Part(f"patches {embed.patch_size}×{embed.patch_size} of {height}×{width}", count_parameters(embed), embed_multiply_adds(embed)),
+            Part(
+                f"patches {embed.patch_size}×{embed.patch_size} of {height}×{width}",
+                count_parameters(embed),
+                embed_multiply_adds(embed),
+            ),
             Part(f"{len(blocks)} blocks", count_parameters(self.blocks), work, attention),
             Part("positions and CLS token", self.pos_embed.numel() + self.cls_token.numel()),
             Part("norm and head", count_parameters(self.norm, self.head), linear_multiply_adds(self.head)),

@@ -1,4 +1,6 @@
-"""The stem of the † models: three convolutions instead of one of stride `patch_size` (section 4.1 of the paper, `multi_conv` in the code)."""
+"""The stem of the † models: three convolutions instead of one of stride `patch_size` (section 4.1 of the paper,
+`multi_conv` in the code).
+"""
 
 from torch import nn
 
@@ -7,7 +9,8 @@ CONVOLUTIONS = {12: ((7, 4, 3), (3, 3, 0), (3, 1, 1)), 16: ((7, 4, 3), (3, 2, 1)
 
 
 def conv_stem(patch_size: int, in_chans: int, embed_dim: int) -> nn.Sequential:
-    """(B, in_chans, H, W) -> (B, embed_dim, H / patch_size, W / patch_size), a ReLU between convolutions; weights under 0, 2 and 4.
+    """(B, in_chans, H, W) -> (B, embed_dim, H / patch_size, W / patch_size), a ReLU between convolutions; weights under
+    0, 2 and 4.
 
     Raises ValueError for a patch size that the authors give no convolutions for (12 and 16 they do).
     """

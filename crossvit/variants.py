@@ -1,4 +1,4 @@
-"""The paper's models by name: timm's names, the authors' as aliases, and the single-branch baselines of Tables 2 and 8."""
+"""The paper's models by name: timm's names, the authors' as aliases, and the baselines of its Tables 2 and 8."""
 
 import difflib
 from dataclasses import dataclass
@@ -23,7 +23,9 @@ def _crossvit(
     small: int = 240,
     large: int = 224,
 ) -> Variant:
-    """Three stages of one block over small patches and `blocks` over large ones; `small` and `large` are the sides of the two images."""
+    """Three stages of one block over small patches and `blocks` over large ones; `small` and `large` are the sides of
+    the two images.
+    """
     arguments = dict(
         image_size=small,
         img_scale=(1.0, large / small),
@@ -86,7 +88,9 @@ ALIASES: dict[str, str] = {
 
 
 def canonical_name(name: str) -> str:
-    """The name under which `VARIANTS` holds `name`, an alias of the authors' or timm's with its tag. Raises ValueError for an unknown one."""
+    """The name under which `VARIANTS` holds `name`, an alias of the authors' or timm's with its tag. Raises ValueError
+    for an unknown one.
+    """
     plain = name.removesuffix(".in1k")
     plain = ALIASES.get(plain, plain)
     if plain not in VARIANTS:

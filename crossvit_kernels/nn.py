@@ -1,8 +1,9 @@
-"""Drop-in modules over the ops, with timm's constructor arguments and parameter names, so that timm's state dicts load as they are.
+"""Drop-in modules over the ops, with timm's constructor arguments and parameter names, so that timm's state dicts load
+as they are.
 
-Each fused forward reads its children's weights itself; forward hooks on a child (`attn.qkv`, `norm1`, ...) do not run there. A child that was
-replaced by another kind of module (an adapter, a quantised Linear) is called as a module instead, and so is every child where dropout asks
-for what the ops do not do: the same result, without the fusion.
+Each fused forward reads its children's weights itself; forward hooks on a child (`attn.qkv`, `norm1`, ...) do not run
+there. A child that was replaced by another kind of module (an adapter, a quantised Linear) is called as a module
+instead, and so is every child where dropout asks for what the ops do not do: the same result, without the fusion.
 """
 
 from typing import cast
@@ -23,7 +24,9 @@ from .ops import (
 
 
 def check_kernels(kernels: str) -> str:
-    """`kernels` itself if it is "auto" or a backend that is there. Raises ValueError (unknown name), RuntimeError (not there, and why)."""
+    """`kernels` itself if it is "auto" or a backend that is there. Raises ValueError (unknown name), RuntimeError (not
+    there, and why).
+    """
     if kernels != "auto" and (why := backends.reason(kernels)):
         raise RuntimeError(f"kernels={kernels!r} is not available: {why}")
     return kernels
@@ -38,7 +41,9 @@ class KernelModule(nn.Module):
 
 
 def set_kernels(module: nn.Module, kernels: str) -> None:
-    """Makes `module` and every module inside it use `kernels`. Raises as `check_kernels` does, and then changes nothing."""
+    """Makes `module` and every module inside it use `kernels`. Raises as `check_kernels` does, and then changes
+    nothing.
+    """
     check_kernels(kernels)
     for child in module.modules():
         if isinstance(child, KernelModule):
@@ -51,7 +56,9 @@ def affine(module: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 def drop_path_scale(x: Tensor, rate: float) -> Tensor:
-    """(B, 1, ..., 1) like x (B, ...): 1 / (1 - rate) for the samples whose branch is kept, 0 for the others (stochastic depth, arXiv 1603.09382)."""
+    """(B, 1, ..., 1) like x (B, ...): 1 / (1 - rate) for the samples whose branch is kept, 0 for the others (stochastic
+    depth, arXiv 1603.09382).
+    """
     keep = 1 - rate
     scale = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(keep)
     return scale.div_(keep) if keep > 0 else scale
@@ -71,7 +78,8 @@ def check_heads(dim: int, num_heads: int) -> None:
 
 
 class LayerNormLinear(KernelModule, nn.Sequential):
-    """`nn.Sequential(LayerNorm, [GELU], Linear, [GELU])` in one op, under the Sequential's own keys: x (..., in) -> (..., out).
+    """`nn.Sequential(LayerNorm, [GELU], Linear, [GELU])` in one op, under the Sequential's own keys: x (..., in) ->
+    (..., out).
 
     `pre_activation="gelu"` puts a GELU before the Linear, `activation="gelu"` one behind it.
     """
@@ -198,7 +206,9 @@ class LayerScale(nn.Module):
 
 
 class AttentionBlock(KernelModule):
-    """x + DropPath(LayerScale(Attention(LayerNorm(x)))), x (B, N, D) -> (B, N, D); parameters norm1, attn and, with `init_values`, ls1.gamma."""
+    """x + DropPath(LayerScale(Attention(LayerNorm(x)))), x (B, N, D) -> (B, N, D); parameters norm1, attn and, with
+    `init_values`, ls1.gamma.
+    """
 
     def __init__(
         self,
@@ -246,7 +256,8 @@ class AttentionBlock(KernelModule):
 
 
 class Block(AttentionBlock):
-    """A pre-norm transformer block, x (B, N, D) -> (B, N, D): the attention half, then x + DropPath(LayerScale(Mlp(LayerNorm(x)))).
+    """A pre-norm transformer block, x (B, N, D) -> (B, N, D): the attention half, then x +
+    DropPath(LayerScale(Mlp(LayerNorm(x)))).
 
     Parameters norm1, attn, norm2, mlp and, with `init_values`, ls1.gamma and ls2.gamma.
     """
@@ -282,7 +293,8 @@ class Block(AttentionBlock):
 
 
 class CrossAttention(nn.Module):
-    """Attention of the first token over all tokens, x (B, 1 + N, D) -> (B, 1, D), plain PyTorch; parameters wq, wk, wv and proj.
+    """Attention of the first token over all tokens, x (B, 1 + N, D) -> (B, 1, D), plain PyTorch; parameters wq, wk, wv
+    and proj.
 
     `CrossAttentionBlock` applies the same weights through the fused op, which takes the LayerNorm in front of them too.
     """
@@ -361,10 +373,12 @@ class CrossAttentionBlock(KernelModule):
 
 
 class PatchEmbed(KernelModule):
-    """Patches, CLS token and positions: images (B, C, H, W), cls_token (1, 1, D), pos_embed (1, 1 + N, D) -> tokens (B, 1 + N, D).
+    """Patches, CLS token and positions: images (B, C, H, W), cls_token (1, 1, D), pos_embed (1, 1 + N, D) -> tokens (B,
+    1 + N, D).
 
-    Images of another size are resized (bicubic) to `image_size`, which `patch_size` must divide. `proj`, by default the convolution of
-    stride `patch_size` that the op computes, may be any module (B, C, H, W) -> (B, D, H / patch_size, W / patch_size); parameters proj.
+    Images of another size are resized (bicubic) to `image_size`, which `patch_size` must divide. `proj`, by default the
+    convolution of stride `patch_size` that the op computes, may be any module (B, C, H, W) -> (B, D, H / patch_size, W
+    / patch_size); parameters proj.
     """
 
     def __init__(
