@@ -1,1 +1,1 @@
-"""Benchmarks of the kernels and models beside what a user would pick instead: `throughput` (models), `ops` (one op at a time)."""
+"""The kernels and models beside what a user would pick instead: `throughput` times models, `ops` one op at a time."""

@@ -1,4 +1,4 @@
-"""Real photographs as model inputs, from files that ship inside the scikit-image and scikit-learn wheels (no download)."""
+"""Real photographs as model inputs, from files inside the scikit-image and scikit-learn wheels (no download)."""
 
 import functools
 
@@ -24,8 +24,9 @@ def photographs(count: int, size: int | tuple[int, int], dtype: torch.dtype = to
     """Return `count` distinct ImageNet-normalised crops, (count, 3, H, W), of five photographs.
 
     The result is deterministic and image `i` does not depend on `count`: image `i` is crop `i // 5` of photograph
-    `i % 5`; crop 0 is the largest centred one, later ones are 0.5 to 0.95 of its side, at a random place, every other one
-    mirrored. Crops keep the target's aspect ratio and are resampled (bicubic, antialiased) to `size`, an int or (H, W).
+    `i % 5`; crop 0 is the largest centred one, later ones are 0.5 to 0.95 of its side, at a random place, every other
+    one mirrored. Crops have the target's aspect ratio and are resampled (bicubic, antialiased) to `size`, an int or
+    (H, W).
 
     Raises TypeError or ValueError for a count, size or dtype that cannot be served.
     """

@@ -1,0 +1,147 @@
+"""What `benchmarks.ops` times: every op as CrossViT-15 calls it, in both branches."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import crossvit_kernels
+from crossvit_kernels import ops
+
+from .session import dtype_name
+
+OPS = (
+    "cls_cross_attention",
+    "cls_fusion",
+    "layer_norm_linear",
+    "layer_norm_mlp",
+    "linear_residual",
+    "patch_embed",
+    "self_attention",
+)
+HEADS = 6
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One of CrossViT-15's branches: its tokens with the CLS, its width, the other branch's, its patch and image."""
+
+    tokens: int
+    width: int
+    other_width: int
+    patch: int
+    image: int
+
+
+BRANCHES = {"small": Branch(401, 192, 384, 12, 240), "large": Branch(197, 384, 192, 16, 224)}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is compared within: implementations of one op on the same inputs."""
+
+    op: str
+    branch: str
+    batch: int
+    dtype: torch.dtype
+    backward: bool
+    threads: int
+
+    @property
+    def mode(self) -> str:
+        return "forward+backward" if self.backward else "forward"
+
+    def __str__(self) -> str:
+        branch = BRANCHES[self.branch]
+        return (
+            f"{self.op}, {self.branch} branch ({branch.tokens} × {branch.width}), batch {self.batch},"
+            f" {dtype_name(self.dtype)}, {self.mode}, {self.threads} threads"
+        )
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The op's tensors by argument, as CrossViT-15 calls it in this branch."""
+        branch, b = BRANCHES[self.branch], self.batch
+        t, d, other, p = branch.tokens, branch.width, branch.other_width, branch.patch
+        norm = {"norm_weight": (d,), "norm_bias": (d,)}
+        attention = {f"{x}_{part}": (d, d)[: 2 - (part == "bias")] for x in "qkv" for part in ("weight", "bias")}
+        cross = {"patches": (b, t - 1, d), **norm, **attention}
+        match self.op:
+            case "cls_cross_attention":
+                return {"cls": (b, d), **cross}
+            case "cls_fusion":
+                proj = {"norm_weight": (other,), "norm_bias": (other,), "weight": (d, other), "bias": (d,)}
+                revert = {**norm, "weight": (other, d), "bias": (other,)}
+                around = {f"proj_{k}": v for k, v in proj.items()} | {f"revert_{k}": v for k, v in revert.items()}
+                return {"cls": (b, other), **cross, **around, "out_weight": (d, d), "out_bias": (d,)}
+            case "layer_norm_linear":
+                return {"x": (b, t, d), **norm, "weight": (3 * d, d), "bias": (3 * d,)}
+            case "layer_norm_mlp":
+                matrices = {"w1": (3 * d, d), "b1": (3 * d,), "w2": (d, 3 * d), "b2": (d,)}
+                return {"x": (b, t, d), **norm, **matrices}
+            case "linear_residual":
+                return {"x": (b, t, d), "weight": (d, d), "bias": (d,), "residual": (b, t, d)}
+            case "patch_embed":
+                positions = {"cls_token": (1, 1, d), "pos_embed": (1, t, d)}
+                return {"images": (b, 3, 240, 240), "weight": (d, 3, p, p), "bias": (d,), **positions}
+            case _:
+                return {"qkv": (b, t, 3 * d)}
+
+    def function(self, kernels: str) -> Callable[..., Tensor]:
+        """The op on these kernels, as a function of its tensors by name."""
+        return functools.partial(getattr(crossvit_kernels, self.op), **self._options(), kernels=kernels)
+
+    def reference(self) -> Callable[..., Tensor]:
+        """Its plain PyTorch, as a function of its tensors by name."""
+        return functools.partial(getattr(ops, f"{self.op}_reference"), **self._options())
+
+    def _options(self) -> dict[str, int]:
+        known = {"num_heads": HEADS, "image_size": BRANCHES[self.branch].image}
+        return {key: known[key] for key in inspect.signature(getattr(ops, self.op)).parameters if key in known}
+
+    def differentiable(self) -> list[str]:
+        """The tensors that training wants gradients of."""
+        return [name for name in self.shapes() if name != "images"]
+
+
+def sdpa(
+    cls: Tensor,
+    patches: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor,
+    k_weight: Tensor,
+    k_bias: Tensor,
+    v_weight: Tensor,
+    v_bias: Tensor,
+    num_heads: int,
+) -> Tensor:
+    """cls_cross_attention as one would write it with torch's fused attention."""
+    x = F.layer_norm(torch.cat([cls[:, None], patches], dim=1), norm_weight.shape, norm_weight, norm_bias, 1e-6)
+    projected = F.linear(x[:, :1], q_weight, q_bias), F.linear(x, k_weight, k_bias), F.linear(x, v_weight, v_bias)
+    q, k, v = (y.unflatten(-1, (num_heads, -1)).transpose(1, 2) for y in projected)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(1)
+
+
+def inputs(cell: Cell, seed: int) -> dict[str, Tensor]:
+    """One set of random inputs of a model's magnitudes; patches are a view behind the CLS token, as in the model."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in cell.shapes().items():
+        if name == "patches":
+            tokens = torch.randn(shape[0], shape[1] + 1, shape[2], generator=generator)
+            tensors[name] = tokens.to(cell.dtype)[:, 1:]
+            continue
+        tensor = torch.randn(shape, generator=generator)
+        if name.endswith("norm_weight"):
+            tensor = 1 + 0.1 * tensor
+        elif name.endswith("bias"):
+            tensor = 0.1 * tensor
+        elif name.endswith("weight") or name in ("w1", "w2"):
+            tensor = tensor / tensor[0].numel() ** 0.5
+        tensors[name] = tensor.to(cell.dtype)
+    return tensors

@@ -1,0 +1,242 @@
+"""Time of each op on our kernels beside its reference, compiled or not, and beside its floor, at CrossViT-15's sizes.
+
+python -m benchmarks.ops --op all [--dtype float32,bfloat16] [--batch 1,32] [--kernels reference,auto] [--backward]
+
+An implementation is timed only after its output (and, with --backward, every gradient) agreed with the float64
+reference on the same inputs within AGREEMENT. Calls rotate over as many sets of inputs as exceed the caches twice.
+"""
+
+import argparse
+import functools
+import itertools
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import floor, plot, timing
+from .cases import BRANCHES, HEADS, OPS, Cell, inputs, sdpa
+from .session import DTYPES, KERNELS, RESULTS, DisagreementError, Session, counts, dtype_name, names, rounds
+
+# An error's root mean square against float64 may be this many times the reference's own in the same dtype, plus as many
+# units in the last place of the result's.
+AGREEMENT = 4
+PEERS = ("reference-compiled", "sdpa")
+TURN_SECONDS = 0.05  # how long a candidate's turn lasts at least
+CELL_SECONDS = 3.0  # more rounds than asked for are made where they fit into this
+
+
+@dataclass
+class Result:
+    """One implementation in one cell, with its time per call for each round."""
+
+    cell: Cell
+    implementation: str
+    floor_seconds: float
+    seconds: list[float]
+
+    def microseconds(self) -> dict[str, float]:
+        return timing.spread([1e6 * seconds for seconds in self.seconds])
+
+    def row(self) -> dict[str, Any]:
+        branch = BRANCHES[self.cell.branch]
+        return {
+            "op": self.cell.op,
+            "branch": self.cell.branch,
+            "tokens": branch.tokens,
+            "width": branch.width,
+            "batch": self.cell.batch,
+            "dtype": dtype_name(self.cell.dtype),
+            "mode": self.cell.mode,
+            "implementation": self.implementation,
+            "microseconds": self.microseconds(),
+            "floor_microseconds": float(f"{1e6 * self.floor_seconds:.4g}"),
+            "rounds": len(self.seconds),
+            "device": timing.device_name(),
+            "threads": self.cell.threads,
+            "versions": timing.versions(),
+        }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; 0, or 1 where one of our kernels has no row, or 130 after Ctrl-C."""
+    options = _parse(arguments)
+    cells = [
+        Cell(op, branch, batch, DTYPES[dtype], options.backward, threads)
+        for op, branch, threads, dtype in itertools.product(options.op, BRANCHES, options.threads, options.dtype)
+        for batch in options.batch or ([32] if op.startswith("cls_") else [8])
+        if not (options.backward and op == "cls_fusion")  # inference only
+    ]
+    candidates = {cell: [*options.kernels, *(peer for peer in options.peers if _has(cell, peer))] for cell in cells}
+    results: list[Result] = []
+    with Session(sum(map(len, candidates.values())), options.rounds, TURN_SECONDS, CELL_SECONDS) as session:
+        for cell in cells:
+            torch.set_num_threads(cell.threads)
+            inputs = _rotation(cell)
+            flops: dict[str, int] = {}
+            seconds: dict[str, list[float]] = {}
+            builders = {name: functools.partial(_build, cell, name, inputs, flops) for name in candidates[cell]}
+            try:
+                session.compare(cell, builders, seconds)
+            finally:
+                if seconds:
+                    least = _floor(cell, inputs[0], min(flops.values()))
+                    results += [Result(cell, name, least, taken) for name, taken in seconds.items()]
+                timing.write_json(options.json, [result.row() for result in results])
+    _print(results)
+    for (cell, name), reason in session.left_out.items():
+        print(f"left out: {name} ({cell}): {reason}")
+    if results:
+        picture = options.json.with_suffix(".png")
+        plot.ops([result.row() for result in results], picture)
+        print(f"\nWritten: {options.json} and {picture}")
+    if session.interrupted:
+        print("Interrupted: what was measured until then is kept; the last cell may have fewer rounds than asked for.")
+        return 130
+    return int(any(name in options.kernels for _, name in session.left_out))
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ops", description=__doc__.partition("\n")[0])
+    parser.add_argument("--op", type=names(OPS, OPS), default=list(OPS), help=f"all, {', '.join(OPS)}")
+    parser.add_argument("--dtype", type=names(list(DTYPES)), default=["float32", "bfloat16"], help=", ".join(DTYPES))
+    parser.add_argument(
+        "--batch", type=counts, help="1,8 (by default 32 for the ops on the CLS token, 8 for the others)"
+    )
+    parser.add_argument("--kernels", type=names(KERNELS), default=["reference", "auto"], help=", ".join(KERNELS))
+    parser.add_argument("--peers", type=names(PEERS, PEERS), default=list(PEERS), help=f"all, none, {', '.join(PEERS)}")
+    parser.add_argument("--backward", action="store_true", help="time forward and backward together")
+    parser.add_argument("--threads", type=counts, default=[torch.get_num_threads()], help="of every candidate: 1,2")
+    parser.add_argument(
+        "--rounds", type=rounds, default=timing.MIN_ROUNDS, help="at least 9; more are made where they are quick"
+    )
+    parser.add_argument("--json", type=Path, help="the plot goes beside it (benchmarks/results/ops.json)")
+    options = parser.parse_args(arguments)
+    options.json = options.json or RESULTS / ("ops_backward.json" if options.backward else "ops.json")
+    return options
+
+
+def _has(cell: Cell, peer: str) -> bool:
+    """Whether there is such a peer; self_attention's reference is SDPA itself."""
+    return peer == "reference-compiled" or cell.op == "cls_cross_attention"
+
+
+def _rotation(cell: Cell) -> list[dict[str, Tensor]]:
+    """As many sets of inputs as exceed the last cache twice, at least two."""
+    first = inputs(cell, 0)
+    sets = max(2, -(-2 * floor.cache_bytes() // _bytes(first.values())))
+    return [first, *(inputs(cell, seed) for seed in range(1, sets))]
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _build(cell: Cell, name: str, inputs: list[dict[str, Tensor]], flops: dict[str, int]) -> Callable[[], object]:
+    """The call to be timed, a set of inputs further each time; `flops` gets its operations where they can be seen."""
+    function: Callable[..., Tensor]
+    if name == "sdpa":
+        function = functools.partial(sdpa, num_heads=HEADS)
+    elif name == "reference-compiled":
+        torch.compiler.reset()
+        function = torch.compile(cell.reference(), dynamic=False)
+    else:
+        function = cell.function(name)
+    _check(cell, function, inputs[0])
+    sets = itertools.cycle([_leaves(cell, tensors) for tensors in inputs] if cell.backward else inputs)
+    gradient = torch.randn_like(_differentiate(cell, function, inputs[0])[0]) if cell.backward else None
+
+    def run() -> object:
+        tensors = next(sets)
+        if gradient is None:
+            with torch.inference_mode():
+                return function(**tensors)
+        out = function(**tensors)
+        return torch.autograd.grad(out, [tensors[name] for name in cell.differentiable()], gradient)
+
+    if name != "reference-compiled":
+        flops[name] = floor.executed_flops(run)
+    return run
+
+
+def _leaves(cell: Cell, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, those that have a gradient as leaves that require it."""
+    with_gradient = set(cell.differentiable())
+    return {name: t.detach().requires_grad_(name in with_gradient) for name, t in tensors.items()}
+
+
+def _differentiate(cell: Cell, function: Callable[..., Tensor], tensors: dict[str, Tensor]) -> list[Tensor]:
+    """The output and, for a cell with backward, the gradients for a fixed random gradient of the output."""
+    if not cell.backward:
+        with torch.inference_mode():
+            return [function(**tensors)]
+    leaves = _leaves(cell, tensors)
+    out = function(**leaves)
+    gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(cell.dtype).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, [leaves[name] for name in cell.differentiable()], gradient)]
+
+
+def _check(cell: Cell, function: Callable[..., Tensor], tensors: dict[str, Tensor]) -> None:
+    """DisagreementError where output or a gradient is further from float64 than AGREEMENT allows."""
+    reference = cell.reference()
+    exact = _differentiate(cell, reference, {name: t.double() for name, t in tensors.items()})
+    own = _differentiate(cell, reference, tensors)
+    for name, found, same, true in zip(
+        ["output", *cell.differentiable()], _differentiate(cell, function, tensors), own, exact
+    ):
+        if found.shape != true.shape:
+            raise DisagreementError(f"{name} has shape {tuple(found.shape)}, the reference's {tuple(true.shape)}")
+        error, allowed = _rms(found.double() - true), AGREEMENT * _rms(same.double() - true)
+        allowed += AGREEMENT * torch.finfo(cell.dtype).eps * _rms(true)
+        if not error <= allowed:
+            raise DisagreementError(f"{name} is {error:.2g} (rms) off the float64 reference, {allowed:.2g} is allowed")
+
+
+def _rms(tensor: Tensor) -> float:
+    return tensor.square().mean().sqrt().item()
+
+
+def _floor(cell: Cell, tensors: dict[str, Tensor], flops: int) -> float:
+    """Seconds below which no implementation gets from memory: every tensor read or written once, or the operations."""
+    out = _differentiate(cell, cell.reference(), tensors)
+    moved = _bytes(tensors.values()) + _bytes(out[:1])
+    if cell.backward:  # reads the inputs and the output's gradient again, writes the gradients
+        moved += _bytes(tensors.values()) + _bytes(out)
+    rate, _ = floor.flop_rate(cell.dtype, cell.threads)
+    return max(moved / floor.bandwidth(cell.threads), flops / rate)
+
+
+def _print(results: list[Result]) -> None:
+    width = max((len(result.implementation) for result in results), default=0)
+    for cell, group in itertools.groupby(results, key=lambda result: result.cell):
+        rows = list(group)
+        medians = {row.implementation: row.microseconds()["median"] for row in rows}
+        against = [name for name in ("reference", *PEERS) if name in medians]
+        ratios = "".join(f"{'× ' + name:>21}" for name in against)
+        print(f"\n{cell}: floor {1e6 * rows[0].floor_seconds:.0f} µs")
+        print(f"  {'':{width}}  {'µs':>8} {'min':>8} {'max':>8}  rounds  × floor{ratios}")
+        for row in rows:
+            figures = row.microseconds()
+            ratios = "".join(f"{medians[name] / figures['median']:21.2f}" for name in against)
+            print(
+                f"  {row.implementation:{width}}  {figures['median']:8.1f} {figures['min']:8.1f} {figures['max']:8.1f}"
+                f"  {len(row.seconds):6d}  {figures['median'] / 1e6 / row.floor_seconds:7.1f}{ratios}"
+            )
+    print()
+    for dtype, threads in dict.fromkeys((result.cell.dtype, result.cell.threads) for result in results):
+        rate, by = floor.flop_rate(dtype, threads)
+        print(f"{dtype_name(dtype)}, {threads} threads: peak {rate / 1e9:.0f} GFLOP/s ({by})")
+    for threads in dict.fromkeys(result.cell.threads for result in results):
+        print(f"memory, {threads} threads: {floor.bandwidth(threads) / 1e9:.1f} GB/s, read plus written")
+    print(
+        f"agreement: rms error against float64 at most {AGREEMENT} × the reference's in the dtype plus {AGREEMENT} ulp"
+    )
+    print(timing.environment())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""What both benchmarks share: lists as arguments, and a run with one progress bar that survives failures and Ctrl-C."""
+
+import argparse
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from tqdm import tqdm
+
+from crossvit_kernels.backends import BACKENDS
+
+from . import timing
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KERNELS = ("auto", *BACKENDS)
+RESULTS = Path(__file__).with_name("results")
+
+
+class LeftOutError(RuntimeError):
+    """A candidate has no row, for a reason that needs no name of an exception beside it."""
+
+
+class UnsupportedError(LeftOutError):
+    """It has no way to do what was asked, as opposed to failing at it."""
+
+
+class DisagreementError(LeftOutError):
+    """It computes something else than the reference."""
+
+
+class Session:
+    """A context in which cells of candidates are prepared, checked and timed; Ctrl-C ends it and sets `interrupted`.
+
+    `left_out` says why a candidate of a cell has no figures. A turn lasts at least `turn_seconds`; there are more
+    rounds than asked for where they fit into `cell_seconds`.
+    """
+
+    def __init__(self, candidates: int, rounds: int, turn_seconds: float, cell_seconds: float) -> None:
+        self.rounds, self.turn_seconds, self.cell_seconds = rounds, turn_seconds, cell_seconds
+        self.left_out: dict[tuple[Hashable, str], str] = {}
+        self.interrupted = False
+        self.bar = tqdm(total=candidates * (1 + rounds), unit="step", smoothing=0.05, dynamic_ncols=True)
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        self.bar.close()
+        self.interrupted = kind is KeyboardInterrupt
+        return self.interrupted
+
+    def compare(
+        self,
+        cell: Hashable,
+        builders: Mapping[str, Callable[[], Callable[[], object]]],
+        seconds: dict[str, list[float]],
+    ) -> None:
+        """Build every candidate's call, then time them in turn; `seconds` holds what was measured so far at any moment.
+
+        A builder or a call that raises costs its candidate its figures, and the others go on.
+        """
+        runs: dict[str, Callable[[], object]] = {}
+        for name, build in builders.items():
+            self.bar.set_description(f"{cell}: prepare {name}")
+            try:
+                runs[name] = build()
+            except Exception as error:
+                self._leave_out(cell, name, error, steps_saved=self.rounds)
+            self.bar.update()
+        self.bar.set_description(f"{cell}: time")
+        planned = self.rounds
+        for name, taken, rounds in timing.interleaved(
+            runs, min_rounds=self.rounds, turn_seconds=self.turn_seconds, budget_seconds=self.cell_seconds
+        ):
+            self.bar.total += (rounds - planned) * len(runs)
+            planned = rounds
+            if isinstance(taken, Exception):
+                self._leave_out(cell, name, taken, steps_saved=rounds - len(seconds.pop(name, [])))
+                del runs[name]
+            else:
+                seconds.setdefault(name, []).append(taken)
+                self.bar.update()
+
+    def _leave_out(self, cell: Hashable, name: str, error: Exception, steps_saved: int) -> None:
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        self.left_out[cell, name] = reason if isinstance(error, LeftOutError) else f"{type(error).__name__}: {reason}"
+        self.bar.total -= steps_saved
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch.float32 as the rows and arguments name it: "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def names(known: Sequence[str], every: Sequence[str] | None = None) -> Callable[[str], list[str]]:
+    """An argument's type: a comma-separated list of known names; where `every` is given also "all" of it and "none"."""
+
+    def parse(text: str) -> list[str]:
+        if every is not None and text in ("all", "none"):
+            return list(every) if text == "all" else []
+        chosen = list(dict.fromkeys(text.split(",")))
+        if unknown := [name for name in chosen if name not in known]:
+            raise argparse.ArgumentTypeError(f"unknown {', '.join(map(repr, unknown))}, expected of {', '.join(known)}")
+        return chosen
+
+    return parse
+
+
+def counts(text: str) -> list[int]:
+    """An argument's type: a comma-separated list of numbers of at least 1."""
+    numbers = [int(number) if number.isdecimal() else 0 for number in text.split(",")]
+    if min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected numbers of at least 1")
+    return list(dict.fromkeys(numbers))
+
+
+def rounds(text: str) -> int:
+    """An argument's type: a number of rounds, at least timing.MIN_ROUNDS."""
+    if not text.isdecimal() or int(text) < timing.MIN_ROUNDS:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number of at least {timing.MIN_ROUNDS}")
+    return int(text)

@@ -1,0 +1,264 @@
+"""Images per second of CrossViT models on our kernels beside what a user would pick instead, in one process, in turn.
+
+python -m benchmarks.throughput --model crossvit_15_dagger_240 --batch 1,8 --dtype float32,bfloat16 \\
+    --kernels reference,auto --peers timm-eager,timm-compiled,onnxruntime,openvino --json PATH [--train]
+
+Every candidate has the same weights and sees the same photographs. It is timed only after its logits (and, with
+--train, its gradients) agreed with the float32 reference's within LOGIT_TOLERANCE and GRADIENT_TOLERANCE.
+"""
+
+import argparse
+import functools
+import itertools
+import math
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+import crossvit
+
+from . import floor, peers, plot, timing
+from .photographs import photographs
+from .session import DTYPES, KERNELS, RESULTS, DisagreementError, Session, counts, dtype_name, names, rounds
+from .training import TrainingStep, peer_step
+
+# Largest difference from the float32 reference's logits over the largest logit. Correct implementations stay at a tenth
+# (float32) and a third (the others) of it; logits of two different photographs differ by 0.3.
+LOGIT_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 1e-2}
+# Norm of the difference from the float32 reference's gradients over their norm, all parameters together.
+GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}
+TURN_SECONDS = 0.1  # how long a candidate's turn lasts at least
+CELL_SECONDS = 8.0  # more rounds than asked for are made where they fit into this
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is compared within: candidates of one cell make the same work."""
+
+    model: str
+    batch: int
+    dtype: torch.dtype
+    threads: int
+    train: bool
+
+    @property
+    def mode(self) -> str:
+        return "train" if self.train else "inference"
+
+    def __str__(self) -> str:
+        return f"{self.model}, batch {self.batch}, {dtype_name(self.dtype)}, {self.mode}, {self.threads} threads"
+
+
+@dataclass
+class Result:
+    """One candidate in one cell: by how much its logits were off, its operations, its time per call for each round."""
+
+    cell: Cell
+    implementation: str
+    difference: float
+    flops: int
+    seconds: list[float]
+
+    def images_per_second(self) -> dict[str, float]:
+        return timing.spread([self.cell.batch / seconds for seconds in self.seconds])
+
+    def row(self) -> dict[str, Any]:
+        return {
+            "model": self.cell.model,
+            "batch": self.cell.batch,
+            "dtype": dtype_name(self.cell.dtype),
+            "mode": self.cell.mode,
+            "implementation": self.implementation,
+            "images_per_second": self.images_per_second(),
+            "rounds": len(self.seconds),
+            "device": timing.device_name(),
+            "threads": self.cell.threads,
+            "versions": timing.versions(),
+        }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; 0, or 1 where one of our kernels has no row, or 130 after Ctrl-C."""
+    options = _parse(arguments)
+    grid = itertools.product(options.model, options.threads, options.batch, options.dtype)
+    cells = [Cell(model, batch, DTYPES[dtype], threads, options.train) for model, threads, batch, dtype in grid]
+    implementations = [*options.kernels, *options.peers]
+    results: list[Result] = []
+    with Session(len(cells) * len(implementations), options.rounds, TURN_SECONDS, CELL_SECONDS) as session:
+        for cell in cells:
+            torch.set_num_threads(cell.threads)
+            known: dict[str, tuple[float, int]] = {}
+            seconds: dict[str, list[float]] = {}
+            builders = {name: functools.partial(_build, cell, name, known) for name in implementations}
+            try:
+                session.compare(cell, builders, seconds)
+            finally:
+                results += [Result(cell, name, *known[name], taken) for name, taken in seconds.items()]
+                timing.write_json(options.json, [result.row() for result in results])
+    _print_tables(results, options.peers)
+    _print_summary(results, options)
+    for (cell, name), reason in session.left_out.items():
+        print(f"left out: {name} ({cell}): {reason}")
+    if results:
+        picture = options.json.with_suffix(".png")
+        plot.throughput([result.row() for result in results], picture)
+        print(f"\nWritten: {options.json} and {picture}")
+    if session.interrupted:
+        print("Interrupted: what was measured until then is kept; the last cell may have fewer rounds than asked for.")
+        return 130
+    return int(any(name in options.kernels for _, name in session.left_out))
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput", description=__doc__.partition("\n")[0])
+    models, every_peer = list(filter(timm.is_model, crossvit.list_models())), list(peers.PEERS)
+    default_models = ["crossvit_9_240", "crossvit_15_dagger_240"]
+    parser.add_argument("--model", type=names(models), default=default_models, help=", ".join(models))
+    parser.add_argument("--batch", type=counts, default=[1, 8], help="images per call: 1,8")
+    parser.add_argument("--dtype", type=names(list(DTYPES)), default=["float32", "bfloat16"], help=", ".join(DTYPES))
+    parser.add_argument("--kernels", type=names(KERNELS), default=["reference", "auto"], help=", ".join(KERNELS))
+    parser.add_argument(
+        "--peers", type=names(every_peer, every_peer), default=every_peer, help=f"all, none, {', '.join(every_peer)}"
+    )
+    parser.add_argument("--train", action="store_true", help="time a training step; bfloat16 and float16 by autocast")
+    parser.add_argument("--threads", type=counts, default=[torch.get_num_threads()], help="of every candidate: 1,2")
+    parser.add_argument(
+        "--rounds", type=rounds, default=timing.MIN_ROUNDS, help="at least 9; more are made where they are quick"
+    )
+    parser.add_argument("--json", type=Path, help="the plot goes beside it (benchmarks/results/throughput.json)")
+    options = parser.parse_args(arguments)
+    options.json = options.json or RESULTS / ("training.json" if options.train else "throughput.json")
+    return options
+
+
+def _build(cell: Cell, name: str, known: dict[str, tuple[float, int]]) -> Callable[[], Tensor]:
+    """The call to be timed; `known` gets by how much its logits differ from the reference's, and its operations."""
+    model, images = _timm_model(cell.model), _images(cell.model, cell.batch)
+    expected, expected_gradients = _reference(cell.model, cell.batch, cell.train)
+    ours = _our_model(cell.model, name) if name in KERNELS else None
+    run: Callable[[], Tensor]
+    if cell.train:
+        if ours is not None:
+            step = TrainingStep(ours, images, cell.dtype)
+        else:
+            step = peer_step(name, model, images, cell.dtype)
+        logits, gradients = step.logits_and_gradients()
+        off, allowed = _gradient_difference(gradients, expected_gradients), GRADIENT_TOLERANCE[cell.dtype]
+        if not off <= allowed:
+            raise DisagreementError(f"its gradients are {off:.2g} of their norm off, {allowed:g} is allowed")
+        run = step
+    else:
+        if ours is not None:
+            run = peers.inference(ours.eval().to(cell.dtype), images.to(cell.dtype))
+        else:
+            run = peers.PEERS[name](model, images, cell.dtype)
+        logits = run().float()
+    if logits.shape != expected.shape:
+        raise DisagreementError(f"its logits are {tuple(logits.shape)}, the reference's {tuple(expected.shape)}")
+    off, allowed = ((logits - expected).abs().max() / expected.abs().max()).item(), LOGIT_TOLERANCE[cell.dtype]
+    if not off <= allowed:
+        raise DisagreementError(f"its logits are {off:.2g} of the largest off, {allowed:g} is allowed")
+    known[name] = off, _flops(cell, name, run)
+    return run
+
+
+@functools.lru_cache(maxsize=1)
+def _timm_model(name: str) -> nn.Module:
+    return peers.timm_model(name)
+
+
+def _our_model(name: str, kernels: str) -> nn.Module:
+    """Ours with timm's weights, float32."""
+    model = crossvit.create_model(name, kernels=kernels)
+    model.load_state_dict(_timm_model(name).state_dict())
+    return model
+
+
+@functools.lru_cache(maxsize=2)
+def _images(model: str, batch: int) -> Tensor:
+    return photographs(batch, _timm_model(model).default_cfg["input_size"][1:])
+
+
+@functools.lru_cache(maxsize=2)
+def _reference(name: str, batch: int, train: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits of the float32 reference and, for training, its gradients."""
+    model, images = _our_model(name, "reference"), _images(name, batch)
+    if train:
+        return TrainingStep(model, images, torch.float32).logits_and_gradients()
+    return peers.inference(model.eval(), images)(), {}
+
+
+def _gradient_difference(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    if gradients.keys() != expected.keys():
+        missing = sorted(gradients.keys() ^ expected.keys())
+        raise DisagreementError(f"only one of it and the reference has gradients of {', '.join(missing[:4])}")
+    squares = sum((gradients[name].float() - expected[name]).square().sum().item() for name in expected)
+    return math.sqrt(squares / sum(gradient.square().sum().item() for gradient in expected.values()))
+
+
+def _flops(cell: Cell, name: str, run: Callable[[], object]) -> int:
+    """Floating-point operations of one call; an engine whose operations cannot be seen counts as the timm model."""
+    if name in KERNELS or name == "timm-eager":
+        return floor.executed_flops(run)
+    return _timm_flops(cell.model, cell.batch, cell.train)
+
+
+@functools.lru_cache(maxsize=2)
+def _timm_flops(name: str, batch: int, train: bool) -> int:
+    model, images = _timm_model(name), _images(name, batch)
+    return floor.executed_flops(
+        peer_step("timm-eager", model, images, torch.float32) if train else peers.inference(model, images)
+    )
+
+
+def _print_tables(results: list[Result], peer_names: list[str]) -> None:
+    width = max((len(result.implementation) for result in results), default=0)
+    for cell, group in itertools.groupby(results, key=lambda result: result.cell):
+        rows = list(group)
+        medians = {row.implementation: row.images_per_second()["median"] for row in rows}
+        present = [peer for peer in peer_names if peer in medians]
+        rate, _ = floor.flop_rate(cell.dtype, cell.threads)
+        ratios = "".join(f"{'× ' + peer:>17}" for peer in present)
+        print(f"\n{cell}\n  {'':{width}}  images/s    min    max  rounds  logits off  of peak{ratios}")
+        for row in rows:
+            figures = row.images_per_second()
+            share = row.flops / cell.batch * figures["median"] / rate
+            ratios = "".join(f"{figures['median'] / medians[peer]:17.2f}" for peer in present)
+            print(
+                f"  {row.implementation:{width}}  {figures['median']:8.4g} {figures['min']:6.4g} {figures['max']:6.4g}"
+                f"  {len(row.seconds):6d}  {row.difference:10.1e}  {share:7.0%}{ratios}"
+            )
+
+
+def _print_summary(results: list[Result], options: argparse.Namespace) -> None:
+    """Geometric means over the cells, what was held against what, and where."""
+    medians = {(result.cell, result.implementation): result.images_per_second()["median"] for result in results}
+    cells = list(dict.fromkeys(result.cell for result in results))
+    print()
+    for kernels, peer in itertools.product(options.kernels, options.peers):
+        both = [cell for cell in cells if (cell, kernels) in medians and (cell, peer) in medians]
+        ratios = [medians[cell, kernels] / medians[cell, peer] for cell in both]
+        if ratios:
+            mean = statistics.geometric_mean(ratios)
+            print(
+                f"{kernels}: {mean:.2f} × {peer} in the geometric mean of {len(both)} cells, at least {min(ratios):.2f}"
+            )
+    for dtype, threads in dict.fromkeys((cell.dtype, cell.threads) for cell in cells):
+        rate, by = floor.flop_rate(dtype, threads)
+        gradients = f", gradients within {GRADIENT_TOLERANCE[dtype]:g} of their norm" if options.train else ""
+        print(
+            f"{dtype_name(dtype)}, {threads} threads: peak {rate / 1e9:.0f} GFLOP/s ({by}); logits within"
+            f" {LOGIT_TOLERANCE[dtype]:g} of the largest of the float32 reference's{gradients}"
+        )
+    print(timing.environment())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
