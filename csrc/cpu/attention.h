@@ -10,19 +10,20 @@ namespace crossvit::CROSSVIT_ISA {
 template <int NV>
 inline void exponentials(float* scores, int64_t keys, const Vec* shift, float scale, bool pairs, Vec* sum) {
   constexpr int64_t lanes = NV * VL;
+  const float scale2 = scale * 1.4426950408889634f;
   for (int v = 0; v < NV; v++) sum[v] = Vec{};
   const int64_t step = pairs ? 2 : 1;
   for (int64_t n = 0; n < keys; n += step)
     CROSSVIT_UNROLL
     for (int v = 0; v < NV; v++) {
       const float* from = scores + n * lanes + v * VL;
-      const Vec p = exponential((load(from) - shift[v]) * scale);
+      const Vec p = exponential2_of_nonpositive((load(from) - shift[v]) * scale2);
       sum[v] += p;
       if (!pairs) {
         store(scores + n * lanes + v * VL, p);
         continue;
       }
-      const Vec q = n + 1 < keys ? exponential((load(from + lanes) - shift[v]) * scale) : Vec{};
+      const Vec q = n + 1 < keys ? exponential2_of_nonpositive((load(from + lanes) - shift[v]) * scale2) : Vec{};
       sum[v] += q;
       store(scores + n / 2 * lanes + v * VL, pair(p, q));
     }
@@ -51,14 +52,26 @@ inline Rows joined_rows(const Args& a, const void* data, int64_t image, int64_t 
           a.heads * a.width};
 }
 
+// Rows [m, m + count), row-major as floats and zero-padded to whole vectors.
+inline void load_rows(const Rows& rows, int64_t m, int64_t count, int64_t width, float* to, int64_t ldt) {
+  for (int64_t r0 = 0; r0 < count; r0 += kPanelVectors * VL) {
+    const int64_t here = smaller(count - r0, kPanelVectors * VL);
+    const PanelRows from(rows, m + r0, here);
+    for (int64_t r = 0; r < here; r++)
+      for (int64_t j = 0; j < width; j += VL)
+        store(to + (r0 + r) * ldt + j, from.load(r, j, static_cast<int>(smaller(width - j, VL))));
+  }
+}
+
 struct AttentionScratch {
-  float *query, *scores, *values, *values_f32, *c, *widened;
+  float *query, *keys, *scores, *values, *values_f32, *c, *widened;
   int64_t keys_padded, bytes;
   AttentionScratch(const AttentionArgs& a, char* base) {
     Arena arena{base};
     const int64_t lanes = kPanelVectors * VL;
     keys_padded = round_up(a.tokens, VL);
     query = arena.floats(round_up(a.width, 2) * lanes);
+    keys = arena.floats(a.tokens * round_up(a.width, VL));
     scores = arena.floats(keys_padded * lanes);
     values = arena.floats(a.width * keys_padded);
     values_f32 = arena.floats(a.width * keys_padded);
@@ -70,10 +83,9 @@ struct AttentionScratch {
 
 template <int NV>
 inline void attention_panel(const AttentionArgs& a, int64_t image, int64_t head, int64_t m, int64_t count,
-                            const Matrix& values, const AttentionScratch& s) {
+                            const Matrix& keys, const Matrix& values, const AttentionScratch& s) {
   constexpr int64_t lanes = NV * VL;
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(a.width));
-  const Matrix keys = as_matrix(head_rows(a, image, head, 1));
   load_transposed(head_rows(a, image, head, 0), m, count, 0, a.width, s.query, lanes);
   const Panel query{s.query, lanes, multiplies_pairs(a.dtype, a.width)};
   if (query.pairs) pack_pairs(s.query, lanes, a.width);
@@ -120,7 +132,17 @@ inline int64_t attention_scratch(const AttentionArgs& a) { return AttentionScrat
 inline void attention_run(const AttentionArgs& a, int64_t task, char* scratch) {
   const AttentionScratch s(a, scratch);
   const int64_t head = task / a.splits % a.heads, image = task / a.splits / a.heads, piece = task % a.splits;
-  // V transposed: the product with the probabilities runs along the keys.
+  // K and V meet every panel of queries: brought together, they stay in the core's cache. V is transposed, since the product
+  // with the probabilities runs along the keys.
+  const Rows key_rows = head_rows(a, image, head, 1);
+  Matrix keys{s.keys, DType::f32, round_up(a.width, VL)};
+  if (multiplies_pairs(a.dtype, a.width)) {
+    keys = {s.keys, DType::bf16, a.width};
+    for (int64_t n = 0; n < a.tokens; n++)
+      __builtin_memcpy(reinterpret_cast<uint16_t*>(s.keys) + n * a.width, row_pointer(key_rows, n), 2 * a.width);
+  } else {
+    load_rows(key_rows, 0, a.tokens, a.width, s.keys, keys.row_stride);
+  }
   const bool pairs = a.dtype == DType::bf16 && kDotBf16;
   load_transposed(head_rows(a, image, head, 2), 0, a.tokens, 0, a.width, pairs ? s.values_f32 : s.values,
                   s.keys_padded);
@@ -131,7 +153,7 @@ inline void attention_run(const AttentionArgs& a, int64_t task, char* scratch) {
   const PanelSplit split(a.tokens);
   for (int64_t p = piece * split.panels / a.splits; p < (piece + 1) * split.panels / a.splits; p++) {
     const int64_t m = split.first(p), count = smaller(split.first(p + 1), a.tokens) - m;
-    with_vectors(split.vectors_of(p), [&]<int NV>() { attention_panel<NV>(a, image, head, m, count, values, s); });
+    with_vectors(split.vectors_of(p), [&]<int NV>() { attention_panel<NV>(a, image, head, m, count, keys, values, s); });
   }
 }
 
@@ -159,14 +181,6 @@ struct AttentionGradScratch {
     bytes = arena.used;
   }
 };
-
-// Rows of a panel, row-major as floats and zero-padded to whole vectors: the right-hand side of a sum over queries.
-inline void load_rows(const Rows& rows, int64_t m, int64_t count, int64_t width, float* to, int64_t ldt) {
-  const PanelRows from(rows, m, count);
-  for (int64_t r = 0; r < count; r++)
-    for (int64_t j = 0; j < width; j += VL)
-      store(to + r * ldt + j, from.load(r, j, static_cast<int>(smaller(width - j, VL))));
-}
 
 template <int NV>
 inline void attention_grad_panel(const AttentionGradArgs& a, int64_t image, int64_t head, int64_t m, int64_t count,

@@ -177,8 +177,9 @@ std::vector<Tensor> cls_cross_attention_backward(
   }
   if (needs.get(1)) result.push_back(grad_patches);
   if (needs.get(2))
-    result.push_back(grad_values.mul(context)
-                         .add(grad_u.mul(key_query))
+    result.push_back(grad_values.to(at::kDouble)
+                         .mul(context)
+                         .add(grad_u.to(at::kDouble).mul(key_query))
                          .sum(at::IntArrayRef{0, 1})
                          .add(grad_y.mul(normalized).sum(0))
                          .to(norm_weight.scalar_type()));
@@ -196,7 +197,13 @@ std::vector<Tensor> cls_cross_attention_backward(
   if (needs.get(6)) result.push_back(outer(query.mul(scale), grad_key_query));
   if (needs.get(7)) result.push_back(at::zeros({width}, k_weight.options()));
   if (needs.get(8)) result.push_back(outer(grad, context.mul(gamma).add(beta)));
-  if (needs.get(9)) result.push_back(grad.sum(0).to(weight_dtype));
+  // The probabilities sum to one, unless they are not numbers, which the bias's gradient then must not be either.
+  if (needs.get(9))
+    result.push_back(grad.view({batch, num_heads, d})
+                         .add(probs.sum(2, true).mul(0))
+                         .sum(0)
+                         .reshape({width})
+                         .to(weight_dtype));
   return result;
 }
 

@@ -138,10 +138,25 @@ CROSSVIT_INLINE Vec pair(Vec even, Vec odd) {
 #endif
 }
 
-// Comparisons are written so that a NaN in x comes through.
-CROSSVIT_INLINE Vec at_least(Vec x, float low) { return x < low ? broadcast(low) : x; }
-CROSSVIT_INLINE Vec at_most(Vec x, float high) { return x > high ? broadcast(high) : x; }
-CROSSVIT_INLINE Vec maximum(Vec a, Vec b) { return a > b ? a : b; }  // a NaN in b comes through
+// A NaN in b comes through: the hardware's maximum and minimum return their second operand then.
+CROSSVIT_INLINE Vec maximum(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+CROSSVIT_INLINE Vec minimum(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
 CROSSVIT_INLINE Vec absolute(Vec x) { return (Vec)((UVec)x & 0x7fffffffu); }
 
 CROSSVIT_INLINE float sum(Vec v) {
@@ -166,14 +181,10 @@ CROSSVIT_INLINE Vec square_root(Vec x) {
 #endif
 }
 
-// exp(x): x = n ln 2 + r with |r| <= ln 2 / 2, a minimax polynomial in r (relative error 3e-9 before rounding), n added
-// to the exponent. Below -103.9 the result is 0, above 88.7 infinite; NaN stays.
-CROSSVIT_INLINE Vec exponential(Vec x) {
-  const Vec inside = at_most(at_least(x, -104.0f), 89.0f);
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-  const Vec shifted = inside * 1.44269504088896f + kRound;
-  const Vec n = shifted - kRound;
-  const Vec r = (inside - n * 0.693145751953125f) - n * 1.42860682030941723212e-6f;
+constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+
+// exp(r) 2^n for |r| <= ln 2 / 2, n = shifted - kRound: a minimax polynomial, relative error 3e-9 before rounding.
+CROSSVIT_INLINE Vec scaled_exponential(Vec r, __attribute__((unused)) Vec shifted, __attribute__((unused)) Vec n) {
   Vec p = r * 1.381446724e-3f + 8.368780836e-3f;
   p = p * r + 4.166839272e-2f;
   p = p * r + 1.666651964e-1f;
@@ -188,6 +199,23 @@ CROSSVIT_INLINE Vec exponential(Vec x) {
   const IVec half = exponent >> 1;
   return p * (Vec)((half + 127) << 23) * (Vec)((exponent - half + 127) << 23);
 #endif
+}
+
+// exp(x): x = n ln 2 + r. Below -103.9 the result is 0, above 88.7 infinite; NaN stays.
+CROSSVIT_INLINE Vec exponential(Vec x) {
+  const Vec inside = minimum(broadcast(89.0f), maximum(broadcast(-104.0f), x));
+  const Vec shifted = inside * 1.44269504088896f + kRound;
+  const Vec n = shifted - kRound;
+  const Vec r = (inside - n * 0.693145751953125f) - n * 1.42860682030941723212e-6f;
+  return scaled_exponential(r, shifted, n);
+}
+
+// 2^x for x <= 0, as a softmax wants it: the rounding of x costs no more than that of the score it comes from.
+CROSSVIT_INLINE Vec exponential2_of_nonpositive(Vec x) {
+  const Vec inside = maximum(broadcast(-150.0f), x);
+  const Vec shifted = inside + kRound;
+  const Vec n = shifted - kRound;
+  return scaled_exponential((inside - n) * 0.6931471805599453f, shifted, n);
 }
 
 // log(erfc(t / sqrt 2)) = t * polynomial(t) on [0, 6], fitted so that Phi below has an absolute error under 3e-8; beyond, the
