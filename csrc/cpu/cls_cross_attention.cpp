@@ -118,7 +118,11 @@ CrossAttentionResult cls_cross_attention(const Tensor& cls, const Tensor& patche
 
   const Tensor out = project_heads(context, v_weight, norm.weight, norm.bias, vector_of(v_bias), 1.0,
                                    q_weight.scalar_type());
-  const auto kept = [&](const Tensor& t) { return save ? t : empty_f32({0}); };
+  const auto kept = [&](const Tensor& t) {
+    auto shape = t.sizes().vec();
+    if (!save) shape[0] = 0;
+    return save ? t : empty_f32(shape);
+  };
   return {out, mean, rstd, probs, kept(context), kept(query), kept(key_query)};
 }
 
