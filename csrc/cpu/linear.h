@@ -74,7 +74,8 @@ inline void linear_panel(const LinearArgs& a, int64_t m, int64_t count, int64_t 
 inline int64_t linear_tasks(LinearArgs& a, int64_t threads) {
   const int64_t panels = PanelSplit(a.rows).panels;
   // Few panels do not divide over the threads: cut the columns too, as long as a piece is worth preparing its panel.
-  const int64_t wanted = panels >= 8 * threads || threads == 1 ? 1 : ceil_div(4 * threads, panels);
+  // An empty batch has no panels.
+  const int64_t wanted = panels >= 8 * threads || threads == 1 || panels == 0 ? 1 : ceil_div(4 * threads, panels);
   a.splits = larger(1, smaller(wanted, a.out_features / (4 * VL)));
   return panels * a.splits;
 }
