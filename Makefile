@@ -38,6 +38,7 @@ build: $(PACKAGE)  ## The environment and the C++ extension
 
 # A package of its own in build/sanitize, with its own objects, tested from there: the one in use stays as it is.
 SANITIZED := build/sanitize
+OP_TESTS := layer_norm_linear layer_norm_mlp linear_residual self_attention patch_embed cls_cross_attention cls_fusion
 sanitize: $(PACKAGE)  ## The op tests on an extension compiled with -fsanitize=address,undefined
 	rm -rf $(SANITIZED)
 	CROSSVIT_KERNELS_SANITIZE=address,undefined $(PYTHON) setup.py -q \
@@ -46,7 +47,8 @@ sanitize: $(PACKAGE)  ## The op tests on an extension compiled with -fsanitize=a
 	cd $(SANITIZED) && \
 	export LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 && \
-	$(CURDIR)/$(PYTHON) -m pytest --durations=5 SELECTION
+	$(CURDIR)/$(PYTHON) -m pytest --durations=5 -k "cpu or test_rule" \
+		tests/test_instruction_sets.py $(OP_TESTS:%=tests/test_%.py)
 
 clean:  ## Remove what was built; .venv stays
 	rm -rf build dist *.egg-info crossvit_kernels/_C.*.so crossvit_kernels/_build.json
