@@ -1,4 +1,4 @@
-"""Random inputs of the ops, from a seeded generator: tokens of the kinds that are hard on a LayerNorm, memory layouts, parameters."""
+"""Random inputs of the ops from a seeded generator: tokens that are hard on a LayerNorm, memory layouts, parameters."""
 
 import math
 from typing import Any
@@ -43,7 +43,7 @@ class Random:
     def drop_path(self, batch: int, dims: int, keep: float = 0.75) -> Tensor:
         """A factor per sample, 0 or 1 / keep, with both where the batch is larger than one."""
         kept = torch.rand(batch, generator=self.generator) < keep
-        kept[: 2] = torch.tensor([True, False])[:batch]
+        kept[:2] = torch.tensor([True, False])[:batch]
         return (kept / keep).view(batch, *([1] * (dims - 1)))
 
 
@@ -110,7 +110,13 @@ def patch_embed(
     bias: bool = True,
 ) -> dict[str, Any]:
     """Inputs of patch_embed."""
-    rows, columns = (height, width) if image_size is None else (image_size, image_size) if isinstance(image_size, int) else image_size
+    rows, columns = (
+        (height, width)
+        if image_size is None
+        else (image_size, image_size)
+        if isinstance(image_size, int)
+        else image_size
+    )
     tokens = 1 + (rows // patch) * (columns // patch)
     weight, conv_bias = rng.linear(embed, channels * patch * patch, bias=bias)
     return present(
@@ -136,7 +142,15 @@ def cls_cross_attention(
 
 
 def cls_fusion(
-    rng: Random, batch: int, tokens: int, own_width: int, width: int, heads: int, *, kind: str = "plain", bias: bool = True
+    rng: Random,
+    batch: int,
+    tokens: int,
+    own_width: int,
+    width: int,
+    heads: int,
+    *,
+    kind: str = "plain",
+    bias: bool = True,
 ) -> dict[str, Any]:
     """Inputs of cls_fusion, from a branch `own_width` wide to one `width` wide with `tokens` patches."""
     inputs: dict[str, Any] = {

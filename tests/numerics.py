@@ -5,7 +5,8 @@ For an op's output and for every gradient, with ref64 the reference in float64 o
     rms error(kernel) <= 2 rms error(reference) + 1 ulp                     both over the rms of ref64
     max error(kernel) <= 4 max error(reference) + 4 ulp at max|ref64|
 
-where an ulp is one of the compute dtype. NaN fails; infinities and NaN that the inputs bring must come out where the reference has them.
+where an ulp is one of the compute dtype. NaN fails; infinities and NaN that the inputs bring must come out where the
+reference has them.
 """
 
 import math
@@ -70,7 +71,7 @@ def evaluate(
     gradients: bool = True,
     device: str = "cpu",
 ) -> dict[str, Tensor]:
-    """The op's output "out" and its gradients "grad <input>", for a fixed gradient of random bfloat16 numbers coming in."""
+    """The op's output "out" and its gradients "grad <input>", for a fixed random gradient (bfloat16 numbers) of out."""
     values = {
         name: like(v.detach().to(device, precision.inputs), v).requires_grad_(gradients) if isinstance(v, Tensor) else v
         for name, v in inputs.items()
@@ -105,8 +106,10 @@ def assert_equal_to_reference(
     *,
     zero: dict[str, float] | None = None,
 ) -> None:
-    """Every tensor of `kernel` obeys the rule above. `zero` names those that are zero by mathematics, with the scale of their summands:
-    they are held to one ulp there."""
+    """Every tensor of `kernel` obeys the rule above.
+
+    `zero` names those that are zero by mathematics, with the scale of their summands: they are held to one ulp there.
+    """
     failures = []
     assert kernel.keys() == reference.keys() == ref64.keys()
     for name, exact in ref64.items():
@@ -131,7 +134,7 @@ def assert_equal_to_reference(
 
 
 def assert_same_nonfinite(kernel: dict[str, Tensor], reference: dict[str, Tensor], *, exact: str = "out") -> None:
-    """Elements are finite in `kernel` exactly where they are in `reference`; the tensor named `exact` has the same NaN, +inf and -inf too.
+    """Elements are finite in `kernel` exactly where they are in `reference`; in the tensor `exact` NaN, +inf, -inf agree.
 
     Elsewhere a sum of infinities may come in another order, which is inf here and NaN there.
     """

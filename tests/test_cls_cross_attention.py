@@ -1,12 +1,13 @@
-"""cls_cross_attention: every backend against the reference, which forms the keys and values that the kernels do without."""
+"""cls_cross_attention: every backend against the reference, which forms the keys and values that kernels do without."""
 
-import inputs
 import pytest
 import torch
+from torch import Tensor, nn
+
+import inputs
 from crossvit_kernels import cls_cross_attention
 from inputs import KINDS, LAYOUTS, Random
 from numerics import PRECISIONS, Precision, assert_same_nonfinite, check, evaluate
-from torch import Tensor, nn
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -79,7 +80,7 @@ def test_cls_and_patches_of_one_tensor(backend: str, precision: Precision, rng: 
 
 
 def test_the_reference_is_the_authors_module(rng: Random) -> None:
-    """timm's CrossAttention (the authors' code) behind a LayerNorm, up to its output projection, on the same weights."""
+    """timm's CrossAttention (the authors' code) behind a LayerNorm, up to its output projection, same weights."""
     from timm.models.crossvit import CrossAttention
 
     given = inputs.cls_cross_attention(rng, 2, 9, 24, 3)
@@ -103,7 +104,7 @@ def test_nonfinite_values_come_out_where_the_reference_has_them(
     kernel, reference = (evaluate(cls_cross_attention, given, precision, k) for k in (backend, "reference"))
     for result in (kernel, reference):
         del result["grad k_bias"]  # it no longer enters
-    # An infinite v_weight meets one mean of the tokens here and all tokens there: one infinity, or several that cancel to NaN.
+    # An infinite v_weight meets one mean of the tokens here, all tokens there: one infinity, or several that make NaN.
     assert_same_nonfinite(kernel, reference, exact="" if where == "v_weight" else "out")
 
 

@@ -1,8 +1,9 @@
 """cls_fusion: every backend against the reference; inference only."""
 
-import inputs
 import pytest
 import torch
+
+import inputs
 from crossvit_kernels import cls_fusion
 from inputs import KINDS, LAYOUTS, Random
 from numerics import PRECISIONS, Precision, check

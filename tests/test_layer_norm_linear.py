@@ -1,11 +1,12 @@
 """layer_norm_linear: every backend against the reference."""
 
-import inputs
 import pytest
 import torch
+
+import inputs
 from crossvit_kernels import layer_norm_linear
 from inputs import KINDS, LAYOUTS, Random
-from numerics import FLOAT32, PRECISIONS, Precision, assert_same_nonfinite, check, evaluate
+from numerics import PRECISIONS, Precision, assert_same_nonfinite, check, evaluate
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -68,7 +69,9 @@ def test_constant_tokens_are_exact(backend: str, rng: Random) -> None:
     assert (out - expected).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("where, value", [("x", torch.nan), ("x", torch.inf), ("weight", torch.nan), ("weight", -torch.inf)])
+@pytest.mark.parametrize(
+    "where, value", [("x", torch.nan), ("x", torch.inf), ("weight", torch.nan), ("weight", -torch.inf)]
+)
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
 def test_nonfinite_values_come_out_where_the_reference_has_them(
     backend: str, precision: Precision, where: str, value: float, rng: Random
@@ -79,22 +82,19 @@ def test_nonfinite_values_come_out_where_the_reference_has_them(
     assert_same_nonfinite(kernel, reference)
 
 
-def test_gradcheck_of_the_reference(rng: Random) -> None:
+@pytest.mark.parametrize("pre_activation, activation", [("gelu", None), (None, "gelu")])
+def test_gradcheck_of_the_reference(pre_activation: str | None, activation: str | None, rng: Random) -> None:
     given = {n: v.double().requires_grad_() for n, v in inputs.layer_norm_linear(rng, 2, 3, 5, out=4).items()}
-    names = list(given)
-    for pre_activation, activation in (("gelu", None), (None, "gelu")):
+    activations = {"pre_activation": pre_activation, "activation": activation}
 
-        def call(*values: torch.Tensor) -> torch.Tensor:
-            return layer_norm_linear(
-                **dict(zip(names, values)), pre_activation=pre_activation, activation=activation, kernels="reference"
-            )
+    def call(*values: torch.Tensor) -> torch.Tensor:
+        return layer_norm_linear(**dict(zip(given, values)), **activations, kernels="reference")
 
-        torch.autograd.gradcheck(call, tuple(given.values()))
-        torch.autograd.gradgradcheck(call, tuple(given.values()), fast_mode=True)
+    torch.autograd.gradcheck(call, tuple(given.values()))
+    torch.autograd.gradgradcheck(call, tuple(given.values()), fast_mode=True)
 
 
 def test_float64_is_served_by_the_reference(backend: str, rng: Random) -> None:
     given = inputs.layer_norm_linear(rng, 2, 3, 5, out=4)
     double = {n: v.double() for n, v in given.items()}
     assert torch.equal(layer_norm_linear(**double, kernels=backend), layer_norm_linear(**double, kernels="reference"))
-    assert FLOAT32.inputs is given["x"].dtype

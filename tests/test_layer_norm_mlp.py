@@ -1,8 +1,9 @@
 """layer_norm_mlp: every backend against the reference."""
 
-import inputs
 import pytest
 import torch
+
+import inputs
 from crossvit_kernels import layer_norm_mlp
 from inputs import KINDS, LAYOUTS, Random
 from numerics import PRECISIONS, Precision, assert_same_nonfinite, check, evaluate

@@ -1,8 +1,9 @@
 """linear_residual: every backend against the reference."""
 
-import inputs
 import pytest
 import torch
+
+import inputs
 from crossvit_kernels import linear_residual
 from inputs import LAYOUTS, Random
 from numerics import PRECISIONS, Precision, assert_same_nonfinite, check, evaluate
@@ -32,9 +33,7 @@ def test_shapes(backend: str, precision: Precision, shape: tuple[int, ...], out:
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
 @pytest.mark.parametrize("scale", ["sample", "channel"])
 @pytest.mark.parametrize("shape, out", [((7, 192), 96), ((4, 17, 96), 100), ((2, 3, 5, 33), 65)], ids=str)
-def test_scale(
-    backend: str, precision: Precision, scale: str, shape: tuple[int, ...], out: int, rng: Random
-) -> None:
+def test_scale(backend: str, precision: Precision, scale: str, shape: tuple[int, ...], out: int, rng: Random) -> None:
     """A factor per sample (drop path) or per channel (LayerScale)."""
     check(linear_residual, inputs.linear_residual(rng, *shape, out=out, scale=scale), precision, backend)
 
@@ -91,7 +90,9 @@ def test_nonfinite_values_come_out_where_the_reference_has_them(
 
 @pytest.mark.parametrize("scale", [None, "sample", "channel"])
 def test_gradcheck_of_the_reference(scale: str | None, rng: Random) -> None:
-    given = {n: v.double().requires_grad_() for n, v in inputs.linear_residual(rng, 2, 3, 5, out=4, scale=scale).items()}
+    given = {
+        n: v.double().requires_grad_() for n, v in inputs.linear_residual(rng, 2, 3, 5, out=4, scale=scale).items()
+    }
 
     def call(*values: torch.Tensor) -> torch.Tensor:
         return linear_residual(**dict(zip(given, values)), kernels="reference")

@@ -1,9 +1,10 @@
 """patch_embed: every backend against the reference."""
 
-import inputs
 import pytest
 import torch
 import torch.nn.functional as F
+
+import inputs
 from crossvit_kernels import patch_embed
 from inputs import LAYOUTS, Random
 from numerics import PRECISIONS, Precision, assert_same_nonfinite, check, evaluate

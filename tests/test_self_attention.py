@@ -1,12 +1,13 @@
 """self_attention: every backend against the reference."""
 
-import inputs
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import inputs
 from crossvit_kernels import self_attention
 from inputs import LAYOUTS, Random
 from numerics import PRECISIONS, Precision, assert_same_nonfinite, check, evaluate
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

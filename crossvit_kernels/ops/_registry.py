@@ -8,7 +8,7 @@ torch.export, ONNX and the FLOP counter see one node.
     needed
 
 whose implementations look the backend up when they run. `save` says whether a backward will come; without it the saved
-tensors have size 0. Every backend saves the same tensors, so any backend's backward accepts any backend's forward.
+tensors have no rows. Every backend saves the same tensors, so any backend's backward accepts any backend's forward.
 """
 
 import functools
@@ -100,7 +100,7 @@ class Op:
         for device in ("CPU", "CUDA"):
             LIBRARY.impl(name, self._autocast(device.lower()), f"Autocast{device}")
         register_flop_formula(self.op.overloadpacket, get_raw=True)(self._count)
-        # For ONNX and run_decompositions; where sizes are symbolic FakeTensorMode would take it too, but for meta_table.
+        # For ONNX and run_decompositions; FakeTensorMode would take it for symbolic sizes too, but for meta_table.
         register_decomposition(self.op)(self._decompose)
         meta_table[self.op] = self._fake
         torch.library.register_autograd(
@@ -119,6 +119,8 @@ class Op:
             )
             order = ["grad_out", *(self.inputs[i] for i in self.kept), *names, "needs"]
             self._native_backward = self._native_kernel(f"{name}_backward", order)
+            for device in ("CPU", "CUDA"):  # a backward that runs inside the region computes as the one outside
+                LIBRARY.impl(f"{name}_backward", self._without_autocast, f"Autocast{device}")
             register_flop_formula(self.backward_op.overloadpacket, get_raw=True)(self._count_backward)
             torch.library.register_autograd(
                 f"crossvit_kernels::{name}_backward", self._no_second_derivative, lib=LIBRARY
@@ -192,7 +194,7 @@ class Op:
 
     def _fake(self, *args: Any) -> Any:
         out, *saved = self.outputs(*args[:-2])
-        return (out, *(t if args[-2] else t.new_empty(0) for t in saved)) if saved else out
+        return (out, *(t if args[-2] else t.new_empty((0, *t.shape[1:])) for t in saved)) if saved else out
 
     def _fake_backward(self, *args: Any) -> list[Tensor]:
         kept = [args[1 + k] for k, i in enumerate(self.kept) if i in self.tensors]
@@ -213,6 +215,10 @@ class Op:
                 return self.op(*inputs)
 
         return run
+
+    def _without_autocast(self, *args: Any) -> list[Tensor]:
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            return self.backward_op(*args)
 
     def _decompose(self, *args: Any) -> Any:
         return self._run_reference(*args[:-1])
@@ -274,8 +280,10 @@ class Op:
             out = self.reference(*inputs).contiguous()
             if not self.saved:
                 return out
+            if not save:
+                return out, *(t.new_empty((0, *t.shape[1:])) for t in self.outputs(*inputs)[1:])
             assert self.save is not None
-            return out, *(self.save(*inputs) if save else (out.new_empty(0) for _ in self.saved))
+            return out, *self.save(*inputs)
 
     def _differentiate_reference(self, grad_out: Tensor, inputs: list[Any], needs: Sequence[bool]) -> list[Tensor]:
         wanted = [i for i, needed in zip((i for i in self.kept if i in self.tensors), needs) if needed]

@@ -59,7 +59,7 @@ def _save(
     heads, head_dim = query.unflatten(-1, (num_heads, -1)), cls.shape[1] // num_heads
     key_query = torch.einsum("bhd,hdc->bhc", heads, k_weight.float().unflatten(0, (num_heads, -1))) * head_dim**-0.5
     probs = (key_query * norm_weight.float() @ normalized.transpose(1, 2)).softmax(dim=-1)
-    return mean, rstd, probs, probs @ normalized, query, key_query
+    return mean, rstd, probs, probs @ normalized, query, key_query.contiguous()
 
 
 def _outputs(cls: Tensor, patches: Tensor, *rest: Any) -> tuple[Tensor, ...]:

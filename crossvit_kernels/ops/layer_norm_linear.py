@@ -55,7 +55,7 @@ def _save(x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tens
     bias, eps, gelu_in, gelu_out = rest
     statistics = norm_statistics(x, eps)
     if not gelu_out:
-        return *statistics, weight.new_empty(0)
+        return *statistics, weight.new_empty((0, weight.shape[0]))
     pre = _reference(x, norm_weight, norm_bias, weight, bias, eps, gelu_in, False)
     return *statistics, pre.reshape(-1, weight.shape[0])
 
@@ -65,7 +65,7 @@ def _outputs(
 ) -> tuple[Tensor, ...]:
     rows, gelu_out = math.prod(x.shape[:-1]), rest[-1]
     mean, rstd = x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
-    pre = weight.new_empty((rows, weight.shape[0]) if gelu_out else 0)
+    pre = weight.new_empty((rows if gelu_out else 0, weight.shape[0]))
     return weight.new_empty((*x.shape[:-1], weight.shape[0])), mean, rstd, pre
 
 

@@ -1,0 +1,406 @@
+"""The ops as the dispatcher sees them: one node for autograd, torch.compile, torch.export, ONNX, the FLOP counter."""
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import crossvit_kernels
+import inputs
+from conftest import NATIVE
+from crossvit_kernels import backends
+from crossvit_kernels.ops._registry import OPS, Op
+from inputs import DIFFERENTIABLE, EXAMPLES, Random
+from numerics import DEVICES, FLOAT32, FLOAT64, assert_equal_to_reference, evaluate
+
+ALL = ["reference", *NATIVE]
+
+
+class Model(nn.Module):
+    """All seven ops in a row, images (B, 3, H, W) -> (B, 24)."""
+
+    def __init__(self, kernels: str = "auto", *, fusion: bool = True) -> None:
+        super().__init__()
+        rng, width = Random(), 24
+        self.kernels, self.fusion = kernels, fusion
+        calls = {
+            "patch_embed": inputs.patch_embed(rng, 1, 16, 16, patch=4, embed=width),
+            "layer_norm_linear": inputs.layer_norm_linear(rng, 1, width, out=3 * width),
+            "linear_residual": inputs.linear_residual(rng, 1, width, out=width, scale="channel"),
+            "layer_norm_mlp": inputs.layer_norm_mlp(rng, 1, width, hidden=40),
+            "cls_cross_attention": inputs.cls_cross_attention(rng, 1, 1, width, 3),
+            "cls_fusion": inputs.cls_fusion(rng, 1, 1, width, width, 3),
+        }
+        activations = {"x", "residual", "images", "cls", "patches"}
+        for op, given in calls.items():
+            parameters = {
+                n: nn.Parameter(v) for n, v in given.items() if isinstance(v, Tensor) and n not in activations
+            }
+            setattr(self, op, nn.ParameterDict(parameters))
+
+    def call(self, op: str, *activations: Any, **others: Any) -> Tensor:
+        names = OPS[op].inputs
+        given = dict(
+            zip(("images",) if op == "patch_embed" else [n for n in names if n in ACTIVATIONS[op]], activations)
+        )
+        return getattr(crossvit_kernels, op)(**given, **getattr(self, op), **others, kernels=self.kernels)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.call("patch_embed", images, image_size=16)
+        qkv = self.call("layer_norm_linear", x)
+        x = self.call("linear_residual", crossvit_kernels.self_attention(qkv, 3, kernels=self.kernels), x)
+        x = self.call("layer_norm_mlp", x)
+        cls = self.call("cls_cross_attention", x[:, 0], x[:, 1:], num_heads=3)
+        return self.call("cls_fusion", cls, x[:, 1:], num_heads=3) if self.fusion else cls
+
+
+ACTIVATIONS = {
+    "layer_norm_linear": ("x",),
+    "linear_residual": ("x", "residual"),
+    "layer_norm_mlp": ("x",),
+    "cls_cross_attention": ("cls", "patches"),
+    "cls_fusion": ("cls", "patches"),
+}
+
+
+def dispatcher_inputs(name: str, *, permuted: bool = False) -> list[Any]:
+    """The example's arguments as crossvit_kernels::<name> takes them, up to `save` and `kernels`."""
+    given = EXAMPLES[name]()
+    if name == "patch_embed":
+        given["height"], given["width"] = given.pop("image_size")
+    if name == "layer_norm_linear":
+        given |= {"gelu_in": False, "gelu_out": given.pop("activation") == "gelu"}
+    op = OPS[name]
+    if permuted:
+        for i in op.activations:
+            given[op.inputs[i]] = inputs.arrange(given[op.inputs[i]], "permuted")
+    return [given.get(n, 1e-6 if n == "eps" else None) for n in op.inputs]
+
+
+def backward_arguments(
+    op: Op, values: list[Any], saved: tuple[Tensor, ...], grad_out: Tensor, needs: list[bool]
+) -> list[Any]:
+    """The arguments of crossvit_kernels::<name>_backward up to `kernels`."""
+    kept = [values[i] for i in op.kept]
+    return [grad_out, *kept, *saved[0 if op.takes_out else 1 :], needs]
+
+
+def forward(op: Op, values: list[Any], kernels: str) -> tuple[Tensor, ...]:
+    """(out, saved...) of crossvit_kernels::<name>."""
+    result = op.op(*values, True, kernels)
+    return result if isinstance(result, tuple) else (result,)
+
+
+@pytest.mark.parametrize("kernels", ALL)
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_opcheck(name: str, kernels: str, permuted: bool) -> None:
+    op, values = OPS[name], dispatcher_inputs(name, permuted=permuted)
+    if op.save is None:
+        torch.library.opcheck(op.op, (*values, False, kernels))
+        return
+    values = [v.requires_grad_() if isinstance(v, Tensor) else v for v in values]
+    torch.library.opcheck(op.op, (*values, True, kernels))
+    values = [v.detach() if isinstance(v, Tensor) else v for v in values]
+    torch.library.opcheck(op.op, (*values, False, kernels))
+    saved = forward(op, values, kernels)
+    needs = [values[i] is not None for i in op.kept if i in op.tensors]
+    arguments = backward_arguments(op, values, saved, torch.randn_like(saved[0]), needs)
+    torch.library.opcheck(op.backward_op, (*arguments, kernels))
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_any_backward_accepts_any_forward(backend: str, name: str, rng: Random) -> None:
+    """All backends save the same tensors: a kernel's backward over the reference's forward, and the other way round."""
+    op, values = OPS[name], dispatcher_inputs(name)
+    needs = [True] * sum(i in op.tensors for i in op.kept)
+    outs = {kernels: forward(op, values, kernels) for kernels in ALL}
+    grad_out = rng.normal(*outs["reference"][0].shape)
+    for value, expected in zip(outs[backend], outs["reference"]):
+        assert value.shape == expected.shape
+        assert value.dtype == expected.dtype
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)
+
+    def gradients(forward_kernels: str, backward_kernels: str) -> dict[str, Tensor]:
+        arguments = backward_arguments(op, values, outs[forward_kernels], grad_out, needs)
+        found = op.backward_op(*arguments, backward_kernels)
+        return dict(zip([op.inputs[i] for i in op.kept if i in op.tensors], found))
+
+    in_float64 = [v.double() if isinstance(v, Tensor) else v for v in values]
+    arguments = backward_arguments(op, in_float64, forward(op, in_float64, "reference"), grad_out.double(), needs)
+    ref64 = dict(zip(gradients(backend, backend), op.backward_op(*arguments, "reference")))
+    reference = gradients("reference", "reference")
+    zero = {"k_bias": 1.0}
+    for mixed in (gradients("reference", backend), gradients(backend, "reference")):
+        assert_equal_to_reference(mixed, reference, ref64, FLOAT32.ulp, zero=zero)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_empty_batch_gives_an_empty_result_and_zero_gradients(backend: str, name: str) -> None:
+    given = EXAMPLES[name]()
+    names = {OPS[name].inputs[i] for i in OPS[name].activations} | {"scale"}
+    for key in names & given.keys():
+        if key != "scale" or given[key].dim() > 1:
+            given[key] = given[key][:0]
+    result = evaluate(getattr(crossvit_kernels, name), given, FLOAT32, backend, gradients=name in DIFFERENTIABLE)
+    expected = evaluate(getattr(crossvit_kernels, name), given, FLOAT32, "reference", gradients=name in DIFFERENTIABLE)
+    assert result["out"].shape[0] == 0
+    for key, value in result.items():
+        assert value.shape == expected[key].shape
+        assert value.dtype == expected[key].dtype
+        assert not value.count_nonzero()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_same_call_twice_gives_the_same_bits(backend: str, name: str, dtype: torch.dtype, poisoned: None) -> None:
+    """Also where the memory that a kernel works in held NaN: a call with NaN everywhere comes between the two."""
+    large = {
+        "layer_norm_linear": lambda: inputs.layer_norm_linear(Random(), 3, 130, 96, out=200),
+        "linear_residual": lambda: inputs.linear_residual(Random(), 3, 130, 96, out=200, scale="sample"),
+        "layer_norm_mlp": lambda: inputs.layer_norm_mlp(Random(), 3, 130, 96, hidden=200, scale="channel"),
+        "self_attention": lambda: inputs.self_attention(Random(), 3, 130, 96, 3),
+        "patch_embed": lambda: inputs.patch_embed(Random(), 3, 50, 70, patch=7, embed=96, image_size=(84, 56)),
+        "cls_cross_attention": lambda: inputs.cls_cross_attention(Random(), 3, 130, 96, 3),
+        "cls_fusion": lambda: inputs.cls_fusion(Random(), 3, 130, 64, 96, 3),
+    }
+    given = large[name]()
+    nan = {n: torch.full_like(v, torch.nan) if isinstance(v, Tensor) else v for n, v in given.items()}
+    op, precision = getattr(crossvit_kernels, name), type(FLOAT32)(str(dtype), dtype)
+
+    def call(values: dict[str, Any]) -> dict[str, Tensor]:
+        return evaluate(op, values, precision, backend, gradients=name in DIFFERENTIABLE, device=DEVICES[backend])
+
+    first = call(given)
+    call(nan)
+    for key, value in call(given).items():
+        assert torch.equal(value, first[key]), key
+        assert not value.isnan().any(), key
+
+
+@pytest.mark.parametrize("kernels", ALL)
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_a_frozen_inputs_gradient_is_not_computed(name: str, kernels: str) -> None:
+    """Every input in turn alone needs a gradient: the backward op is asked for it, and returns it, and no other."""
+    op, values = OPS[name], dispatcher_inputs(name)
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if func is op.backward_op:
+                calls.append((args[-2], len(result)))
+            return result
+
+    given = EXAMPLES[name]()
+    everything = evaluate(getattr(crossvit_kernels, name), given, FLOAT32, kernels)
+    for i in op.tensors:
+        calls: list[tuple[list[bool], int]] = []
+        alone = [v.detach().requires_grad_(j == i) if isinstance(v, Tensor) else v for j, v in enumerate(values)]
+        with Spy():
+            result = op.op(*alone, True, kernels)
+            out = result[0] if op.saved else result
+            grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).bfloat16().to(out)
+            (gradient,) = torch.autograd.grad(out, [alone[i]], grad_out)
+        expected_calls = [([j == i for j in op.kept if j in op.tensors], 1)] if i in op.kept else []
+        assert calls == expected_calls
+        torch.testing.assert_close(gradient, everything[f"grad {op.inputs[i]}"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_a_second_derivative_raises(backend: str, name: str) -> None:
+    given = {n: v.requires_grad_() if isinstance(v, Tensor) else v for n, v in EXAMPLES[name]().items()}
+    leaves = [v for v in given.values() if isinstance(v, Tensor)]
+    out = getattr(crossvit_kernels, name)(**given, kernels=backend)
+    first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match=f"crossvit_kernels.{name} has no second derivative"):
+        torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_function_transforms_and_forward_mode_run_on_the_reference(backend: str, name: str) -> None:
+    """torch.func and forward-mode derivatives know plain PyTorch only; no derivative is dropped without a word."""
+    given = EXAMPLES[name]()
+    first = OPS[name].inputs[OPS[name].activations[0]]
+
+    def call(kernels: str) -> Callable[[Tensor], Tensor]:
+        return lambda x: getattr(crossvit_kernels, name)(**(given | {first: x}), kernels=kernels).sum()
+
+    x, tangent = given[first], torch.ones_like(given[first])
+    with sdpa_kernel(SDPBackend.MATH):  # the fused one has no forward-mode derivative on a CPU
+        (_, value), (_, expected) = (torch.func.jvp(call(k), (x,), (tangent,)) for k in (backend, "reference"))
+        assert torch.equal(value, expected)
+        assert torch.equal(torch.func.grad(call(backend))(x), torch.func.grad(call("reference"))(x))
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, tangent)
+            assert torch.equal(torch.autograd.forward_ad.unpack_dual(call(backend)(dual)).tangent, expected)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_compile_of_the_whole_graph(backend: str, name: str, dynamic: bool) -> None:
+    """Forward and backward are traced without a break and give what the eager op gives, for several batch sizes."""
+    torch._dynamo.reset()
+    op, example, differentiable = getattr(crossvit_kernels, name), EXAMPLES[name](), name in DIFFERENTIABLE
+    compiled = torch.compile(
+        lambda given: op(**given, kernels=backend), fullgraph=True, dynamic=dynamic, backend="aot_eager"
+    )
+    batched = {OPS[name].inputs[i] for i in OPS[name].activations} | {"scale"}
+
+    for batch in (2, 3, 5) if dynamic else (2,):
+        given = {
+            n: v[:1].expand(batch, *v.shape[1:]).clone() if n in batched and v.dim() > 1 else v
+            for n, v in example.items()
+        }
+        call = {
+            "eager": lambda kernels, **values: op(**values, kernels=kernels),
+            "compiled": lambda kernels, **values: compiled(values),
+        }
+        eager, traced = (evaluate(call[k], given, FLOAT32, backend, gradients=differentiable) for k in call)
+        for key, value in eager.items():
+            torch.testing.assert_close(traced[key], value, rtol=1e-5, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@torch._inductor.config.patch(force_disable_caches=True)
+def test_compile_with_inductor_and_a_dynamic_batch(backend: str) -> None:
+    """All differentiable ops, forward and backward, compiled by inductor once for all batch sizes."""
+    torch._dynamo.reset()
+    model = Model(backend, fusion=False)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    for batch in (2, 3):
+        images = Random(batch).normal(batch, 3, 20, 20)
+        with torch._dynamo.config.patch(error_on_recompile=batch > 2):
+            out = compiled(images)
+        grads = torch.autograd.grad(out.sum(), [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+        expected = model(images)
+        expected_grads = torch.autograd.grad(expected.sum(), list(model.parameters()), allow_unused=True)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+        for value, wanted in zip(grads, expected_grads):
+            if wanted is not None:
+                torch.testing.assert_close(value, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_the_fake_stands_in_for_the_op_where_sizes_are_symbolic(backend: str) -> None:
+    """The ONNX decomposition must not run there: it would trace the reference's shapes, guards and all."""
+    torch._dynamo.reset()
+    op = OPS["layer_norm_linear"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(op, "_run_reference", None)
+        given = EXAMPLES["layer_norm_linear"]()
+        call = torch.compile(
+            lambda v: crossvit_kernels.layer_norm_linear(**v, kernels=backend), dynamic=True, backend="aot_eager"
+        )
+        assert call(given).shape == (2, 5, 12)
+
+
+def test_export_keeps_the_ops_and_a_dynamic_batch() -> None:
+    model = Model().eval().requires_grad_(False)
+    images = Random().normal(2, 3, 20, 20)
+    exported = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    targets = {str(node.target) for node in exported.graph.nodes}
+    served = set(EXAMPLES) if NATIVE else set()
+    assert {t.split(".")[1] for t in targets if t.startswith("crossvit_kernels.")} == served
+    buffer = io.BytesIO()
+    torch.export.save(exported, buffer)
+    buffer.seek(0)
+    loaded = torch.export.load(buffer).module()
+    images = Random(1).normal(3, 3, 20, 20)
+    torch.testing.assert_close(loaded(images), model(images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("exported_first", [False, True])
+def test_onnx_export_runs_in_onnxruntime(exported_first: bool) -> None:
+    """The ops decompose into the reference, from a module and from an exported program, whatever `kernels` is."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = Model().eval().requires_grad_(False)
+    images, shapes = Random().normal(2, 3, 20, 20), ({0: torch.export.Dim("batch")},)
+    if exported_first:
+        program = torch.onnx.export(
+            torch.export.export(model, (images,), dynamic_shapes=shapes), dynamo=True, verbose=False
+        )
+    else:
+        program = torch.onnx.export(model, (images,), dynamic_shapes=shapes, dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    images = Random(1).normal(3, 3, 20, 20)
+    (out,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(out), model(images), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchscript_traces_the_reference(backend: str) -> None:
+    model, images = Model(backend).eval().requires_grad_(False), Random().normal(2, 3, 20, 20)
+    traced = torch.jit.trace(model, images)
+    assert "crossvit_kernels::" not in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+def flops(call: Callable[[], Any]) -> int:
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):  # torch does not count the fused one on a CPU
+        call()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_flop_counter_counts_what_runs(backend: str, name: str) -> None:
+    """The formulas agree with the count of the reference's own operations where the kernels do the same products."""
+    values, op = dispatcher_inputs(name), OPS[name]
+    plain = flops(lambda: op.reference(*values))
+    assert flops(lambda: op.op(*values, False, "reference")) == plain
+    counted = flops(lambda: op.op(*values, False, backend))
+    if name not in ("cls_cross_attention", "cls_fusion"):
+        assert counted == plain
+        return
+    # The absorbed form: q, u and v instead of q and all keys and values; two passes of every head over the tokens.
+    batch, tokens, width, heads = 2, 6, 16, 2
+    keys_and_values, scores = 2 * tokens * width**2, 2 * tokens * width
+    absorbed = 2 * width**2 + 2 * tokens * width * heads
+    assert plain - counted == 2 * batch * (keys_and_values + scores - absorbed)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_the_flop_counter_counts_the_backward(backend: str, name: str) -> None:
+    values, op = dispatcher_inputs(name), OPS[name]
+    leaves = [v.requires_grad_() if isinstance(v, Tensor) else v for v in values]
+
+    def run(call: Callable[..., Any]) -> int:
+        with sdpa_kernel(SDPBackend.MATH):
+            result = call(*leaves)
+        out = result[0] if isinstance(result, tuple) else result
+        return flops(lambda: out.sum().backward())
+
+    plain = run(op.reference)
+    counted = run(lambda *v: op.op(*v, True, backend))
+    # Again: for the factor's gradient a Linear's output, for the attention the scores.
+    products = {"linear_residual": 1.5, "layer_norm_mlp": 1.25, "self_attention": 1.25}
+    if name == "cls_cross_attention":
+        assert 0 < counted < plain
+    elif name == "patch_embed":
+        assert counted == plain
+    else:
+        assert counted == pytest.approx(plain * products.get(name, 1.0))
+    assert run(lambda *v: op.op(*v, True, "reference")) >= plain
+
+
+def test_the_backward_of_a_forward_that_saved_nothing_raises() -> None:
+    values = [v.requires_grad_() if isinstance(v, Tensor) else v for v in dispatcher_inputs("layer_norm_linear")]
+    out = OPS["layer_norm_linear"].op(*values, False, "auto")[0]
+    with pytest.raises(RuntimeError, match="save=False"):
+        out.sum().backward()
+
+
+def test_ops_in_float64_through_the_dispatcher_are_the_reference() -> None:
+    for name in EXAMPLES:
+        values = [v.double() if isinstance(v, Tensor) else v for v in dispatcher_inputs(name)]
+        result = OPS[name].op(*values, False, "auto")
+        out = result[0] if isinstance(result, tuple) else result
+        torch.testing.assert_close(out, OPS[name].reference(*values))
+        assert backends.resolve("auto", out.device, FLOAT64.inputs, name) == "reference"
