@@ -134,7 +134,7 @@ def assert_equal_to_reference(
 
 
 def assert_same_nonfinite(kernel: dict[str, Tensor], reference: dict[str, Tensor], *, exact: str = "out") -> None:
-    """Elements are finite in `kernel` exactly where they are in `reference`; in the tensor `exact` NaN, +inf, -inf agree.
+    """Elements are finite in `kernel` exactly where they are in `reference`; in `exact` NaN, +inf, -inf agree.
 
     Elsewhere a sum of infinities may come in another order, which is inf here and NaN there.
     """

@@ -183,7 +183,8 @@ def test_the_package_imports_and_runs_where_the_extension_is_of_another_torch(tm
         target.write_bytes(path.read_bytes())
     (copy / "_build.json").write_text(json.dumps(RECORD | {"torch": "1.0"}))
     (copy / f"_C.{RECORD['abi']}.so").write_bytes(b"not a library")
-    code = "import torch, crossvit_kernels as k; print(k.self_attention(torch.ones(1, 2, 6), 1).shape); k.backends.report()"
+    call = "k.self_attention(torch.ones(1, 2, 6), 1).shape"
+    code = f"import torch, crossvit_kernels as k; print({call}); k.backends.report()"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "CROSSVIT_KERNELS": ""}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False

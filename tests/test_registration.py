@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -182,6 +183,16 @@ def test_the_same_call_twice_gives_the_same_bits(backend: str, name: str, dtype:
     for key, value in call(given).items():
         assert torch.equal(value, first[key]), key
         assert not value.isnan().any(), key
+
+
+def test_calls_from_several_threads_do_not_meet(backend: str) -> None:
+    """Models that serve from several Python threads: every call works in memory of its own."""
+    calls = [inputs.layer_norm_mlp(Random(i), 2, 40 + 7 * i, 96, hidden=200) for i in range(8)]
+    expected = [crossvit_kernels.layer_norm_mlp(**given, kernels=backend) for given in calls]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            outs = pool.map(lambda given: crossvit_kernels.layer_norm_mlp(**given, kernels=backend), calls)
+            assert all(torch.equal(out, wanted) for out, wanted in zip(outs, expected))
 
 
 @pytest.mark.parametrize("kernels", ALL)
