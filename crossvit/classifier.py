@@ -104,8 +104,8 @@ class Classifier(KernelModule):
         height, width = images.shape[2:]
         if (height, width) != self.image_size:
             raise ValueError(
-                f"images are {height}×{width} but this model takes {self.image_size[0]}×{self.image_size[1]}: resize them, "
-                f"or create the model with image_size=({height}, {width}) (weights then load with resampled positions)"
+                f"images are {height}×{width} but this model takes {self.image_size[0]}×{self.image_size[1]}: resize "
+                f"them, or create the model with image_size=({height}, {width}) (weights load with resampled positions)"
             )
 
     def set_kernels(self, kernels: str) -> None:

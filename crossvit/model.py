@@ -255,7 +255,7 @@ class CrossViT(Classifier):
         return [branch_norm(x) for branch_norm, x in zip(self.norm, tokens)], intermediates
 
     def describe(self) -> Description:
-        """Parameters and multiply-adds of every branch's parts, of the fusion and of the head; `print` it for a table."""
+        """Parameters and multiply-adds of every branch's parts, the fusion and the head; `print` it for a table."""
         embeds = [cast(PatchEmbed, embed) for embed in self.patch_embed]
         stages = [cast(MultiScaleBlock, stage) for stage in self.blocks]
         parts = []

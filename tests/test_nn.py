@@ -101,10 +101,10 @@ def test_patch_embed(size: tuple[int, int], kernels: str) -> None:
     resized = images if size == (32, 48) else nn.functional.interpolate(images, (32, 48), mode="bicubic")
     patches = embed.proj(resized).flatten(2).transpose(1, 2)
     expected = torch.cat((cls.expand(2, -1, -1), patches), 1) + positions
-    assert relative(embed(images, cls, positions), expected) < 1e-6
+    assert relative(embed(images, cls, positions), expected) < 5e-6
     stem = PatchEmbed((32, 48), 16, 3, 24, proj=nn.Sequential(embed.proj, nn.ReLU()), kernels=kernels)
     expected = torch.cat((cls.expand(2, -1, -1), patches.relu()), 1) + positions
-    assert relative(stem(images, cls, positions), expected) < 1e-6
+    assert relative(stem(images, cls, positions), expected) < 5e-6
 
 
 class Adapter(nn.Module):
