@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 MIN_ROUNDS = 9
+WARM_UP_SECONDS = 0.3
 PACKAGES = ("torch", "timm", "onnxruntime", "openvino", "crossvit-kernels")
 
 
@@ -57,8 +58,8 @@ def interleaved(
 
 
 def _warm_up(run: Callable[[], object]) -> float:
-    """Seconds of the fastest of at least three calls within 0.3 s."""
-    fastest, end, done = math.inf, time.perf_counter() + 0.3, 0
+    """Seconds of the fastest of at least three calls."""
+    fastest, end, done = math.inf, time.perf_counter() + WARM_UP_SECONDS, 0
     while done < 3 or time.perf_counter() < end:
         start = time.perf_counter()
         run()
