@@ -123,15 +123,16 @@ inline void normalize_row(const Rows& rows, int64_t m, int64_t width, float eps,
 
 struct CrossScratch {
   float *u, *panel, *rows, *scores, *context, *highest, *sum, *cls;
-  int64_t width_padded, heads_padded, bytes;
+  int64_t width_padded, row_stride, heads_padded, bytes;
   CrossScratch(const CrossArgs& a, char* base) {
     Arena arena{base};
     const int64_t lanes = kPanelVectors * VL;
     width_padded = round_up(a.width, VL);
+    row_stride = spread(width_padded);
     heads_padded = round_up(a.heads, kBlock);
     u = arena.floats(a.heads * a.width);
     panel = arena.floats(width_padded * lanes);
-    rows = arena.floats(lanes * width_padded);
+    rows = arena.floats(lanes * row_stride);
     scores = arena.floats(heads_padded * lanes);
     context = arena.floats(heads_padded * width_padded);
     highest = arena.floats(heads_padded);
@@ -188,15 +189,15 @@ inline void normalize_tokens(const Rows& patches, int64_t m, int64_t count, int6
 
 // context[h][k] += sum over r of weights[h][r] rows[r][k]
 inline void add_weighted_rows(const float* weights, int64_t ldw, int64_t heads, const float* rows, int64_t ldr,
-                              int64_t count, float* context) {
+                              int64_t count, int64_t width, float* context, int64_t ldc) {
   const Matrix matrix{weights, DType::f32, ldw};
-  const PanelSplit columns(ldr);
+  const PanelSplit columns(width);
   for (int64_t c = 0; c < columns.panels; c++)
     with_vectors(columns.vectors_of(c), [&]<int NJ>() {
       const int64_t k = columns.first(c);
       for (int64_t h = 0; h < heads; h += kBlock)
         multiply_block<NJ, true>(matrix, h, heads - h, count, Panel{const_cast<float*>(rows) + k, ldr, false},
-                                 context + h * ldr + k, ldr, nullptr);
+                                 context + h * ldc + k, ldc, nullptr);
     });
 }
 
@@ -234,7 +235,7 @@ inline void attend_panel(const CrossArgs& a, const CrossScratch& s, int64_t coun
     }
     s.sum[h] += sum(total);
   }
-  add_weighted_rows(s.scores, lanes, a.heads, s.rows, s.width_padded, count, s.context);
+  add_weighted_rows(s.scores, lanes, a.heads, s.rows, s.row_stride, count, a.width, s.context, s.width_padded);
 }
 
 inline int64_t cross_tasks(CrossArgs& a, int64_t threads) {
@@ -290,7 +291,7 @@ inline void cross_run(const CrossArgs& a, int64_t task, char* scratch) {
     const int64_t m = split.first(p), count = smaller(split.first(p + 1), a.tokens) - m;
     with_vectors(split.vectors_of(p), [&]<int NV>() {
       normalize_tokens<NV>(patches, m, count, a.width, a.norm.eps, mean ? mean + 1 : nullptr, mean ? rstd + 1 : nullptr,
-                           s.panel, s.rows, s.width_padded);
+                           s.panel, s.rows, s.row_stride);
       attend_panel<NV>(a, s, count, probs ? probs + 1 + m : nullptr, all);
     });
   }
@@ -338,16 +339,17 @@ inline void cross_combine_run(const CrossArgs& a, int64_t task, char*) {
 
 struct CrossGradScratch {
   float *u, *both, *panel, *rows, *scores, *w, *t, *grad, *cls;
-  int64_t width_padded, heads_padded, bytes;
+  int64_t width_padded, row_stride, heads_padded, bytes;
   CrossGradScratch(const CrossGradArgs& a, char* base) {
     Arena arena{base};
     const int64_t lanes = kPanelVectors * VL;
     width_padded = round_up(a.width, VL);
+    row_stride = spread(width_padded);
     heads_padded = round_up(a.heads, kBlock);
     u = arena.floats(a.heads * a.width);
     both = arena.floats(a.width * 2 * a.heads);
     panel = arena.floats(width_padded * lanes);
-    rows = arena.floats(lanes * width_padded);
+    rows = arena.floats(lanes * row_stride);
     scores = arena.floats((a.heads + heads_padded) * lanes);
     w = arena.floats(heads_padded * width_padded);
     t = arena.floats(heads_padded);
@@ -380,7 +382,7 @@ inline void cross_grad_panel(const CrossGradArgs& a, const CrossGradScratch& s, 
   for (int64_t r = 0; r < count; r++)
     for (int64_t k = 0; k < a.width; k += VL) {
       const Vec x = from.load(r, k, static_cast<int>(smaller(a.width - k, VL)));
-      store(s.rows + r * s.width_padded + k, (x - saved.mean[m + r]) * saved.rstd[m + r]);
+      store(s.rows + r * s.row_stride + k, (x - saved.mean[m + r]) * saved.rstd[m + r]);
     }
 
   // Rows of scores: p of every head, then ds of every head.
@@ -396,7 +398,7 @@ inline void cross_grad_panel(const CrossGradArgs& a, const CrossGradScratch& s, 
       store(s.scores + h * lanes + v * VL, p);
       store(ds + h * lanes + v * VL, p * (load(ds + h * lanes + v * VL) - s.t[h]));
     }
-  add_weighted_rows(ds, lanes, a.heads, s.rows, s.width_padded, count, s.w);
+  add_weighted_rows(ds, lanes, a.heads, s.rows, s.row_stride, count, a.width, s.w, s.width_padded);
   if (!a.grad_patches.data) return;
 
   const Matrix both{s.both, DType::f32, 2 * a.heads};

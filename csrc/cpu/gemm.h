@@ -71,6 +71,9 @@ CROSSVIT_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 CROSSVIT_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 CROSSVIT_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+// A distance between rows, in floats, of an odd number of cache lines, so that rows do not fall on the same few sets.
+CROSSVIT_INLINE int64_t spread(int64_t columns) { return (ceil_div(columns, 16) | 1) * 16; }
+
 CROSSVIT_INLINE int64_t size_of(DType d) { return d == DType::f32 ? 4 : 2; }
 
 // A panel in scratch: k-th step at data + k * lanes. pairs: each lane holds the bfloat16 pair (2k, 2k + 1).

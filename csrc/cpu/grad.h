@@ -153,15 +153,16 @@ constexpr int64_t kRowBlock = 192;  // rows that run through a block of the weig
 
 struct WeightGradScratch {
   float *grad, *pre, *x, *c, *norm_weight, *norm_bias, *bias;
-  int64_t in_padded, bytes;
+  int64_t columns, ld, bytes;  // of x and c: columns in whole vectors, floats from row to row
   WeightGradScratch(const WeightGradArgs& a, char* base) {
     Arena arena{base};
-    in_padded = round_up(a.in_chunk, VL);
+    columns = round_up(a.in_chunk, VL);
+    ld = spread(columns);
     const int64_t out = round_up(a.out_chunk, VL);
     grad = arena.floats(out * kRowBlock);
     pre = arena.floats(a.gelu_out ? out * kRowBlock : 0);
-    x = arena.floats(kRowBlock * in_padded);
-    c = arena.floats(out * in_padded);
+    x = arena.floats(kRowBlock * ld);
+    c = arena.floats(out * ld);
     norm_weight = arena.floats(a.in_chunk + VL);
     norm_bias = arena.floats(a.in_chunk + VL);
     bias = arena.floats(out);
@@ -205,13 +206,13 @@ inline void weight_grad_run(const WeightGradArgs& a, int64_t task, char* scratch
   const int64_t in_chunks = ceil_div(a.in, a.in_chunk);
   const int64_t k0 = task % in_chunks * a.in_chunk, in = smaller(a.in - k0, a.in_chunk);
   const int64_t e0 = task / in_chunks * a.out_chunk, out = smaller(a.out_features - e0, a.out_chunk);
-  const int64_t ldc = s.in_padded;
+  const int64_t ld = s.ld;
   if (a.norm.present) {
     load_vector(a.norm.weight, k0, in, 1.0f, s.norm_weight);
     load_vector(a.norm.bias, k0, in, 0.0f, s.norm_bias);
   }
   const bool want_bias = a.grad_bias && k0 == 0, want_weight = a.grad_weight.data;
-  for (int64_t i = 0; i < round_up(out, kBlock) * ldc; i += VL) store(s.c + i, Vec{});
+  for (int64_t i = 0; i < round_up(out, kBlock) * ld; i += VL) store(s.c + i, Vec{});
   for (int64_t e = 0; e < out; e++) s.bias[e] = 0;
   for (int64_t m = 0; m < a.rows; m += kRowBlock) {
     const int64_t count = smaller(a.rows - m, kRowBlock), lanes = round_up(count, VL);
@@ -223,13 +224,13 @@ inline void weight_grad_run(const WeightGradArgs& a, int64_t task, char* scratch
         s.bias[e] += sum(total);
       }
     if (!want_weight) continue;
-    for (int64_t r = 0; r < count; r++) input_row(a, m + r, k0, in, s, s.x + r * ldc);
+    for (int64_t r = 0; r < count; r++) input_row(a, m + r, k0, in, s, s.x + r * ld);
     const Matrix grad{s.grad, DType::f32, lanes};
     for (int64_t e = 0; e < out; e += kBlock)
-      for (int64_t k = 0; k < ldc; k += kPanelVectors * VL) {
-        const Panel x{s.x + k, ldc, false};
-        with_vectors(static_cast<int>(smaller((ldc - k) / VL, kPanelVectors)), [&]<int NV>() {
-          multiply_block<NV, true>(grad, e, out - e, count, x, s.c + e * ldc + k, ldc, nullptr);
+      for (int64_t k = 0; k < s.columns; k += kPanelVectors * VL) {
+        const Panel x{s.x + k, ld, false};
+        with_vectors(static_cast<int>(smaller((s.columns - k) / VL, kPanelVectors)), [&]<int NV>() {
+          multiply_block<NV, true>(grad, e, out - e, count, x, s.c + e * ld + k, ld, nullptr);
         });
       }
   }
@@ -239,7 +240,7 @@ inline void weight_grad_run(const WeightGradArgs& a, int64_t task, char* scratch
       char* row = row_pointer(to, e0 + e) + k0 * size_of(to.dtype);
       for (int64_t k = 0; k < in; k += VL) {
         const int n = static_cast<int>(smaller(in - k, VL));
-        const Vec v = load(s.c + e * ldc + k);
+        const Vec v = load(s.c + e * ld + k);
         if (to.dtype == DType::f32)
           store_n(reinterpret_cast<float*>(row) + k, v, n);
         else
