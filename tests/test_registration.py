@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import crossvit_kernels
@@ -221,6 +222,27 @@ def test_a_frozen_inputs_gradient_is_not_computed(name: str, kernels: str) -> No
         expected_calls = [([j == i for j in op.kept if j in op.tensors], 1)] if i in op.kept else []
         assert calls == expected_calls
         torch.testing.assert_close(gradient, everything[f"grad {op.inputs[i]}"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_saved_tensors_are_autograds(backend: str, name: str) -> None:
+    """Checkpointing recomputes them, and a saved input that was written to since is an error, not a wrong gradient."""
+    op, first = getattr(crossvit_kernels, name), OPS[name].inputs[OPS[name].activations[0]]
+    given = EXAMPLES[name]()
+    x = given.pop(first).requires_grad_()
+
+    def call(x: Tensor) -> Tensor:
+        return op(**{first: x}, **given, kernels=backend).square().sum()
+
+    (expected,) = torch.autograd.grad(call(x), x)
+    (checkpointed,) = torch.autograd.grad(checkpoint(call, x, use_reentrant=False), x)
+    assert torch.equal(checkpointed, expected)
+    written = x.clone()
+    loss = call(written)
+    with torch.no_grad():
+        written.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)

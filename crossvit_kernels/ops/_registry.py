@@ -25,8 +25,12 @@ from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import backends
+from ._autograd import Differentiable, below_autograd, second_derivative
+from ._native import native_kernel
 
 LIBRARY = torch.library.Library("crossvit_kernels", "DEF")
+
+_ORDINARY = {Tensor, Parameter, type(None)}
 
 OPS: dict[str, "Op"] = {}
 
@@ -95,17 +99,15 @@ class Op:
         self.kept = [i for i in range(len(fields)) if i != self.passed]  # the inputs that the backward sees
 
         returns = ", ".join(f"Tensor {n}" for n in ("out", *saved))
-        self.op = self._define(name, f"{inputs}, bool save, str kernels", returns, self._forward, self._fake)
-        self._native = self._native_kernel(name, [*self.inputs, "save"])
+        self.op = self._define(name, f"{inputs}, bool save, str kernels", returns, self.run, self._fake)
+        self._native = native_kernel(name, [*self.inputs, "save"], activations)
         for device in ("CPU", "CUDA"):
             LIBRARY.impl(name, self._autocast(device.lower()), f"Autocast{device}")
         register_flop_formula(self.op.overloadpacket, get_raw=True)(self._count)
         # For ONNX and run_decompositions; FakeTensorMode would take it for symbolic sizes too, but for meta_table.
         register_decomposition(self.op)(self._decompose)
         meta_table[self.op] = self._fake
-        torch.library.register_autograd(
-            f"crossvit_kernels::{name}", self._backward, setup_context=self._setup_context, lib=LIBRARY
-        )
+        LIBRARY.impl(name, self._autograd, "Autograd", with_keyset=True)
         if save is not None:
             kept = ", ".join(fields[i] for i in self.kept)
             names = [*(["out"] if takes_out else []), *saved]
@@ -114,17 +116,15 @@ class Op:
                 f"{name}_backward",
                 f"Tensor grad_out, {kept}{tensors}, bool[] needs, str kernels",
                 "Tensor[]",
-                self._run_backward,
+                self.run_backward,
                 self._fake_backward,
             )
             order = ["grad_out", *(self.inputs[i] for i in self.kept), *names, "needs"]
-            self._native_backward = self._native_kernel(f"{name}_backward", order)
+            self._native_backward = native_kernel(f"{name}_backward", order, {"grad_out", *activations})
             for device in ("CPU", "CUDA"):  # a backward that runs inside the region computes as the one outside
                 LIBRARY.impl(f"{name}_backward", self._without_autocast, f"Autocast{device}")
             register_flop_formula(self.backward_op.overloadpacket, get_raw=True)(self._count_backward)
-            torch.library.register_autograd(
-                f"crossvit_kernels::{name}_backward", self._no_second_derivative, lib=LIBRARY
-            )
+            torch.library.register_autograd(f"crossvit_kernels::{name}_backward", second_derivative(self), lib=LIBRARY)
 
     def __call__(self, *inputs: Any, kernels: str) -> Tensor:
         """The op, through the dispatcher."""
@@ -133,23 +133,23 @@ class Op:
                 inputs[i] is not None and inputs[i].requires_grad for i in self.tensors
             )
             result = self.op(*inputs, save, kernels)
-        elif torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-            result = self.op(*inputs, True, kernels)
-        elif self._unobserved(inputs):
-            result = self._forward(*inputs, False, kernels)  # where the dispatcher would end too, 5 us later
         else:
-            result = self.op(*inputs, False, kernels)
+            save = torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
+            if torch._C._is_any_autocast_enabled() or self.observed([inputs[i] for i in self.tensors]):
+                result = self.op(*inputs, save, kernels)
+            elif save:
+                result = Differentiable.apply(self, None, *inputs, True, kernels)
+            else:
+                result = self.run(*inputs, False, kernels)
         return result[0] if self.saved else result
 
-    def _unobserved(self, inputs: Sequence[Any]) -> bool:
-        """Whether these are ordinary tensors and no autocast, mode, tracer or transform is to see the op."""
-        if torch._C._dispatch_tls_local_include_set().raw_repr() & _OBSERVERS or torch._C._is_any_autocast_enabled():
-            return False
-        for i in self.tensors:
-            kind = type(inputs[i])
-            if kind is not Tensor and kind is not Parameter and inputs[i] is not None:
-                return False
-        return True
+    @staticmethod
+    def observed(tensors: Sequence[Tensor | None]) -> bool:
+        """Whether a mode, tracer, transform or tensor subclass is to see the op; else the dispatcher, which costs 5 us,
+        would only hand it on."""
+        if torch._C._dispatch_tls_local_include_set().raw_repr() & _OBSERVERS:
+            return True
+        return not _ORDINARY.issuperset(map(type, tensors))
 
     def needs_reference(self, kernels: str, tensor: Tensor, dtype: torch.dtype) -> bool:
         """Whether the op's plain PyTorch is to be called instead: where the backend is the reference, and where
@@ -178,12 +178,14 @@ class Op:
         compute = inputs[self.compute]
         return backends.resolve(kernels, compute.device, compute.dtype, self.name + suffix)
 
-    def _forward(self, *args: Any) -> Any:
+    def run(self, *args: Any) -> Any:
+        """Forward on the backend that serves these arguments."""
         if self._backend(args, args[-1]) == "cpu":
             return self._native(*args[:-1])
         return self._run_reference(*args[:-1])
 
-    def _run_backward(self, *args: Any) -> list[Tensor]:
+    def run_backward(self, *args: Any) -> list[Tensor]:
+        """Backward on the backend that serves these arguments."""
         inputs: list[Any] = [args[0]] * len(self.inputs)  # where the input is not seen, out's gradient stands for it
         for i, value in zip(self.kept, args[1:]):
             inputs[i] = value
@@ -220,49 +222,13 @@ class Op:
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
             return self.backward_op(*args)
 
+    def _autograd(self, keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return Differentiable.apply(self, keyset, *args)
+        return below_autograd(self, keyset, *args)
+
     def _decompose(self, *args: Any) -> Any:
         return self._run_reference(*args[:-1])
-
-    def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        out, saved = (output[0], output[1:]) if self.saved else (output, ())
-        tensors = [inputs[i] if i in self.tensors else None for i in self.kept]
-        ctx.save_for_backward(*tensors, *([out] if self.takes_out else []), *saved)
-        ctx.mark_non_differentiable(*saved)
-        ctx.set_materialize_grads(False)
-        ctx.others = [None if i in self.tensors else inputs[i] for i in self.kept]
-        ctx.save, ctx.kernels = inputs[-2:]
-        ctx.passed_dtype = None if self.passed is None else inputs[self.passed].dtype
-
-    def _backward(self, ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        if self.save is None:
-            raise RuntimeError(
-                f"crossvit_kernels.{self.name} has no derivative: for training compose the ops that it consists of"
-            )
-        if not ctx.save:
-            raise RuntimeError(
-                f"crossvit_kernels::{self.name} was called with save=False and has nothing to take a derivative from"
-            )
-        grads: list[Tensor | None] = [None] * (len(self.inputs) + 2)
-        if grad_out is None:
-            return tuple(grads)
-        if self.passed is not None and ctx.needs_input_grad[self.passed]:
-            grads[self.passed] = grad_out.to(ctx.passed_dtype)
-        wanted = [i for i in self.kept if i in self.tensors]
-        needs = [bool(ctx.needs_input_grad[i]) for i in wanted]
-        if any(needs):
-            tensors = ctx.saved_tensors
-            split = len(self.kept)
-            inputs = [t if i in self.tensors else o for i, t, o in zip(self.kept, tensors, ctx.others)]
-            found = iter(self.backward_op(grad_out, *inputs, *tensors[split:], needs, ctx.kernels))
-            for i, needed in zip(wanted, needs):
-                if needed:
-                    grads[i] = next(found)
-        return tuple(grads)
-
-    def _no_second_derivative(self, ctx: Any, *grads: Any) -> None:
-        raise RuntimeError(
-            f"crossvit_kernels.{self.name} has no second derivative; with kernels='reference' PyTorch's own are there"
-        )
 
     # The reference as a backend
 
@@ -282,6 +248,8 @@ class Op:
                 return out
             if not save:
                 return out, *(t.new_empty((0, *t.shape[1:])) for t in self.outputs(*inputs)[1:])
+            if out.numel() == 0:
+                return out, *self.outputs(*inputs)[1:]
             assert self.save is not None
             return out, *self.save(*inputs)
 
@@ -300,35 +268,6 @@ class Op:
             out = self.reference(*inputs)
             grads = torch.autograd.grad(out, leaves, grad_out, materialize_grads=True)
         return [g.clone(memory_format=torch.contiguous_format) for g in grads]
-
-    # The CPU's native kernels
-
-    def _native_kernel(self, name: str, given: list[str]) -> Callable:
-        """Calls crossvit_kernels_cpu::<name>, which picks its arguments from the given ones by name."""
-        if not backends.serves("cpu", name):
-            return self._run_reference  # never reached: resolve() does not answer "cpu"
-        native = getattr(torch.ops.crossvit_kernels_cpu, name).default
-        arguments = [(given.index(a.name), "Tensor" in str(a.type)) for a in native._schema.arguments]
-        strided = {given.index(self.inputs[i]) for i in self.activations if self.inputs[i] in given}
-        if given[0] == "grad_out":
-            strided.add(0)
-
-        def run(*args: Any) -> Any:
-            values = []
-            for i, is_tensor in arguments:
-                value = args[i]
-                # Rows may lie wherever two leading strides can say; a row itself is contiguous.
-                if (
-                    is_tensor
-                    and value is not None
-                    and not value.is_contiguous()
-                    and not (i in strided and value.stride(-1) == 1 and value.dim() <= 3)
-                ):
-                    value = value.contiguous()
-                values.append(value)
-            return native(*values)
-
-        return run
 
     # What runs, in floating-point operations
 
