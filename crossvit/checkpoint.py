@@ -53,7 +53,7 @@ def load_checkpoint(
     """
     target = _unwrap(model)
     state, metadata = read_checkpoint(path)
-    if image_size is None and "image_size" in metadata:
+    if image_size is None and re.fullmatch(r"\d+x\d+", metadata.get("image_size", "")):
         height, width = map(int, metadata["image_size"].split("x"))
         image_size = (height, width)
     expected = target.state_dict()
@@ -162,7 +162,8 @@ def _fit_positions(
 ) -> None:
     """Resamples the positions in `state` to the model's grids, where they are of another and of the right width."""
     own = model.position_grids()
-    names = [name for name in own if name in state and state[name].dim() == 3]
+    widths = {name: model.get_parameter(name).shape[-1] for name in own}
+    names = [name for name in own if name in state and state[name].shape[::2] == (1, widths[name])]
     counts = {name: state[name].shape[1] - 1 for name in names}
     if image_size is not None:
         grids = model.position_grids(image_size)
@@ -175,7 +176,7 @@ def _fit_positions(
     elif all(counts[name] == math.prod(own[name]) for name in names):
         return
     else:
-        sides = {name: math.isqrt(count) for name, count in counts.items()}
+        sides = {name: math.isqrt(max(0, count)) for name, count in counts.items()}
         if any(sides[name] ** 2 != count for name, count in counts.items()):
             raise ValueError(
                 f"{path} was made for images that are not square ({counts} patches): give load_checkpoint their "
@@ -183,7 +184,7 @@ def _fit_positions(
             )
         grids = {name: (side, side) for name, side in sides.items()}
     for name in names:
-        if grids[name] != own[name] and state[name].shape[0] == 1:
+        if grids[name] != own[name]:
             _log.info("%s: %s resampled from %s to %s patches", path, name, grids[name], own[name])
             state[name] = resample_positions(state[name], grids[name], own[name])
 

@@ -37,42 +37,44 @@ class MultiScaleBlock(KernelModule):
         num_heads: Sequence[int],
         mlp_ratio: Sequence[float],
         drop_path: Sequence[float],
+        *,
         qkv_bias: bool = True,
         proj_drop: float = 0.0,
         attn_drop: float = 0.0,
-        *,
         kernels: str = "auto",
     ) -> None:
         super().__init__(kernels=kernels)
         self.dim, self.grids, self.num_heads = tuple(dim), tuple(grids), tuple(num_heads)
         self.fusion_depth = depth[-1]
         self.grad_checkpointing = False
+        options: dict[str, Any] = dict(qkv_bias=qkv_bias, proj_drop=proj_drop, attn_drop=attn_drop, kernels=kernels)
         self.blocks = nn.ModuleList(
-            nn.Sequential(
-                *(
-                    Block(
-                        dim[b],
-                        num_heads[b],
-                        mlp_ratio[b],
-                        qkv_bias,
-                        proj_drop,
-                        attn_drop,
-                        drop_path=drop_path[j],
-                        kernels=kernels,
-                    )
-                    for j in range(depth[b])
-                )
-            )
-            for b in range(len(dim))
+            nn.Sequential(*(Block(d, h, r, drop_path=rate, **options) for rate in drop_path[:blocks]))
+            for d, h, r, blocks in zip(dim, num_heads, mlp_ratio, depth)
         )
-        fusion_rate = drop_path[-1] if drop_path else 0.0
-        self.build_fusion(qkv_bias=qkv_bias, proj_drop=proj_drop, attn_drop=attn_drop, drop_path=fusion_rate)
+        self.build_fusion(drop_path=drop_path[-1] if drop_path else 0.0, **options)
 
     def build_fusion(self, **options: Any) -> None:
         """Adds the scheme's own modules; `options` are those of its attention block."""
 
     def fuse(self, tokens: list[Tensor], cls_only: bool) -> list[Tensor]:
         """The fused tokens (B, 1 + N_i, D_i) of every branch, or with `cls_only` their CLS (B, D_i)."""
+        cls, patches = zip(*(x.split((1, x.shape[1] - 1), dim=1) for x in tokens))
+        fused = self.fuse_cls([c.squeeze(1) for c in cls], patches)
+        if cls_only:
+            return fused
+        for b, (c, own) in enumerate(zip(fused, patches)):
+            # Only what this stage's blocks have just made may be overwritten, and nothing that autograd may have saved.
+            if torch.is_grad_enabled() or not len(cast(nn.Sequential, self.blocks[b])):
+                tokens[b] = torch.cat((c[:, None], own), dim=1)
+            else:
+                tokens[b][:, 0] = c
+        return tokens
+
+    def fuse_cls(self, cls: Sequence[Tensor], patches: Sequence[Tensor]) -> list[Tensor]:
+        """For schemes that leave the patches as they are: the fused CLS (B, D_i) of the CLS (B, D_i) and the patches
+        (B, N_i, D_i).
+        """
         raise NotImplementedError
 
     def fusion_multiply_adds(self) -> tuple[int, int]:
@@ -92,18 +94,6 @@ class MultiScaleBlock(KernelModule):
                     x = block(x)
             transformed.append(x)
         return self.fuse(transformed, cls_only)
-
-    def replace_cls(self, tokens: list[Tensor], cls: list[Tensor]) -> list[Tensor]:
-        """`tokens` with the CLS (B, D_i) of every branch put in front instead of theirs."""
-        replaced = []
-        for x, c, blocks in zip(tokens, cls, self.blocks):
-            # Only what this stage's blocks have just made may be overwritten, and nothing that autograd may have saved.
-            if torch.is_grad_enabled() or not len(cast(nn.Sequential, blocks)):
-                x = torch.cat((c[:, None], x[:, 1:]), dim=1)
-            else:
-                x[:, 0] = c
-            replaced.append(x)
-        return replaced
 
     def lengths(self) -> list[int]:
         """The tokens of every branch, CLS included."""
@@ -147,7 +137,7 @@ class AllAttentionFusion(MultiScaleBlock):
         widest = max(range(len(self.dim)), key=lambda b: self.dim[b])
         width = self.dim[widest]
         self.projs = nn.ModuleList(_projection(d, width, self.kernels) for d in self.dim)
-        self.fusion = AttentionBlock(width, self.num_heads[widest], kernels=self.kernels, **options)
+        self.fusion = AttentionBlock(width, self.num_heads[widest], **options)
         self.revert_projs = nn.ModuleList(_projection(width, d, self.kernels) for d in self.dim)
 
     def fuse(self, tokens: list[Tensor], cls_only: bool) -> list[Tensor]:
@@ -176,17 +166,13 @@ class _CommonWidthFusion(MultiScaleBlock):
             _projection(width, d, self.kernels) if d != width else nn.Identity() for d in self.dim
         )
 
-    def fuse_cls(self, tokens: list[Tensor]) -> list[Tensor]:
-        total = _sum([f(x[:, 0]) for f, x in zip(self.projs, tokens)])
+    def fuse_cls(self, cls: Sequence[Tensor], patches: Sequence[Tensor]) -> list[Tensor]:
+        total = _sum([f(c) for f, c in zip(self.projs, cls)])
         return [g(total) for g in self.revert_projs]
 
 
 class ClassTokenFusion(_CommonWidthFusion):
     """Class token (eq. 3): z_i = [g_i(Σ_j f_j(x_j,cls)) ‖ x_i,patch]. The CLS tokens are summed, the patches stay."""
-
-    def fuse(self, tokens: list[Tensor], cls_only: bool) -> list[Tensor]:
-        cls = self.fuse_cls(tokens)
-        return cls if cls_only else self.replace_cls(tokens, cls)
 
     def fusion_multiply_adds(self) -> tuple[int, int]:
         return linear_multiply_adds(self.projs, self.revert_projs), 0
@@ -200,7 +186,7 @@ class PairwiseFusion(_CommonWidthFusion):
 
     def fuse(self, tokens: list[Tensor], cls_only: bool) -> list[Tensor]:
         if cls_only:
-            return self.fuse_cls(tokens)
+            return self.fuse_cls([x[:, 0] for x in tokens], ())
         projected = [f(x) for f, x in zip(self.projs, tokens)]
         cls = _sum([x[:, :1] for x in projected])
         fused = []
@@ -233,7 +219,7 @@ class CrossAttentionFusion(MultiScaleBlock):
             other = (b + 1) % len(self.dim)
             self.projs.append(_projection(width, self.dim[other], self.kernels))
             layers = [
-                CrossAttentionBlock(self.dim[other], self.num_heads[other], kernels=self.kernels, **options)
+                CrossAttentionBlock(self.dim[other], self.num_heads[other], **options)
                 for _ in range(max(1, self.fusion_depth))
             ]
             self.fusion.append(nn.Sequential(*layers) if self.fusion_depth else layers[0])
@@ -241,13 +227,11 @@ class CrossAttentionFusion(MultiScaleBlock):
 
     def layers(self, branch: int) -> list[CrossAttentionBlock]:
         """The cross-attention layers that the CLS of `branch` goes through."""
-        fusion = self.fusion[branch]
-        return [cast(CrossAttentionBlock, layer) for layer in (fusion if self.fusion_depth else (fusion,))]  # type: ignore[union-attr]
+        fusion: Any = self.fusion[branch]
+        return list(fusion) if self.fusion_depth else [fusion]
 
-    def fuse(self, tokens: list[Tensor], cls_only: bool) -> list[Tensor]:
-        cls, patches = zip(*(x.split((1, x.shape[1] - 1), dim=1) for x in tokens))
-        fused = [self._direction(b, c[:, 0], patches[(b + 1) % len(tokens)]) for b, c in enumerate(cls)]
-        return fused if cls_only else self.replace_cls(tokens, fused)
+    def fuse_cls(self, cls: Sequence[Tensor], patches: Sequence[Tensor]) -> list[Tensor]:
+        return [self._direction(b, c, patches[(b + 1) % len(cls)]) for b, c in enumerate(cls)]
 
     def _direction(self, branch: int, cls: Tensor, patches: Tensor) -> Tensor:
         project = cast(LayerNormLinear, self.projs[branch])

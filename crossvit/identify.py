@@ -32,32 +32,23 @@ def _traits(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
     neither's.
     """
     try:
-        if "cls_token" in state:
-            names, block = ["cls_token"], r"blocks\.()(\d+)\.norm1\.weight"
-            first, mlp = ["patch_embed"], ["blocks.0"]
+        if "cls_token" in state:  # one branch, whose blocks make one stage
+            suffixes, block, stem = [""], r"blocks()().\d+.norm1.weight", "patch_embed"
         else:
-            branches = sum(re.fullmatch(r"cls_token_\d+", key) is not None for key in state)
-            names, block = (
-                [f"cls_token_{b}" for b in range(branches)],
-                r"blocks\.(\d+)\.blocks\.(\d+)\.\d+\.norm1\.weight",
-            )
-            first, mlp = (
-                [f"patch_embed.{b}" for b in range(branches)],
-                [f"blocks.0.blocks.{b}.0" for b in range(branches)],
-            )
-        if not names:
+            suffixes = [f"_{b}" for b in range(sum(key.startswith("cls_token_") for key in state))]
+            block, stem = r"blocks.(\d+).blocks.(\d+).\d+.norm1.weight", "patch_embed.0"
+        blocks = [match for match in (re.fullmatch(block, key) for key in state) if match]
+        counts = Counter((match[1], match[2]) for match in blocks)
+        mlps = {match[2]: state[match[0].replace("norm1", "mlp.fc1")].shape[0] for match in blocks}
+        if not suffixes or not blocks:
             return None
-        matches = filter(None, (re.fullmatch(block, key) for key in state))
-        counts = Counter((match[1], match[2]) if len(names) > 1 else ("", "") for match in matches)
-        stages = sorted({stage for stage, _ in counts})
+        branches = [suffix.removeprefix("_") for suffix in suffixes]
         return dict(
-            embed_dim=tuple(state[name].shape[-1] for name in names),
-            depth=tuple(
-                tuple(counts[stage, str(b) if len(names) > 1 else ""] for b in range(len(names))) for stage in stages
-            ),
-            mlp_width=tuple(state[f"{prefix}.mlp.fc1.weight"].shape[0] for prefix in mlp),
-            multi_conv=f"{first[0]}.proj.0.weight" in state,
-            tokens=tuple(state[name.replace("cls_token", "pos_embed")].shape[1] for name in names),
+            embed_dim=tuple(state[f"cls_token{suffix}"].shape[-1] for suffix in suffixes),
+            depth=tuple(tuple(counts[stage, b] for b in branches) for stage in sorted({stage for stage, _ in counts})),
+            mlp_width=tuple(mlps[b] for b in branches),
+            multi_conv=f"{stem}.proj.0.weight" in state,
+            tokens=tuple(state[f"pos_embed{suffix}"].shape[1] for suffix in suffixes),
         )
     except (KeyError, IndexError):
         return None

@@ -30,15 +30,25 @@ def branch_size(image_size: tuple[int, int], scale: float, patch_size: int) -> t
     return height, width
 
 
+def check_branches(branches: int | None = None, **arguments: Sequence[float]) -> None:
+    """Raises TypeError or ValueError unless each argument is a sequence of positive numbers, one per branch."""
+    for name, values in arguments.items():
+        if not isinstance(values, Sequence):
+            raise TypeError(f"{name} must be a sequence with an entry per branch, got {values!r}")
+        if not values or min(values) <= 0 or len(values) != (branches or len(values)):
+            count = f"for each of the {branches} branches of patch_size" if branches else "per branch"
+            raise ValueError(f"{name} must have a positive entry {count}, got {values!r}")
+
+
 class CrossViT(Classifier):
     """Images (B, in_chans, *image_size) -> logits (B, num_classes), the mean of the branches' logits; num_classes=0:
     features (B, Σ embed_dim).
 
-    One entry per branch in img_scale, patch_size, embed_dim, num_heads and mlp_ratio (longer: the rest is not read);
-    one row per stage in depth: the blocks of every branch, then the layers of the fusion (0, as in all published
-    models, and 1 both mean one). Branch b attends into branch b + 1, the last into branch 0. `multi_conv`: the † stem.
-    `crop_scale`: a smaller branch takes the centre of the image instead of resizing it. drop_rate is the dropout in
-    front of the head. Parameters carry timm's names.
+    One entry per branch in img_scale, patch_size, embed_dim, num_heads and mlp_ratio; one row per stage in depth: the
+    blocks of every branch, then the layers of the fusion (0, as in all published models, and 1 both mean one). Branch b
+    attends into branch b + 1, the last into branch 0. `multi_conv`: the † stem. `crop_scale`: a smaller branch takes
+    the centre of the image instead of resizing it. drop_rate is the dropout in front of the head. Parameters carry
+    timm's names.
 
     Raises ValueError or TypeError, naming the argument, for sizes that do not fit.
     """
@@ -79,14 +89,10 @@ class CrossViT(Classifier):
             attn_drop_rate=attn_drop_rate,
             drop_path_rate=drop_path_rate,
         )
+        check_branches(patch_size=patch_size, mlp_ratio=mlp_ratio)
         branches = len(patch_size)
-        for name, values in dict(
-            img_scale=img_scale, embed_dim=embed_dim, num_heads=num_heads, mlp_ratio=mlp_ratio
-        ).items():
-            if len(values) < branches:
-                raise ValueError(
-                    f"{name} must have an entry for each of the {branches} branches of patch_size, got {values!r}"
-                )
+        mlp_ratio = mlp_ratio[:branches]  # the authors' have one more, for a layer that none of their models has
+        check_branches(branches, img_scale=img_scale, embed_dim=embed_dim, num_heads=num_heads, mlp_ratio=mlp_ratio)
         if not depth or any(len(row) != branches + 1 or min(row) < 0 for row in depth):
             raise ValueError(
                 f"depth must have rows of {branches} branch depths and the fusion's, none negative, got {depth!r}"
@@ -94,8 +100,7 @@ class CrossViT(Classifier):
         if fusion not in FUSIONS:
             raise ValueError(f"fusion must be one of {tuple(FUSIONS)}, got {fusion!r}")
         self.num_branches = branches
-        self.img_scale, self.patch_size = tuple(img_scale[:branches]), tuple(patch_size)
-        self.embed_dim = tuple(embed_dim[:branches])
+        self.img_scale, self.patch_size, self.embed_dim = tuple(img_scale), tuple(patch_size), tuple(embed_dim)
         self.num_features = self.head_hidden_size = sum(self.embed_dim)
         self.fusion = fusion
         self.crop_scale = crop_scale
@@ -131,9 +136,9 @@ class CrossViT(Classifier):
                     num_heads,
                     mlp_ratio,
                     rates[sum(steps[:k]) : sum(steps[: k + 1])],
-                    qkv_bias,
-                    proj_drop_rate,
-                    attn_drop_rate,
+                    qkv_bias=qkv_bias,
+                    proj_drop=proj_drop_rate,
+                    attn_drop=attn_drop_rate,
                     kernels=kernels,
                 )
             )

@@ -86,8 +86,8 @@ class VisionTransformer(Classifier):
                     num_heads,
                     mlp_ratio,
                     qkv_bias,
-                    proj_drop_rate,
-                    attn_drop_rate,
+                    proj_drop=proj_drop_rate,
+                    attn_drop=attn_drop_rate,
                     drop_path=rate,
                     kernels=kernels,
                 )

@@ -7,11 +7,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Variant:
-    """One named model: the class's own arguments, and how its images are cropped for evaluation."""
+    """One named model: its class's own arguments."""
 
     arguments: dict[str, Any]
     single_branch: bool = False
-    crop_pct: float = 0.875
 
 
 def _crossvit(
@@ -36,7 +35,7 @@ def _crossvit(
         mlp_ratio=(mlp_ratio, mlp_ratio),
         multi_conv=multi_conv,
     )
-    return Variant(arguments, crop_pct=0.875 if small == 240 else 1.0)
+    return Variant(arguments)
 
 
 def _deit(embed_dim: int, depth: int, num_heads: int, mlp_ratio: float, multi_conv: bool = False) -> Variant:

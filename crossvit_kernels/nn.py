@@ -100,15 +100,12 @@ class LayerNormLinear(KernelModule, nn.Sequential):
             if value not in (None, "gelu"):
                 raise ValueError(f"{name} must be None or 'gelu', got {value!r}")
         self.pre_activation, self.activation = pre_activation, activation
-        gelu = [nn.GELU()]
-        layers = [
-            nn.LayerNorm(in_features, eps),
-            *(gelu if pre_activation else ()),
-            nn.Linear(in_features, out_features, bias),
-            *(gelu if activation else ()),
-        ]
-        for index, layer in enumerate(layers):
-            self.add_module(str(index), layer)
+        self.append(nn.LayerNorm(in_features, eps))
+        if pre_activation:
+            self.append(nn.GELU())
+        self.append(nn.Linear(in_features, out_features, bias))
+        if activation:
+            self.append(nn.GELU())
 
     @property
     def norm(self) -> nn.LayerNorm:
@@ -145,9 +142,9 @@ class Attention(KernelModule):
         dim: int,
         num_heads: int = 8,
         qkv_bias: bool = False,
+        *,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
-        *,
         kernels: str = "auto",
     ) -> None:
         super().__init__(kernels=kernels)
@@ -177,7 +174,7 @@ class Attention(KernelModule):
 class Mlp(nn.Module):
     """Linear2(gelu(Linear1(x))), x (..., D) -> (..., D), with dropout behind both; parameters fc1 and fc2."""
 
-    def __init__(self, in_features: int, hidden_features: int | None = None, drop: float = 0.0) -> None:
+    def __init__(self, in_features: int, hidden_features: int | None = None, *, drop: float = 0.0) -> None:
         super().__init__()
         check_rates(drop=drop)
         self.fc1 = nn.Linear(in_features, hidden_features or in_features)
@@ -215,18 +212,18 @@ class AttentionBlock(KernelModule):
         dim: int,
         num_heads: int,
         qkv_bias: bool = False,
+        *,
         proj_drop: float = 0.0,
         attn_drop: float = 0.0,
         init_values: float | None = None,
         drop_path: float = 0.0,
         eps: float = 1e-6,
-        *,
         kernels: str = "auto",
     ) -> None:
         super().__init__(kernels=kernels)
         check_rates(drop_path=drop_path)
         self.norm1 = nn.LayerNorm(dim, eps)
-        self.attn = Attention(dim, num_heads, qkv_bias, attn_drop, proj_drop, kernels=kernels)
+        self.attn = Attention(dim, num_heads, qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop, kernels=kernels)
         self.ls1 = LayerScale(dim, init_values) if init_values else None
         self.drop_path = drop_path
 
@@ -268,17 +265,27 @@ class Block(AttentionBlock):
         num_heads: int,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = False,
+        *,
         proj_drop: float = 0.0,
         attn_drop: float = 0.0,
         init_values: float | None = None,
         drop_path: float = 0.0,
         eps: float = 1e-6,
-        *,
         kernels: str = "auto",
     ) -> None:
-        super().__init__(dim, num_heads, qkv_bias, proj_drop, attn_drop, init_values, drop_path, eps, kernels=kernels)
+        super().__init__(
+            dim,
+            num_heads,
+            qkv_bias,
+            proj_drop=proj_drop,
+            attn_drop=attn_drop,
+            init_values=init_values,
+            drop_path=drop_path,
+            eps=eps,
+            kernels=kernels,
+        )
         self.norm2 = nn.LayerNorm(dim, eps)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), proj_drop)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
         self.ls2 = LayerScale(dim, init_values) if init_values else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -304,6 +311,7 @@ class CrossAttention(nn.Module):
         dim: int,
         num_heads: int = 8,
         qkv_bias: bool = False,
+        *,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
     ) -> None:
@@ -341,18 +349,18 @@ class CrossAttentionBlock(KernelModule):
         self,
         dim: int,
         num_heads: int,
+        *,
         qkv_bias: bool = False,
         proj_drop: float = 0.0,
         attn_drop: float = 0.0,
         drop_path: float = 0.0,
         eps: float = 1e-6,
-        *,
         kernels: str = "auto",
     ) -> None:
         super().__init__(kernels=kernels)
         check_rates(drop_path=drop_path)
         self.norm1 = nn.LayerNorm(dim, eps)
-        self.attn = CrossAttention(dim, num_heads, qkv_bias, attn_drop, proj_drop)
+        self.attn = CrossAttention(dim, num_heads, qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop)
         self.drop_path = drop_path
 
     def fusable(self) -> bool:
