@@ -76,6 +76,8 @@ CROSSVIT_INLINE int64_t spread(int64_t columns) { return (ceil_div(columns, 16) 
 
 CROSSVIT_INLINE int64_t size_of(DType d) { return d == DType::f32 ? 4 : 2; }
 
+constexpr int64_t kPrefetchBlocks = 8;  // blocks of columns by which a load of rows runs ahead
+
 // A panel in scratch: k-th step at data + k * lanes. pairs: each lane holds the bfloat16 pair (2k, 2k + 1).
 struct Panel {
   float* data;
@@ -137,6 +139,8 @@ inline void load_transposed_as(const Rows& rows, int64_t m, int64_t count, int64
     for (int64_t i = 0; i < depth; i += VL) {
       Vec block[VL];
       const int64_t n = smaller(depth - i, VL);
+      // So many rows at once are more streams than the hardware follows.
+      for (int64_t r = 0; r < here; r++) __builtin_prefetch(from[r] + i + kPrefetchBlocks * VL);
       if (here == VL && n == VL) {
         CROSSVIT_UNROLL
         for (int r = 0; r < VL; r++) block[r] = load(from[r] + i);
@@ -190,6 +194,12 @@ struct PanelRows {
   PanelRows(const Rows& rows, int64_t m, int64_t count) : dtype(rows.dtype) {
     if (!rows.data) return;
     for (int64_t r = 0; r < count; r++) row[r] = row_pointer(rows, m + r);
+  }
+  // Asks for the rows' columns while products keep the core busy; they are too many streams for the hardware.
+  template <bool write>
+  CROSSVIT_INLINE void prefetch(int64_t count, int64_t column) const {
+    const int64_t offset = column * size_of(dtype);
+    for (int64_t r = 0; r < count; r++) __builtin_prefetch(row[r] + offset, write);
   }
   CROSSVIT_INLINE Vec load(int64_t r, int64_t column, int n) const {
     if (dtype == DType::f32) {

@@ -58,6 +58,8 @@ inline void linear_panel(const LinearArgs& a, int64_t m, int64_t count, int64_t 
   const PanelRows out(a.out, m, count), residual(a.residual, m, count), pre(a.pre, m, count);
   for (int64_t e = begin; e < end; e += VL) {
     const int n = static_cast<int>(smaller(end - e, VL));
+    out.prefetch<true>(count, e);
+    if (a.residual.data) residual.prefetch<false>(count, e);
     multiply_columns<NV>(a.weight, e, n, a.in, panel, s.c, s.widened);
     const Vec bias = load(s.bias + e);
     for_each_row<NV>(s.c, panel.lanes, count, [&](int64_t r, Vec y) {
