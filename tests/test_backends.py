@@ -47,6 +47,13 @@ def test_every_absent_backend_says_why_when_asked_for() -> None:
             assert name in str(raised.value)
 
 
+def test_what_is_tested_here() -> None:
+    """One skip that names the backends whose kernels no test of this run has touched."""
+    absent = [f"{name} ({backends.reason(name)})" for name in backends.BACKENDS if not backends.available(name)]
+    if absent:
+        pytest.skip("not tested here: " + "; ".join(absent))
+
+
 @pytest.mark.parametrize("name", ["", "cpp", "CPU", "none", None, 3])
 def test_an_unknown_name_raises_and_lists_the_choices(name: str) -> None:
     for op, example in EXAMPLES.items():
