@@ -100,7 +100,9 @@ const Kernels& active() { return *chosen; }
 
 TORCH_LIBRARY(crossvit_kernels_cpu, m) {
   using namespace crossvit;
-  const auto op = [&m](const char* schema, auto function) { m.def(schema, torch::dispatch(c10::DispatchKey::CPU, function)); };
+  const auto op = [&m](const char* schema, auto function) {
+    m.def(schema, torch::dispatch(c10::DispatchKey::CPU, function));
+  };
   op("layer_norm_linear(Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor weight, Tensor? bias, float eps, "
      "bool gelu_in, bool gelu_out, bool save) -> (Tensor out, Tensor mean, Tensor rstd, Tensor pre)",
      TORCH_FN(layer_norm_linear));
@@ -119,7 +121,8 @@ TORCH_LIBRARY(crossvit_kernels_cpu, m) {
      "Tensor? b2, Tensor? scale, Tensor mean, Tensor rstd, Tensor pre, bool[] needs) -> Tensor[]",
      TORCH_FN(layer_norm_mlp_backward));
   op("cls_cross_attention(Tensor cls, Tensor patches, Tensor norm_weight, Tensor? norm_bias, Tensor q_weight, "
-     "Tensor? q_bias, Tensor k_weight, Tensor v_weight, Tensor? v_bias, int num_heads, float eps, bool save) -> (Tensor out, "
+     "Tensor? q_bias, Tensor k_weight, Tensor v_weight, Tensor? v_bias, int num_heads, float eps, bool save) -> "
+     "(Tensor out, "
      "Tensor mean, Tensor rstd, Tensor probs, Tensor context, Tensor query, Tensor key_query)",
      TORCH_FN(cls_cross_attention));
   op("cls_cross_attention_backward(Tensor grad_out, Tensor cls, Tensor patches, Tensor norm_weight, Tensor? norm_bias, "
@@ -145,7 +148,8 @@ TORCH_LIBRARY(crossvit_kernels_cpu, m) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled kernels of crossvit_kernels: what was built, and which instruction set runs.";
   crossvit::choose_instruction_set();
-  m.def("build_info", &crossvit::build_info, "torch version, compiler, instruction sets and CUDA architectures of the build");
+  m.def("build_info", &crossvit::build_info,
+        "torch version, compiler, instruction sets and CUDA architectures of the build");
   m.def("cpu_instruction_set", [] { return std::string(crossvit::active().name); }, "the instruction set in force");
   m.def("set_instruction_set", &crossvit::set_instruction_set, pybind11::arg("name"),
         "Use another compiled instruction set; ValueError if it was not compiled in or this CPU lacks it.");

@@ -13,8 +13,7 @@ inline void exponentials(float* scores, int64_t keys, const Vec* shift, float sc
   const float scale2 = scale * 1.4426950408889634f;
   for (int v = 0; v < NV; v++) sum[v] = Vec{};
   const int64_t step = pairs ? 2 : 1;
-  for (int64_t n = 0; n < keys; n += step)
-    CROSSVIT_UNROLL
+  for (int64_t n = 0; n < keys; n += step) CROSSVIT_UNROLL
     for (int v = 0; v < NV; v++) {
       const float* from = scores + n * lanes + v * VL;
       const Vec p = exponential2_of_nonpositive((load(from) - shift[v]) * scale2);

@@ -40,9 +40,8 @@ Tensor linear_rows(const Tensor& x, const Norm& norm, bool gelu_in, const Tensor
 Tensor absorb(const Tensor& rows, const Tensor& weight, int64_t num_heads, double scale) {
   const WeightTensor matrix(weight);
   const Tensor result = empty_f32({rows.size(0), num_heads, weight.size(1)});
-  AbsorbArgs args{rows.const_data_ptr<float>(), matrix.matrix, float_data(result), rows.size(0),
-                  num_heads,                    weight.size(0) / num_heads,       weight.size(1),
-                  static_cast<float>(scale)};
+  AbsorbArgs args{rows.const_data_ptr<float>(), matrix.matrix,  float_data(result),       rows.size(0), num_heads,
+                  weight.size(0) / num_heads,   weight.size(1), static_cast<float>(scale)};
   launch(active().absorb, args);
   return result;
 }
@@ -116,8 +115,8 @@ CrossAttentionResult cls_cross_attention(const Tensor& cls, const Tensor& patche
   launch(active().cross, args);
   if (args.splits > 1) launch(active().cross_combine, args);
 
-  const Tensor out = project_heads(context, v_weight, norm.weight, norm.bias, vector_of(v_bias), 1.0,
-                                   q_weight.scalar_type());
+  const Tensor out =
+      project_heads(context, v_weight, norm.weight, norm.bias, vector_of(v_bias), 1.0, q_weight.scalar_type());
   const auto kept = [&](const Tensor& t) {
     auto shape = t.sizes().vec();
     if (!save) shape[0] = 0;
@@ -126,11 +125,12 @@ CrossAttentionResult cls_cross_attention(const Tensor& cls, const Tensor& patche
   return {out, mean, rstd, probs, kept(context), kept(query), kept(key_query)};
 }
 
-std::vector<Tensor> cls_cross_attention_backward(
-    const Tensor& grad_out, const Tensor& cls, const Tensor& patches, const Tensor& norm_weight,
-    const OptionalTensor& norm_bias, const Tensor& q_weight, const Tensor& k_weight, const Tensor& v_weight,
-    const Tensor& mean, const Tensor& rstd, const Tensor& probs, const Tensor& context, const Tensor& query,
-    const Tensor& key_query, int64_t num_heads, Needs needs) {
+std::vector<Tensor> cls_cross_attention_backward(const Tensor& grad_out, const Tensor& cls, const Tensor& patches,
+                                                 const Tensor& norm_weight, const OptionalTensor& norm_bias,
+                                                 const Tensor& q_weight, const Tensor& k_weight, const Tensor& v_weight,
+                                                 const Tensor& mean, const Tensor& rstd, const Tensor& probs,
+                                                 const Tensor& context, const Tensor& query, const Tensor& key_query,
+                                                 int64_t num_heads, Needs needs) {
   const int64_t batch = patches.size(0), tokens = patches.size(1), width = patches.size(2), d = width / num_heads;
   const double scale = 1.0 / std::sqrt(static_cast<double>(d));
   const Tensor gamma = norm_weight.to(at::kFloat);
@@ -168,16 +168,15 @@ std::vector<Tensor> cls_cross_attention_backward(
   // Keys and query: u_h = gamma . a_h, a_h = W_k,h^T q_h scale. What follows has one row per image.
   const Tensor grad_key_query = grad_u.mul(gamma);
   const Tensor grad_query = project_heads(grad_key_query, k_weight, {}, {}, {}, scale, at::kFloat);
-  const Tensor normalized =
-      cls.to(at::kFloat).sub(mean.select(1, 0).unsqueeze(1)).mul(rstd.select(1, 0).unsqueeze(1));
+  const Tensor normalized = cls.to(at::kFloat).sub(mean.select(1, 0).unsqueeze(1)).mul(rstd.select(1, 0).unsqueeze(1));
   const Tensor grad_y = at::mm(grad_query, q_weight.to(at::kFloat));
 
   std::vector<Tensor> result;
   if (needs.get(0)) {
     const Tensor g = grad_cls_normalized.add(grad_y.mul(gamma));
     const Tensor along = g.mul(normalized).mean(1, true);
-    result.push_back(g.sub(g.mean(1, true)).sub(normalized.mul(along)).mul(rstd.select(1, 0).unsqueeze(1)).to(
-        cls.scalar_type()));
+    result.push_back(
+        g.sub(g.mean(1, true)).sub(normalized.mul(along)).mul(rstd.select(1, 0).unsqueeze(1)).to(cls.scalar_type()));
   }
   if (needs.get(1)) result.push_back(grad_patches);
   if (needs.get(2))
@@ -203,11 +202,8 @@ std::vector<Tensor> cls_cross_attention_backward(
   if (needs.get(8)) result.push_back(outer(grad, context.mul(gamma).add(beta)));
   // The probabilities sum to one, unless they are not numbers, which the bias's gradient then must not be either.
   if (needs.get(9))
-    result.push_back(grad.view({batch, num_heads, d})
-                         .add(probs.sum(2, true).mul(0))
-                         .sum(0)
-                         .reshape({width})
-                         .to(weight_dtype));
+    result.push_back(
+        grad.view({batch, num_heads, d}).add(probs.sum(2, true).mul(0)).sum(0).reshape({width}).to(weight_dtype));
   return result;
 }
 
@@ -216,14 +212,13 @@ Tensor cls_fusion(const Tensor& cls, const Tensor& patches, const Tensor& proj_n
                   const Tensor& norm_weight, const OptionalTensor& norm_bias, const Tensor& q_weight,
                   const OptionalTensor& q_bias, const Tensor& k_weight, const Tensor& v_weight,
                   const OptionalTensor& v_bias, const Tensor& out_weight, const OptionalTensor& out_bias,
-                  const Tensor& revert_norm_weight, const OptionalTensor& revert_norm_bias,
-                  const Tensor& revert_weight, const OptionalTensor& revert_bias, int64_t num_heads, double eps) {
+                  const Tensor& revert_norm_weight, const OptionalTensor& revert_norm_bias, const Tensor& revert_weight,
+                  const OptionalTensor& revert_bias, int64_t num_heads, double eps) {
   // Between the ops the CLS stays in float32, whatever the model's dtype.
-  const Tensor projected = linear_rows(cls, norm_of(proj_norm_weight, proj_norm_bias, eps), true, proj_weight, proj_bias,
-                                       {}, at::kFloat);
-  const Tensor attended =
-      std::get<0>(cls_cross_attention(projected, patches, norm_weight, norm_bias, q_weight, q_bias, k_weight, v_weight,
-                                      v_bias, num_heads, eps, false));
+  const Tensor projected =
+      linear_rows(cls, norm_of(proj_norm_weight, proj_norm_bias, eps), true, proj_weight, proj_bias, {}, at::kFloat);
+  const Tensor attended = std::get<0>(cls_cross_attention(projected, patches, norm_weight, norm_bias, q_weight, q_bias,
+                                                          k_weight, v_weight, v_bias, num_heads, eps, false));
   const Tensor fused = linear_rows(attended, Norm{}, false, out_weight, out_bias, projected, at::kFloat);
   return linear_rows(fused, norm_of(revert_norm_weight, revert_norm_bias, eps), true, revert_weight, revert_bias, {},
                      revert_weight.scalar_type());

@@ -100,7 +100,8 @@ inline void project_heads_run(const ProjectHeadsArgs& a, int64_t task, char* scr
     for (int64_t e = 0; e < a.head_width; e += VL) {
       const int n = static_cast<int>(smaller(a.head_width - e, VL));
       for (int64_t i = 0; i < n; i += kBlock)
-        multiply_block<NV>(a.weight, head * a.head_width + e + i, n - i, a.width, panel, s.c + i * lanes, lanes, s.widened);
+        multiply_block<NV>(a.weight, head * a.head_width + e + i, n - i, a.width, panel, s.c + i * lanes, lanes,
+                           s.widened);
       const Vec bias = load(s.bias + e);
       for_each_row<NV>(s.c, lanes, count,
                        [&](int64_t r, Vec y) { out.store(r, head * a.head_width + e, (y + bias) * a.scale, n); });
@@ -164,8 +165,7 @@ inline void normalize_tokens(const Rows& patches, int64_t m, int64_t count, int6
   load_transposed(patches, m, count, 0, width, panel, lanes);
   Vec first[NV], rest[NV], factor[NV];
   panel_statistics<NV>(panel, width, eps, first, rest, factor);
-  for (int64_t k = 0; k < width; k++)
-    CROSSVIT_UNROLL
+  for (int64_t k = 0; k < width; k++) CROSSVIT_UNROLL
     for (int v = 0; v < NV; v++) {
       float* at = panel + k * lanes + v * VL;
       store(at, ((load(at) - first[v]) - rest[v]) * factor[v]);

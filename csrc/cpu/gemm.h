@@ -10,15 +10,15 @@
 
 namespace crossvit::CROSSVIT_ISA {
 
-constexpr int kPanelVectors = 3;                 // vectors of lanes in a panel, at most
+constexpr int kPanelVectors = 3;  // vectors of lanes in a panel, at most
 #if defined(__AVX512F__)
-constexpr int kBlock = 8;                        // rows of A in a register tile
+constexpr int kBlock = 8;  // rows of A in a register tile
 #else
 constexpr int kBlock = 4;
 #endif
 
-constexpr int64_t kDepthChunk = 256;             // products summed in one chain, at most (float32)
-constexpr int64_t kScoreChunk = 32;              // the same for scores, whose error an exponential multiplies
+constexpr int64_t kDepthChunk = 256;  // products summed in one chain, at most (float32)
+constexpr int64_t kScoreChunk = 32;   // the same for scores, whose error an exponential multiplies
 
 struct MultiplyF32 {
   using Element = float;

@@ -78,7 +78,9 @@ struct LinearGradInputScratch {
 };
 
 inline int64_t linear_grad_input_tasks(LinearGradInputArgs& a, int64_t) { return PanelSplit(a.rows).panels; }
-inline int64_t linear_grad_input_scratch(const LinearGradInputArgs& a) { return LinearGradInputScratch(a, nullptr).bytes; }
+inline int64_t linear_grad_input_scratch(const LinearGradInputArgs& a) {
+  return LinearGradInputScratch(a, nullptr).bytes;
+}
 inline void linear_grad_input_run(const LinearGradInputArgs& a, int64_t task, char* scratch) {
   const LinearGradInputScratch s(a, scratch);
   const PanelSplit split(a.rows);
@@ -136,8 +138,7 @@ inline void mlp_grad_input_run(const MlpGradInputArgs& a, int64_t task, char* sc
       load_transposed(a.pre, m, count, h, n, s.other, lanes);
       for (int64_t i = 0; i < n * lanes; i += VL) store(c + i, load(c + i) * gelu_derivative(load(s.other + i)));
       if (a.grad_hidden.data)
-        for_each_row<NV>(c, lanes, count,
-                         [&](int64_t r, Vec g) { grad_hidden.store(r, h, g, static_cast<int>(n)); });
+        for_each_row<NV>(c, lanes, count, [&](int64_t r, Vec g) { grad_hidden.store(r, h, g, static_cast<int>(n)); });
     }
     for (int64_t k = 0; k < a.width; k += kBlock)
       multiply_block<NV>(a.w1_t, k, a.width - k, a.hidden, hidden, s.dy + k * lanes, lanes, nullptr);
@@ -182,7 +183,8 @@ inline int64_t weight_grad_tasks(WeightGradArgs& a, int64_t threads) {
 inline int64_t weight_grad_scratch(const WeightGradArgs& a) { return WeightGradScratch(a, nullptr).bytes; }
 
 // Columns [k0, k0 + n) of one row of x as they entered the product, zero-padded to whole vectors.
-inline void input_row(const WeightGradArgs& a, int64_t m, int64_t k0, int64_t n, const WeightGradScratch& s, float* to) {
+inline void input_row(const WeightGradArgs& a, int64_t m, int64_t k0, int64_t n, const WeightGradScratch& s,
+                      float* to) {
   const char* p = row_pointer(a.x, m);
   const float mean = a.norm.present ? a.norm.mean[m] : 0.0f, rstd = a.norm.present ? a.norm.rstd[m] : 1.0f;
   for (int64_t k = 0; k < n; k += VL) {
@@ -264,8 +266,7 @@ inline void transpose_run(const TransposeArgs& a, int64_t task, char* scratch) {
   float* block = reinterpret_cast<float*>(scratch);
   const int64_t m = task * VL, count = smaller(a.rows - m, VL);
   load_transposed(a.from, m, count, 0, a.columns, block, VL);
-  for (int64_t k = 0; k < a.columns; k++)
-    store_n(a.to + k * a.rows + m, load(block + k * VL), static_cast<int>(count));
+  for (int64_t k = 0; k < a.columns; k++) store_n(a.to + k * a.rows + m, load(block + k * VL), static_cast<int>(count));
 }
 
 }  // namespace crossvit::CROSSVIT_ISA

@@ -95,8 +95,8 @@ struct WeightGradArgs {
   Norm norm;
   bool gelu_in = false, gelu_out = false;
   Scale scale;
-  Rows grad_weight;                 // rows of the result; null: only the bias is wanted
-  void* grad_bias = nullptr;        // null: not wanted
+  Rows grad_weight;           // rows of the result; null: only the bias is wanted
+  void* grad_bias = nullptr;  // null: not wanted
   DType grad_bias_dtype = DType::f32;
   int64_t out_chunk = 0, in_chunk = 0;  // chosen by tasks()
 };
@@ -113,14 +113,14 @@ struct AttentionArgs {
   const void* qkv;
   void* out;
   DType dtype;
-  int64_t batch, tokens, heads, width;         // width of one head
-  int64_t batch_stride, token_stride;          // of qkv, in elements
-  float* lse;                                  // (batch, heads, tokens), or null
-  int64_t splits = 1;                          // of the queries, chosen by tasks()
+  int64_t batch, tokens, heads, width;  // width of one head
+  int64_t batch_stride, token_stride;   // of qkv, in elements
+  float* lse;                           // (batch, heads, tokens), or null
+  int64_t splits = 1;                   // of the queries, chosen by tasks()
 };
 struct AttentionGradArgs {
-  const void *qkv, *out, *grad_out;            // out and grad_out contiguous (batch, tokens, heads * width)
-  void* grad_qkv;                              // contiguous
+  const void *qkv, *out, *grad_out;  // out and grad_out contiguous (batch, tokens, heads * width)
+  void* grad_qkv;                    // contiguous
   DType dtype;
   int64_t batch, tokens, heads, width;
   int64_t batch_stride, token_stride;
@@ -146,22 +146,22 @@ struct ProjectHeadsArgs {
   float scale;
 };
 struct CrossArgs {
-  Rows cls, patches;            // patches: batch_stride and row_stride; one image is `tokens` rows
+  Rows cls, patches;  // patches: batch_stride and row_stride; one image is `tokens` rows
   int64_t batch, tokens, width, heads;
-  Norm norm;                    // gamma alone enters; mean and rstd (batch, 1 + tokens), or null
-  const float* key_query;       // (batch, heads, width)
-  float* probs;                 // (batch, heads, 1 + tokens), or null
-  float* context;               // (batch, heads, width)
-  float* partial = nullptr;     // (batch * splits, heads, width + 2): context, maximum and sum of a piece
-  int64_t splits = 1;           // of the tokens, chosen by tasks()
+  Norm norm;                 // gamma alone enters; mean and rstd (batch, 1 + tokens), or null
+  const float* key_query;    // (batch, heads, width)
+  float* probs;              // (batch, heads, 1 + tokens), or null
+  float* context;            // (batch, heads, width)
+  float* partial = nullptr;  // (batch * splits, heads, width + 2): context, maximum and sum of a piece
+  int64_t splits = 1;        // of the tokens, chosen by tasks()
 };
 struct CrossGradArgs {
   Rows cls, patches, grad_patches;
   int64_t batch, tokens, width, heads;
   Norm norm;
   const float *key_query, *probs, *context, *grad_context;
-  float* grad_cls_normalized;   // (batch, width): of the CLS's x-hat, by way of keys and values
-  float* grad_scores_tokens;    // (batch, heads, width): w_h, the gradient of u_h
+  float* grad_cls_normalized;  // (batch, width): of the CLS's x-hat, by way of keys and values
+  float* grad_scores_tokens;   // (batch, heads, width): w_h, the gradient of u_h
 };
 
 // Bicubic interpolation along one axis: result i is the sum over t < 4 of weight[t][i] * pixel(first[i] + t - kBorder),

@@ -106,9 +106,7 @@ NormGradients::NormGradients(bool weight_wanted, bool bias_wanted, int64_t tasks
   if (bias_wanted) bias = at::zeros({tasks, width}, options);
 }
 
-Tensor total(const Tensor& partial, const Tensor& parameter) {
-  return partial.sum(0).to(parameter.scalar_type());
-}
+Tensor total(const Tensor& partial, const Tensor& parameter) { return partial.sum(0).to(parameter.scalar_type()); }
 
 Tensor empty_like_dtype(at::IntArrayRef shape, at::ScalarType dtype) { return at::empty(shape, at::dtype(dtype)); }
 

@@ -14,8 +14,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_linear(const Tensor& x, co
   shape.back() = weight.size(0);
   const Tensor out = empty_like_dtype(shape, weight.scalar_type());
   const Tensor mean = empty_f32({save ? in.count : 0}), rstd = empty_f32({save ? in.count : 0});
-  const Tensor pre =
-      empty_like_dtype({save && gelu_out ? in.count : 0, weight.size(0)}, weight.scalar_type());
+  const Tensor pre = empty_like_dtype({save && gelu_out ? in.count : 0, weight.size(0)}, weight.scalar_type());
 
   LinearArgs args{};
   args.x = in.rows;
@@ -60,7 +59,8 @@ std::vector<Tensor> layer_norm_linear_backward(const Tensor& grad_out, const Ten
     args.gelu_in = gelu_in;
     args.gelu_out = gelu_out;
     args.weight_t = weight_t.matrix;
-    const NormGradients partial(needs.get(1), needs.get(2), active().linear_grad_input.tasks(args, threads_here()), args.in, x);
+    const NormGradients partial(needs.get(1), needs.get(2), active().linear_grad_input.tasks(args, threads_here()),
+                                args.in, x);
     args.grad_norm_weight = needs.get(1) ? float_data(partial.weight) : nullptr;
     args.grad_norm_bias = needs.get(2) ? float_data(partial.bias) : nullptr;
     if (needs.get(0)) {

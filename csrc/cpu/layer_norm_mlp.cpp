@@ -60,7 +60,8 @@ std::vector<Tensor> layer_norm_mlp_backward(const Tensor& grad_out, const Tensor
     args.w1_t = w1_t.matrix;
     args.w2_t = w2_t.matrix;
     args.scale = factor.scale;
-    const NormGradients partial(needs.get(1), needs.get(2), active().mlp_grad_input.tasks(args, threads_here()), args.width, x);
+    const NormGradients partial(needs.get(1), needs.get(2), active().mlp_grad_input.tasks(args, threads_here()),
+                                args.width, x);
     args.grad_norm_weight = needs.get(1) ? float_data(partial.weight) : nullptr;
     args.grad_norm_bias = needs.get(2) ? float_data(partial.bias) : nullptr;
     if (needs.get(3) || needs.get(4)) {

@@ -98,8 +98,7 @@ inline void linear_run(const LinearArgs& a, int64_t task, char* scratch) {
   }
   load_vector(a.bias, 0, a.out_features, 0.0f, s.bias);
   if (a.scale.kind == Scale::channel) load_vector(a.scale.values, 0, a.out_features, 0.0f, s.channels);
-  with_vectors(split.vectors_of(panel),
-               [&]<int NV>() { linear_panel<NV>(a, m, count, begin, end, s); });
+  with_vectors(split.vectors_of(panel), [&]<int NV>() { linear_panel<NV>(a, m, count, begin, end, s); });
 }
 
 }  // namespace crossvit::CROSSVIT_ISA

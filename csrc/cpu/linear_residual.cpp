@@ -12,7 +12,8 @@ Tensor linear_residual(const Tensor& x, const Tensor& weight, const OptionalTens
   const RowTensor in(x), base(residual);
   const WeightTensor matrix(weight);
   const ScaleTensor factor(scale, residual);
-  const Tensor out = empty_like_dtype(residual.sizes(), c10::promoteTypes(residual.scalar_type(), weight.scalar_type()));
+  const Tensor out =
+      empty_like_dtype(residual.sizes(), c10::promoteTypes(residual.scalar_type(), weight.scalar_type()));
 
   LinearArgs args{};
   args.x = in.rows;
@@ -55,8 +56,7 @@ void weight_gradients(const Rows& grad, const Rows& pre, const Rows& x, int64_t 
 }
 
 std::vector<Tensor> linear_residual_backward(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
-                                             const OptionalTensor& bias, const OptionalTensor& scale,
-                                             Needs needs) {
+                                             const OptionalTensor& bias, const OptionalTensor& scale, Needs needs) {
   const RowTensor grad(grad_out), in(x);
   const ScaleTensor factor(scale, grad_out);
   const bool scale_wanted = needs.get(3);

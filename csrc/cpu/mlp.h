@@ -41,8 +41,7 @@ inline void mlp_panel(const MlpArgs& a, int64_t m, int64_t count, const MlpScrat
       for_each_row<NV>(c, lanes, count, [&](int64_t r, Vec y) { pre.store(r, h, y + bias, n); });
     }
     if (hidden.pairs) {
-      for (int e = 0; e < n; e += 2)
-        CROSSVIT_UNROLL
+      for (int e = 0; e < n; e += 2) CROSSVIT_UNROLL
         for (int v = 0; v < NV; v++) {
           const float* at = c + e * lanes + v * VL;
           store(s.hidden + (h + e) / 2 * lanes + v * VL,

@@ -15,8 +15,7 @@ inline void panel_statistics(const float* x, int64_t depth, float eps, Vec* firs
   Vec sum[kChains][NV] = {};
   for (int v = 0; v < NV; v++) first[v] = load(x + v * VL);
   int64_t k = 0;
-  for (; k + kChains <= depth; k += kChains)
-    CROSSVIT_UNROLL
+  for (; k + kChains <= depth; k += kChains) CROSSVIT_UNROLL
     for (int c = 0; c < kChains; c++)
       CROSSVIT_UNROLL
       for (int v = 0; v < NV; v++) sum[c][v] += load(x + (k + c) * lanes + v * VL) - first[v];

@@ -21,8 +21,7 @@ std::vector<Tensor> layer_norm_linear_backward(const Tensor& grad_out, const Ten
 Tensor linear_residual(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& residual,
                        const OptionalTensor& scale);
 std::vector<Tensor> linear_residual_backward(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
-                                             const OptionalTensor& bias, const OptionalTensor& scale,
-                                             Needs needs);
+                                             const OptionalTensor& bias, const OptionalTensor& scale, Needs needs);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_mlp(const Tensor& x, const Tensor& norm_weight,
                                                           const OptionalTensor& norm_bias, const Tensor& w1,
@@ -43,18 +42,19 @@ CrossAttentionResult cls_cross_attention(const Tensor& cls, const Tensor& patche
                                          const OptionalTensor& norm_bias, const Tensor& q_weight,
                                          const OptionalTensor& q_bias, const Tensor& k_weight, const Tensor& v_weight,
                                          const OptionalTensor& v_bias, int64_t num_heads, double eps, bool save);
-std::vector<Tensor> cls_cross_attention_backward(
-    const Tensor& grad_out, const Tensor& cls, const Tensor& patches, const Tensor& norm_weight,
-    const OptionalTensor& norm_bias, const Tensor& q_weight, const Tensor& k_weight, const Tensor& v_weight,
-    const Tensor& mean, const Tensor& rstd, const Tensor& probs, const Tensor& context, const Tensor& query,
-    const Tensor& key_query, int64_t num_heads, Needs needs);
+std::vector<Tensor> cls_cross_attention_backward(const Tensor& grad_out, const Tensor& cls, const Tensor& patches,
+                                                 const Tensor& norm_weight, const OptionalTensor& norm_bias,
+                                                 const Tensor& q_weight, const Tensor& k_weight, const Tensor& v_weight,
+                                                 const Tensor& mean, const Tensor& rstd, const Tensor& probs,
+                                                 const Tensor& context, const Tensor& query, const Tensor& key_query,
+                                                 int64_t num_heads, Needs needs);
 Tensor cls_fusion(const Tensor& cls, const Tensor& patches, const Tensor& proj_norm_weight,
                   const OptionalTensor& proj_norm_bias, const Tensor& proj_weight, const OptionalTensor& proj_bias,
                   const Tensor& norm_weight, const OptionalTensor& norm_bias, const Tensor& q_weight,
                   const OptionalTensor& q_bias, const Tensor& k_weight, const Tensor& v_weight,
                   const OptionalTensor& v_bias, const Tensor& out_weight, const OptionalTensor& out_bias,
-                  const Tensor& revert_norm_weight, const OptionalTensor& revert_norm_bias,
-                  const Tensor& revert_weight, const OptionalTensor& revert_bias, int64_t num_heads, double eps);
+                  const Tensor& revert_norm_weight, const OptionalTensor& revert_norm_bias, const Tensor& revert_weight,
+                  const OptionalTensor& revert_bias, int64_t num_heads, double eps);
 
 Tensor patch_embed(const Tensor& images, const Tensor& weight, const OptionalTensor& bias, const Tensor& cls_token,
                    const Tensor& pos_embed, int64_t height, int64_t width);

@@ -129,9 +129,8 @@ CROSSVIT_INLINE void store_n(uint16_t* p, Vec v, int n) {
 CROSSVIT_INLINE Vec pair(Vec even, Vec odd) {
 #if defined(__AVX512BF16__)
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
-  const __m512i interleave =
-      _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3,
-                       18, 2, 17, 1, 16, 0);
+  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                              6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   return (Vec)_mm512_permutexvar_epi16(interleave, both);
 #else
   return (Vec)((round_bits(even) >> 16) | (round_bits(odd) & 0xffff0000u));
@@ -257,7 +256,7 @@ CROSSVIT_INLINE void exchange(Vec& a, Vec& b, __attribute__((unused)) Lanes<L...
 template <int S>
 CROSSVIT_INLINE void transpose_step(Vec* rows) {
   if constexpr (S < VL) {
-    CROSSVIT_UNROLL
+  CROSSVIT_UNROLL
     for (int i = 0; i < VL; i++)
       if ((i & S) == 0) exchange<S>(rows[i], rows[i + S], AllLanes{});
     transpose_step<2 * S>(rows);
