@@ -100,7 +100,10 @@ class Op:
 
         returns = ", ".join(f"Tensor {n}" for n in ("out", *saved))
         self.op = self._define(name, f"{inputs}, bool save, str kernels", returns, self.run, self._fake)
-        self._native = native_kernel(name, [*self.inputs, "save"], activations)
+        self.forwards: dict[str, Callable] = {
+            "reference": self._run_reference,
+            "cpu": native_kernel(name, [*self.inputs, "save"], activations),
+        }
         for device in ("CPU", "CUDA"):
             LIBRARY.impl(name, self._autocast(device.lower()), f"Autocast{device}")
         register_flop_formula(self.op.overloadpacket, get_raw=True)(self._count)
@@ -120,7 +123,10 @@ class Op:
                 self._fake_backward,
             )
             order = ["grad_out", *(self.inputs[i] for i in self.kept), *names, "needs"]
-            self._native_backward = native_kernel(f"{name}_backward", order, {"grad_out", *activations})
+            self.backwards: dict[str, Callable] = {
+                "reference": self._differentiate_reference,
+                "cpu": native_kernel(f"{name}_backward", order, {"grad_out", *activations}),
+            }
             for device in ("CPU", "CUDA"):  # a backward that runs inside the region computes as the one outside
                 LIBRARY.impl(f"{name}_backward", self._without_autocast, f"Autocast{device}")
             register_flop_formula(self.backward_op.overloadpacket, get_raw=True)(self._count_backward)
@@ -180,19 +186,19 @@ class Op:
 
     def run(self, *args: Any) -> Any:
         """Forward on the backend that serves these arguments."""
-        if self._backend(args, args[-1]) == "cpu":
-            return self._native(*args[:-1])
-        return self._run_reference(*args[:-1])
+        return self.forwards[self._backend(args, args[-1])](*args[:-1])
 
     def run_backward(self, *args: Any) -> list[Tensor]:
         """Backward on the backend that serves these arguments."""
-        inputs: list[Any] = [args[0]] * len(self.inputs)  # where the input is not seen, out's gradient stands for it
+        backend = self._backend(self._inputs_of_backward(args), args[-1], "_backward")
+        return self.backwards[backend](*args[:-1])
+
+    def _inputs_of_backward(self, args: Sequence[Any]) -> list[Any]:
+        """The op's inputs among the backward's arguments; for the one that it does not see, out's gradient."""
+        inputs: list[Any] = [args[0]] * len(self.inputs)
         for i, value in zip(self.kept, args[1:]):
             inputs[i] = value
-        if self._backend(inputs, args[-1], "_backward") == "cpu":
-            result = self._native_backward(*args[:-1])
-            return result if isinstance(result, list) else [result]
-        return self._differentiate_reference(args[0], inputs, args[-2])
+        return inputs
 
     def _fake(self, *args: Any) -> Any:
         out, *saved = self.outputs(*args[:-2])
@@ -253,19 +259,16 @@ class Op:
             assert self.save is not None
             return out, *self.save(*inputs)
 
-    def _differentiate_reference(self, grad_out: Tensor, inputs: list[Any], needs: Sequence[bool]) -> list[Tensor]:
+    def _differentiate_reference(self, *args: Any) -> list[Tensor]:
+        inputs, grad_out, needs = self._inputs_of_backward(args), args[0], args[-1]
         wanted = [i for i, needed in zip((i for i in self.kept if i in self.tensors), needs) if needed]
         include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-        with (
-            torch._C._ForceDispatchKeyGuard(
-                include, exclude - _AUTOGRAD
-            ),  # below autograd nothing is recorded otherwise
-            torch.enable_grad(),
-            self._mixed_dtypes(inputs),
-        ):
+        # An op's implementation runs below autograd, where nothing would be recorded.
+        with torch._C._ForceDispatchKeyGuard(include, exclude - _AUTOGRAD), torch.enable_grad():
             inputs = [t.detach() if isinstance(t, Tensor) else t for t in inputs]
             leaves = [inputs[i].requires_grad_() for i in wanted]
-            out = self.reference(*inputs)
+            with self._mixed_dtypes(inputs):
+                out = self.reference(*inputs)
             grads = torch.autograd.grad(out, leaves, grad_out, materialize_grads=True)
         return [g.clone(memory_format=torch.contiguous_format) for g in grads]
 
@@ -276,9 +279,7 @@ class Op:
 
     def _count_backward(self, *args: Any, out_val: Any = None, **_: Any) -> int:
         assert self.backward_flops is not None
-        inputs: list[Any] = [args[0]] * len(self.inputs)
-        for i, value in zip(self.kept, args[1:]):
-            inputs[i] = value
+        inputs = self._inputs_of_backward(args)
         names = [self.inputs[i] for i in self.kept if i in self.tensors]
         backend = self._backend(inputs, args[-1], "_backward")
         again = self.flops(backend, *inputs) if backend == "reference" else 0
