@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from crossvit_kernels import cls_fusion
 from crossvit_kernels.nn import AttentionBlock, Block, CrossAttentionBlock, KernelModule, LayerNormLinear, affine
+from crossvit_kernels.ops.cls_fusion import cls_fusion
 
 from .describe import linear_multiply_adds
 

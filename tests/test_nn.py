@@ -9,6 +9,7 @@ from timm.models.crossvit import CrossAttentionBlock as TimmCrossAttentionBlock
 from timm.models.vision_transformer import Attention as TimmAttention
 from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from crossvit_kernels.nn import (
     Attention,
@@ -147,6 +148,26 @@ def test_replaced_cross_attention_layers_are_called(name: str, kernels: str) -> 
             linear.bias -= 1
             setattr(parent, key, Adapter(linear))
             assert relative(module(X), expected) < 1e-6
+
+
+def test_parametrised_weights_are_used(kernels: str) -> None:
+    """A weight that a parametrisation computes (weight norm, low-rank updates) is what the ops get, and its parameters
+    get gradients.
+    """
+    block = perturb(Block(48, 3, qkv_bias=True, kernels=kernels)).eval()
+    with torch.no_grad():
+        expected = block(X)
+        block.attn.qkv.weight /= 2
+
+    class Double(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    parametrize.register_parametrization(block.attn.qkv, "weight", Double())
+    out = block(X)
+    assert relative(out, expected) < 1e-6
+    out.sum().backward()
+    assert block.attn.qkv.parametrizations.weight.original.grad.abs().max() > 0
 
 
 def test_frozen_parameters_get_no_gradient(kernels: str) -> None:
