@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(not NATIVE, reason="no backend but the reference
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 width, batch, tokens = st.integers(2, 150), st.integers(1, 5), st.integers(1, 80)
+samples = st.integers(16, 24)  # an rms error over fewer numbers is a matter of luck
 kinds, layouts = st.sampled_from(KINDS), st.sampled_from([None, None, *LAYOUTS])
 scales = st.sampled_from([None, "sample", "channel"])
 activations = st.sampled_from([None, "gelu"])
@@ -30,14 +31,16 @@ def layer_norm_linear(draw: Draw, rng: Random) -> dict[str, Any]:
 
 
 def linear_residual(draw: Draw, rng: Random) -> dict[str, Any]:
-    shape = draw(batch), draw(tokens), draw(width)
-    return inputs.linear_residual(rng, *shape, out=draw(width), bias=draw(st.booleans()), scale=draw(scales))
+    scale = draw(scales)
+    shape = draw(samples if scale == "sample" else batch), draw(tokens), draw(width)
+    return inputs.linear_residual(rng, *shape, out=draw(width), bias=draw(st.booleans()), scale=scale)
 
 
 def layer_norm_mlp(draw: Draw, rng: Random) -> dict[str, Any]:
-    shape = draw(batch), draw(tokens), draw(width.filter(lambda d: d > 3))
+    scale = draw(scales)
+    shape = draw(samples if scale == "sample" else batch), draw(tokens), draw(width.filter(lambda d: d > 3))
     return inputs.layer_norm_mlp(
-        rng, *shape, hidden=draw(width), kind=draw(kinds), bias=draw(st.booleans()), scale=draw(scales)
+        rng, *shape, hidden=draw(width), kind=draw(kinds), bias=draw(st.booleans()), scale=scale
     )
 
 
@@ -92,7 +95,7 @@ STRIDED = {"x", "residual", "qkv", "images", "patches"}
 
 
 @pytest.mark.parametrize("name", CASES)
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=16, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_equals_the_reference(name: str, data: st.DataObject) -> None:
     rng = Random(data.draw(st.integers(0, 1000), label="seed"))
