@@ -76,7 +76,8 @@ def test_nonfinite_values_come_out_where_the_reference_has_them(
     given = inputs.layer_norm_mlp(rng, 3, 17, 96, hidden=100)
     given[where].view(-1)[70] = value
     kernel, reference = (evaluate(layer_norm_mlp, given, precision, k) for k in (backend, "reference"))
-    assert_same_nonfinite(kernel, reference)
+    # Of gelu(+inf) torch's float64 makes inf, as the kernels do, its vectorised float32 NaN: no kind to compare.
+    assert_same_nonfinite(kernel, reference, exact="" if value == -torch.inf else "out")
 
 
 @pytest.mark.parametrize("scale", [None, "sample", "channel"])
