@@ -9,9 +9,10 @@ import copy
 import io
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import timm
 import torch
@@ -43,7 +44,7 @@ def timm_model(name: str) -> nn.Module:
     return model
 
 
-def inference(model: nn.Module, images: Tensor) -> Run:
+def inference(model: Callable[[Tensor], Tensor], images: Tensor) -> Run:
     """A forward pass of a torch module in inference mode."""
 
     def run() -> Tensor:
@@ -108,25 +109,24 @@ PEERS: dict[str, Callable[[nn.Module, Tensor, torch.dtype], Run]] = {
     "openvino": openvino,
 }
 
-_exports: dict[tuple[int, torch.Size], Path] = {}
-_folder: tempfile.TemporaryDirectory[str] | None = None
+_exports: WeakKeyDictionary[nn.Module, tempfile.TemporaryDirectory[str]] = WeakKeyDictionary()
 
 
 def _exported(model: nn.Module, images: Tensor) -> Path:
-    """The ONNX file of `model` for exactly this input shape, made once per model object and shape."""
-    global _folder
-    _folder = _folder or tempfile.TemporaryDirectory(prefix="crossvit-onnx-")
-    key = (id(model), images.shape)
-    if key not in _exports:
-        path = Path(_folder.name) / f"{len(_exports)}.onnx"
+    """The ONNX file of `model` for exactly this input shape, made once and kept as long as the model lives."""
+    if model not in _exports:
+        _exports[model] = tempfile.TemporaryDirectory(prefix="crossvit-onnx-")
+    path = Path(_exports[model].name) / ("x".join(map(str, images.shape)) + ".onnx")
+    if not path.exists():
         with _quiet():
-            torch.onnx.export(model, (images,), dynamo=True, verbose=False).save(path)
-        _exports[key] = path
-    return _exports[key]
+            program = torch.onnx.export(model, (images,), dynamo=True, verbose=False)
+        assert program is not None  # it is for dynamo=True
+        program.save(path)
+    return path
 
 
 @contextmanager
-def _quiet():
+def _quiet() -> Iterator[None]:
     """The exporter prints its stages and warns about operators that are not there; a progress bar is on the screen."""
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())

@@ -39,7 +39,7 @@ def photographs(count: int, size: int | tuple[int, int], dtype: torch.dtype = to
         raise TypeError(f"dtype must be a floating point type, got {dtype}")
     images = np.empty((count, height, width, 3), np.uint8)
     for i in range(count):
-        images[i] = _crop(i, height, width)
+        images[i] = np.asarray(_crop(i, height, width))
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
     normalised = (torch.from_numpy(images).float() / 255 - mean) / std
     return normalised.permute(0, 3, 1, 2).contiguous().to(dtype)

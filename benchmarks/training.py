@@ -1,6 +1,7 @@
 """A whole training step, as `--train` times it: forward, cross entropy, backward and AdamW on fixed images."""
 
 import copy
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -19,7 +20,9 @@ class TrainingStep:
         self.parameters = dict(model.named_parameters())
         if compiled:
             torch.compiler.reset()
-        self.model: nn.Module = torch.compile(model.train(), dynamic=False) if compiled else model.train()
+        self.model: Callable[[Tensor], Tensor] = (
+            torch.compile(model.train(), dynamic=False) if compiled else model.train()
+        )
         self.images = images
         self.labels = torch.arange(len(images)) * 37 % 1000
         self.dtype = dtype
