@@ -90,7 +90,7 @@ def ops(rows: list[Row], path: Path) -> None:
             )
         axis.set_xscale("log")
         axis.margins(x=0.15)
-        axis.set_xlim(left=1)
+        axis.set_xlim(1, max(2, axis.get_xlim()[1]))
         axis.set_title(f"{dtype}, {rows[0]['mode']}", fontsize=10)
         axis.set_xlabel("time over the floor")
         axis.set_yticks(range(len(groups)), groups, fontsize=8)
