@@ -7,6 +7,7 @@ images and gives the logits, (batch, classes), as a torch tensor. A builder that
 
 import copy
 import io
+import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -62,6 +63,7 @@ def timm_compiled(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Run:
     """torch.compile with inductor's freezing (weights packed beforehand), as PyTorch advises for inference on a CPU."""
     import torch._inductor.config as inductor
 
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no word on a missing GPU amid the bar
     torch.compiler.reset()
     compiled = torch.compile(copy.deepcopy(model).to(dtype), dynamic=False)
     run = inference(compiled, images.to(dtype))
