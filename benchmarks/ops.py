@@ -12,7 +12,6 @@ import itertools
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from . import floor, plot, timing
 from .cases import BRANCHES, HEADS, OPS, Cell, inputs, sdpa
-from .session import DTYPES, KERNELS, RESULTS, DisagreementError, Session, counts, dtype_name, names, rounds
+from .session import DTYPES, RESULTS, DisagreementError, Session, add_shared_arguments, counts, dtype_name, names
 
 # An error's root mean square against float64 may be this many times the reference's own in the same dtype, plus as many
 # units in the last place of the result's.
@@ -88,33 +87,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     results += [Result(cell, name, least, taken) for name, taken in seconds.items()]
                 timing.write_json(options.json, [result.row() for result in results])
     _print(results)
-    for (cell, name), reason in session.left_out.items():
-        print(f"left out: {name} ({cell}): {reason}")
-    if results:
-        picture = options.json.with_suffix(".png")
-        plot.ops([result.row() for result in results], picture)
-        print(f"\nWritten: {options.json} and {picture}")
-    if session.interrupted:
-        print("Interrupted: what was measured until then is kept; the last cell may have fewer rounds than asked for.")
-        return 130
-    return int(any(name in options.kernels for _, name in session.left_out))
+    session.conclude(plot.ops, [result.row() for result in results], options.json)
+    return session.exit_status(options.kernels)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ops", description=__doc__.partition("\n")[0])
     parser.add_argument("--op", type=names(OPS, OPS), default=list(OPS), help=f"all, {', '.join(OPS)}")
-    parser.add_argument("--dtype", type=names(list(DTYPES)), default=["float32", "bfloat16"], help=", ".join(DTYPES))
     parser.add_argument(
         "--batch", type=counts, help="1,8 (by default 32 for the ops on the CLS token, 8 for the others)"
     )
-    parser.add_argument("--kernels", type=names(KERNELS), default=["reference", "auto"], help=", ".join(KERNELS))
-    parser.add_argument("--peers", type=names(PEERS, PEERS), default=list(PEERS), help=f"all, none, {', '.join(PEERS)}")
     parser.add_argument("--backward", action="store_true", help="time forward and backward together")
-    parser.add_argument("--threads", type=counts, default=[torch.get_num_threads()], help="of every candidate: 1,2")
-    parser.add_argument(
-        "--rounds", type=rounds, default=timing.MIN_ROUNDS, help="at least 9; more are made where they are quick"
-    )
-    parser.add_argument("--json", type=Path, help="the plot goes beside it (benchmarks/results/ops.json)")
+    add_shared_arguments(parser, PEERS, "ops")
     options = parser.parse_args(arguments)
     options.json = options.json or RESULTS / ("ops_backward.json" if options.backward else "ops.json")
     return options

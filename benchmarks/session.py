@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -88,6 +89,37 @@ class Session:
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         self.left_out[cell, name] = reason if isinstance(error, LeftOutError) else f"{type(error).__name__}: {reason}"
         self.bar.total -= steps_saved
+
+    def conclude(
+        self, draw: Callable[[list[dict[str, Any]], Path], None], rows: list[dict[str, Any]], path: Path
+    ) -> None:
+        """Say what was left out, draw the rows beside `path`, and say what was written and whether all of it was."""
+        for (cell, name), reason in self.left_out.items():
+            print(f"left out: {name} ({cell}): {reason}")
+        if rows:
+            picture = path.with_suffix(".png")
+            draw(rows, picture)
+            print(f"\nWritten: {path} and {picture}")
+        if self.interrupted:
+            print(
+                "Interrupted: what was measured until then is kept; the last cell may have fewer rounds than asked for."
+            )
+
+    def exit_status(self, kernels: Sequence[str]) -> int:
+        """0, or 1 where one of our kernels has no row, or 130 after Ctrl-C."""
+        return 130 if self.interrupted else int(any(name in kernels for _, name in self.left_out))
+
+
+def add_shared_arguments(parser: argparse.ArgumentParser, peers: Sequence[str], name: str) -> None:
+    """The arguments that do not depend on what is timed; the rows go to results/<name>.json by default."""
+    parser.add_argument("--dtype", type=names(list(DTYPES)), default=["float32", "bfloat16"], help=", ".join(DTYPES))
+    parser.add_argument("--kernels", type=names(KERNELS), default=["reference", "auto"], help=", ".join(KERNELS))
+    parser.add_argument("--peers", type=names(peers, peers), default=list(peers), help=f"all, none, {', '.join(peers)}")
+    parser.add_argument("--threads", type=counts, default=[torch.get_num_threads()], help="of every candidate: 1,2")
+    parser.add_argument(
+        "--rounds", type=rounds, default=timing.MIN_ROUNDS, help="at least 9; more are made where they are quick"
+    )
+    parser.add_argument("--json", type=Path, help=f"the plot goes beside it (benchmarks/results/{name}.json)")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

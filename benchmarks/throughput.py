@@ -15,7 +15,6 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -26,7 +25,17 @@ import crossvit
 
 from . import floor, peers, plot, timing
 from .photographs import photographs
-from .session import DTYPES, KERNELS, RESULTS, DisagreementError, Session, counts, dtype_name, names, rounds
+from .session import (
+    DTYPES,
+    KERNELS,
+    RESULTS,
+    DisagreementError,
+    Session,
+    add_shared_arguments,
+    counts,
+    dtype_name,
+    names,
+)
 from .training import TrainingStep, peer_step
 
 # Largest difference from the float32 reference's logits over the largest logit. Correct implementations stay at a tenth
@@ -104,35 +113,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 timing.write_json(options.json, [result.row() for result in results])
     _print_tables(results, options.peers)
     _print_summary(results, options)
-    for (cell, name), reason in session.left_out.items():
-        print(f"left out: {name} ({cell}): {reason}")
-    if results:
-        picture = options.json.with_suffix(".png")
-        plot.throughput([result.row() for result in results], picture)
-        print(f"\nWritten: {options.json} and {picture}")
-    if session.interrupted:
-        print("Interrupted: what was measured until then is kept; the last cell may have fewer rounds than asked for.")
-        return 130
-    return int(any(name in options.kernels for _, name in session.left_out))
+    session.conclude(plot.throughput, [result.row() for result in results], options.json)
+    return session.exit_status(options.kernels)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput", description=__doc__.partition("\n")[0])
-    models, every_peer = list(filter(timm.is_model, crossvit.list_models())), list(peers.PEERS)
+    models = list(filter(timm.is_model, crossvit.list_models()))
     default_models = ["crossvit_9_240", "crossvit_15_dagger_240"]
     parser.add_argument("--model", type=names(models), default=default_models, help=", ".join(models))
     parser.add_argument("--batch", type=counts, default=[1, 8], help="images per call: 1,8")
-    parser.add_argument("--dtype", type=names(list(DTYPES)), default=["float32", "bfloat16"], help=", ".join(DTYPES))
-    parser.add_argument("--kernels", type=names(KERNELS), default=["reference", "auto"], help=", ".join(KERNELS))
-    parser.add_argument(
-        "--peers", type=names(every_peer, every_peer), default=every_peer, help=f"all, none, {', '.join(every_peer)}"
-    )
     parser.add_argument("--train", action="store_true", help="time a training step; bfloat16 and float16 by autocast")
-    parser.add_argument("--threads", type=counts, default=[torch.get_num_threads()], help="of every candidate: 1,2")
-    parser.add_argument(
-        "--rounds", type=rounds, default=timing.MIN_ROUNDS, help="at least 9; more are made where they are quick"
-    )
-    parser.add_argument("--json", type=Path, help="the plot goes beside it (benchmarks/results/throughput.json)")
+    add_shared_arguments(parser, list(peers.PEERS), "throughput")
     options = parser.parse_args(arguments)
     options.json = options.json or RESULTS / ("training.json" if options.train else "throughput.json")
     return options

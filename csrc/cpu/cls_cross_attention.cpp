@@ -77,6 +77,24 @@ Rows token_rows(const Tensor& patches) {
           patches.stride(1)};
 }
 
+// What the pass over the tokens and its gradient are both told.
+template <class Args>
+Args cross_shape(const RowTensor& cls, const Tensor& patches, int64_t num_heads, const Norm& norm, const Tensor& mean,
+                 const Tensor& rstd, const Tensor& key_query) {
+  Args args{};
+  args.cls = cls.rows;
+  args.patches = token_rows(patches);
+  args.batch = patches.size(0);
+  args.tokens = patches.size(1);
+  args.width = patches.size(2);
+  args.heads = num_heads;
+  args.norm = norm;
+  args.norm.mean = float_data(mean);
+  args.norm.rstd = float_data(rstd);
+  args.key_query = float_data(key_query);
+  return args;
+}
+
 }  // namespace
 
 CrossAttentionResult cls_cross_attention(const Tensor& cls, const Tensor& patches, const Tensor& norm_weight,
@@ -93,17 +111,7 @@ CrossAttentionResult cls_cross_attention(const Tensor& cls, const Tensor& patche
   const int64_t saved = save ? batch : 0;
   const Tensor mean = empty_f32({saved, 1 + tokens}), rstd = empty_f32({saved, 1 + tokens});
   const Tensor probs = empty_f32({saved, num_heads, 1 + tokens}), context = empty_f32({batch, num_heads, width});
-  CrossArgs args{};
-  args.cls = first.rows;
-  args.patches = token_rows(dense);
-  args.batch = batch;
-  args.tokens = tokens;
-  args.width = width;
-  args.heads = num_heads;
-  args.norm = norm;
-  args.norm.mean = float_data(mean);
-  args.norm.rstd = float_data(rstd);
-  args.key_query = float_data(key_query);
+  auto args = cross_shape<CrossArgs>(first, dense, num_heads, norm, mean, rstd, key_query);
   args.probs = float_data(probs);
   args.context = float_data(context);
   const int64_t tasks = active().cross.tasks(args, threads_here());
@@ -146,18 +154,8 @@ std::vector<Tensor> cls_cross_attention_backward(const Tensor& grad_out, const T
   const RowTensor first(cls);
   const Tensor grad_patches = needs.get(1) ? at::empty({batch, tokens, width}, patches.options()) : Tensor();
   const Tensor grad_cls_normalized = empty_f32({batch, width}), grad_u = empty_f32({batch, num_heads, width});
-  CrossGradArgs args{};
-  args.cls = first.rows;
-  args.patches = token_rows(dense);
+  auto args = cross_shape<CrossGradArgs>(first, dense, num_heads, norm, mean, rstd, key_query);
   if (needs.get(1)) args.grad_patches = token_rows(grad_patches);
-  args.batch = batch;
-  args.tokens = tokens;
-  args.width = width;
-  args.heads = num_heads;
-  args.norm = norm;
-  args.norm.mean = float_data(mean);
-  args.norm.rstd = float_data(rstd);
-  args.key_query = float_data(key_query);
   args.probs = float_data(probs);
   args.context = float_data(context);
   args.grad_context = float_data(grad_context);

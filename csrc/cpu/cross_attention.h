@@ -111,6 +111,22 @@ inline void project_heads_run(const ProjectHeadsArgs& a, int64_t task, char* scr
 
 // --- the pass over the tokens ------------------------------------------------------------------------------------------
 
+// The tokens of one image.
+inline Rows tokens_of(const Rows& rows, int64_t image) {
+  return {static_cast<char*>(rows.data) + image * rows.batch_stride * size_of(rows.dtype), rows.dtype, rows.per_batch,
+          0, rows.row_stride};
+}
+
+// u_h = gamma . a_h of one image's heads.
+template <class Args>
+inline void load_u(const Args& a, int64_t image, float* u) {
+  const float* key_query = a.key_query + image * a.heads * a.width;
+  for (int64_t k = 0; k < a.width; k++) {
+    const float gamma = element(a.norm.weight, k);
+    for (int64_t h = 0; h < a.heads; h++) u[h * a.width + k] = gamma * key_query[h * a.width + k];
+  }
+}
+
 // Row m of rows, normalised without the affine part, zero-padded; returns its mean and rstd.
 inline void normalize_row(const Rows& rows, int64_t m, int64_t width, float eps, float* to, float* mean, float* rstd) {
   load_transposed(rows, m, 1, 0, width, to, VL);  // lane 0 is the row: the very arithmetic of the panels
@@ -257,11 +273,7 @@ inline void finish_probabilities(float* probs, int64_t tokens, float highest, fl
 inline void cross_run(const CrossArgs& a, int64_t task, char* scratch) {
   const CrossScratch s(a, scratch);
   const int64_t image = task / a.splits, piece = task % a.splits, all = a.tokens + 1;
-  const float* key_query = a.key_query + image * a.heads * a.width;
-  for (int64_t k = 0; k < a.width; k++) {
-    const float gamma = element(a.norm.weight, k);
-    for (int64_t h = 0; h < a.heads; h++) s.u[h * a.width + k] = gamma * key_query[h * a.width + k];
-  }
+  load_u(a, image, s.u);
   float* probs = a.probs ? a.probs + image * a.heads * all : nullptr;
   float *mean = a.norm.mean ? a.norm.mean + image * all : nullptr, *rstd = mean ? a.norm.rstd + image * all : nullptr;
 
@@ -284,8 +296,7 @@ inline void cross_run(const CrossArgs& a, int64_t task, char* scratch) {
     }
   }
 
-  const Rows patches{static_cast<char*>(a.patches.data) + image * a.patches.batch_stride * size_of(a.patches.dtype),
-                     a.patches.dtype, a.tokens, 0, a.patches.row_stride};
+  const Rows patches = tokens_of(a.patches, image);
   const PanelSplit split(a.tokens);
   for (int64_t p = piece * split.panels / a.splits; p < (piece + 1) * split.panels / a.splits; p++) {
     const int64_t m = split.first(p), count = smaller(split.first(p + 1), a.tokens) - m;
@@ -420,9 +431,7 @@ inline void cross_grad_panel(const CrossGradArgs& a, const CrossGradScratch& s, 
       float* at = s.grad + k * lanes + v * VL;
       store(at, rstd[v] * (load(at) - total[v] * inverse - load(s.panel + k * lanes + v * VL) * (along[v] * inverse)));
     }
-  Rows to = a.grad_patches;
-  to.data = static_cast<char*>(to.data) + image * to.batch_stride * size_of(to.dtype);
-  const PanelRows out(to, m, count);
+  const PanelRows out(tokens_of(a.grad_patches, image), m, count);
   for (int64_t k = 0; k < a.width; k += VL)
     for_each_row<NV>(s.grad + k * lanes, lanes, count,
                      [&](int64_t r, Vec g) { out.store(r, k, g, static_cast<int>(smaller(a.width - k, VL))); });
@@ -431,19 +440,17 @@ inline void cross_grad_panel(const CrossGradArgs& a, const CrossGradScratch& s, 
 inline void cross_grad_run(const CrossGradArgs& a, int64_t task, char* scratch) {
   const CrossGradScratch s(a, scratch);
   const int64_t image = task, all = a.tokens + 1;
-  const float* key_query = a.key_query + image * a.heads * a.width;
   const float* grad_context = a.grad_context + image * a.heads * a.width;
+  load_u(a, image, s.u);
   for (int64_t k = 0; k < a.width; k++) {
-    const float gamma = element(a.norm.weight, k);
     for (int64_t h = 0; h < a.heads; h++) {
-      s.u[h * a.width + k] = gamma * key_query[h * a.width + k];
       s.both[k * 2 * a.heads + h] = grad_context[h * a.width + k];
       s.both[k * 2 * a.heads + a.heads + h] = s.u[h * a.width + k];
     }
   }
   // The CLS token: its x-hat's gradient goes on to the query's, so it is handed back unfinished.
   const float mean = a.norm.mean[image * all], rstd = a.norm.rstd[image * all];
-  const PanelRows cls(Rows{a.cls.data, a.cls.dtype, a.cls.per_batch, a.cls.batch_stride, a.cls.row_stride}, image, 1);
+  const PanelRows cls(a.cls, image, 1);
   for (int64_t k = 0; k < a.width; k += VL) {
     const int n = static_cast<int>(smaller(a.width - k, VL));
     store(s.cls + k, (cls.load(0, k, n) - mean) * rstd);
@@ -461,8 +468,7 @@ inline void cross_grad_run(const CrossGradArgs& a, int64_t task, char* scratch) 
     for (int64_t k = a.width; k < s.width_padded; k++) s.w[h * s.width_padded + k] = 0.0f;
   }
 
-  const Rows patches{static_cast<char*>(a.patches.data) + image * a.patches.batch_stride * size_of(a.patches.dtype),
-                     a.patches.dtype, a.tokens, 0, a.patches.row_stride};
+  const Rows patches = tokens_of(a.patches, image);
   const PanelSplit split(a.tokens);
   for (int64_t p = 0; p < split.panels; p++) {
     const int64_t m = split.first(p), count = smaller(split.first(p + 1), a.tokens) - m;

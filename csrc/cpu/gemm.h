@@ -187,6 +187,25 @@ CROSSVIT_INLINE void for_each_row(const float* c, int64_t ldc, int64_t count, Us
   }
 }
 
+// n values from a column of a row on, as floats and back.
+CROSSVIT_INLINE Vec load_as(DType dtype, const char* row, int64_t column, int n) {
+  if (dtype == DType::f32) {
+    const float* f = reinterpret_cast<const float*>(row) + column;
+    return n == VL ? load(f) : load_n(f, n);
+  }
+  const uint16_t* h = reinterpret_cast<const uint16_t*>(row) + column;
+  return n == VL ? load(h) : load_n(h, n);
+}
+CROSSVIT_INLINE void store_as(DType dtype, char* row, int64_t column, Vec v, int n) {
+  if (dtype == DType::f32) {
+    float* f = reinterpret_cast<float*>(row) + column;
+    n == VL ? store(f, v) : store_n(f, v, n);
+  } else {
+    uint16_t* h = reinterpret_cast<uint16_t*>(row) + column;
+    n == VL ? store(h, v) : store_n(h, v, n);
+  }
+}
+
 // The rows of one panel, found once: the divisions of row_pointer would cost as much as the products otherwise.
 struct PanelRows {
   char* row[kPanelVectors * VL];
@@ -201,23 +220,8 @@ struct PanelRows {
     const int64_t offset = column * size_of(dtype);
     for (int64_t r = 0; r < count; r++) __builtin_prefetch(row[r] + offset, write);
   }
-  CROSSVIT_INLINE Vec load(int64_t r, int64_t column, int n) const {
-    if (dtype == DType::f32) {
-      const float* f = reinterpret_cast<const float*>(row[r]) + column;
-      return n == VL ? CROSSVIT_ISA::load(f) : load_n(f, n);
-    }
-    const uint16_t* h = reinterpret_cast<const uint16_t*>(row[r]) + column;
-    return n == VL ? CROSSVIT_ISA::load(h) : load_n(h, n);
-  }
-  CROSSVIT_INLINE void store(int64_t r, int64_t column, Vec v, int n) const {
-    if (dtype == DType::f32) {
-      float* f = reinterpret_cast<float*>(row[r]) + column;
-      n == VL ? CROSSVIT_ISA::store(f, v) : store_n(f, v, n);
-    } else {
-      uint16_t* h = reinterpret_cast<uint16_t*>(row[r]) + column;
-      n == VL ? CROSSVIT_ISA::store(h, v) : store_n(h, v, n);
-    }
-  }
+  CROSSVIT_INLINE Vec load(int64_t r, int64_t column, int n) const { return load_as(dtype, row[r], column, n); }
+  CROSSVIT_INLINE void store(int64_t r, int64_t column, Vec v, int n) const { store_as(dtype, row[r], column, v, n); }
 };
 
 CROSSVIT_INLINE float element(const Vector& v, int64_t i) {
@@ -242,6 +246,28 @@ struct PanelSplit {
   explicit PanelSplit(int64_t rows) : vectors(ceil_div(rows, VL)), panels(ceil_div(vectors, kPanelVectors)) {}
   int64_t first(int64_t panel) const { return panel * vectors / panels * VL; }
   int vectors_of(int64_t panel) const { return static_cast<int>((first(panel + 1) - first(panel)) / VL); }
+};
+
+// Panels too few to divide over the threads are cut by the result's columns too, as long as a piece is worth preparing
+// its panel. How many pieces; an empty batch has no panels.
+inline int64_t column_pieces(int64_t panels, int64_t columns, int64_t threads) {
+  const int64_t wanted = panels >= 8 * threads || threads == 1 || panels == 0 ? 1 : ceil_div(4 * threads, panels);
+  return larger(1, smaller(wanted, columns / (4 * VL)));
+}
+
+// One of them: rows [m, m + count), which are so many vectors of lanes, and columns [begin, end).
+struct PanelPiece {
+  int64_t m, count, begin, end;
+  int vectors;
+  PanelPiece(int64_t rows, int64_t columns, int64_t pieces, int64_t task) {
+    const PanelSplit split(rows);
+    const int64_t panel = task / pieces, piece = task % pieces, blocks = ceil_div(columns, VL);
+    m = split.first(panel);
+    count = smaller(split.first(panel + 1), rows) - m;
+    vectors = split.vectors_of(panel);
+    begin = piece * blocks / pieces * VL;
+    end = smaller((piece + 1) * blocks / pieces * VL, columns);
+  }
 };
 
 template <class F>

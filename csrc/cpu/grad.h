@@ -95,7 +95,7 @@ inline void linear_grad_input_run(const LinearGradInputArgs& a, int64_t task, ch
     const Panel grad{s.grad, lanes, false};
     for (int64_t k = 0; k < a.in; k += kBlock)
       multiply_block<NV>(a.weight_t, k, a.in - k, a.out_features, grad, s.dy + k * lanes, lanes, nullptr);
-    finish_grad_input<NV>(a.x, a.grad_x, a.add, a.norm, a.gelu_in, a.in, m, count, s.norm_weight, s.norm_bias, s.dy,
+    finish_grad_input<NV>(a.x, a.grad_x, {}, a.norm, a.gelu_in, a.in, m, count, s.norm_weight, s.norm_bias, s.dy,
                           s.other, a.grad_norm_weight ? a.grad_norm_weight + task * a.in : nullptr,
                           a.grad_norm_bias ? a.grad_norm_bias + task * a.in : nullptr);
   });
@@ -189,14 +189,7 @@ inline void input_row(const WeightGradArgs& a, int64_t m, int64_t k0, int64_t n,
   const float mean = a.norm.present ? a.norm.mean[m] : 0.0f, rstd = a.norm.present ? a.norm.rstd[m] : 1.0f;
   for (int64_t k = 0; k < n; k += VL) {
     const int here = static_cast<int>(smaller(n - k, VL));
-    Vec v;
-    if (a.x.dtype == DType::f32) {
-      const float* f = reinterpret_cast<const float*>(p) + k0 + k;
-      v = here == VL ? load(f) : load_n(f, here);
-    } else {
-      const uint16_t* h = reinterpret_cast<const uint16_t*>(p) + k0 + k;
-      v = here == VL ? load(h) : load_n(h, here);
-    }
+    Vec v = load_as(a.x.dtype, p, k0 + k, here);
     if (a.norm.present) v = (v - mean) * rstd * load(s.norm_weight + k) + load(s.norm_bias + k);
     if (a.gelu_in) v = gelu(v);
     store(to + k, v);
@@ -239,15 +232,9 @@ inline void weight_grad_run(const WeightGradArgs& a, int64_t task, char* scratch
   if (want_weight)
     for (int64_t e = 0; e < out; e++) {
       const Rows& to = a.grad_weight;
-      char* row = row_pointer(to, e0 + e) + k0 * size_of(to.dtype);
-      for (int64_t k = 0; k < in; k += VL) {
-        const int n = static_cast<int>(smaller(in - k, VL));
-        const Vec v = load(s.c + e * ld + k);
-        if (to.dtype == DType::f32)
-          store_n(reinterpret_cast<float*>(row) + k, v, n);
-        else
-          store_n(reinterpret_cast<uint16_t*>(row) + k, v, n);
-      }
+      char* row = row_pointer(to, e0 + e);
+      for (int64_t k = 0; k < in; k += VL)
+        store_as(to.dtype, row, k0 + k, load(s.c + e * ld + k), static_cast<int>(smaller(in - k, VL)));
     }
   if (want_bias)
     for (int64_t e = 0; e < out; e++) {

@@ -69,7 +69,7 @@ struct MlpArgs {
 // The gradient of LinearArgs' x: through the activation, the product with the weight (given transposed, (in, out)) and
 // LayerNorm. add: rows added to the result (a residual path), where data is not null.
 struct LinearGradInputArgs {
-  Rows grad, pre, x, grad_x, add;
+  Rows grad, pre, x, grad_x;
   int64_t rows, in, out_features;
   Norm norm;
   bool gelu_in = false, gelu_out = false;

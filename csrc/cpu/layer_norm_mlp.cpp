@@ -2,6 +2,8 @@
 #include "launch.h"
 #include "ops.h"
 
+#include <ATen/ops/gelu.h>
+
 namespace crossvit {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_mlp(const Tensor& x, const Tensor& norm_weight,
@@ -84,7 +86,7 @@ std::vector<Tensor> layer_norm_mlp_backward(const Tensor& grad_out, const Tensor
     weight_gradients(grad.rows, {}, hidden.rows, in.count, Norm{}, true, false, factor.scale, w2, w2.scalar_type(),
                      needs.get(5), needs.get(6), result);
   if (needs.get(7)) {
-    const Tensor activated = activate(pre);
+    const Tensor activated = at::gelu(pre.to(at::kFloat));
     Tensor unscaled;
     if (factor.scale.kind == Scale::sample) {
       const WeightTensor w2_t = transposed(w2);

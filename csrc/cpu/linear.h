@@ -75,10 +75,7 @@ inline void linear_panel(const LinearArgs& a, int64_t m, int64_t count, int64_t 
 
 inline int64_t linear_tasks(LinearArgs& a, int64_t threads) {
   const int64_t panels = PanelSplit(a.rows).panels;
-  // Few panels do not divide over the threads: cut the columns too, as long as a piece is worth preparing its panel.
-  // An empty batch has no panels.
-  const int64_t wanted = panels >= 8 * threads || threads == 1 || panels == 0 ? 1 : ceil_div(4 * threads, panels);
-  a.splits = larger(1, smaller(wanted, a.out_features / (4 * VL)));
+  a.splits = column_pieces(panels, a.out_features, threads);
   return panels * a.splits;
 }
 
@@ -86,19 +83,14 @@ inline int64_t linear_scratch(const LinearArgs& a) { return LinearScratch(a, nul
 
 inline void linear_run(const LinearArgs& a, int64_t task, char* scratch) {
   const LinearScratch s(a, scratch);
-  const PanelSplit split(a.rows);
-  const int64_t panel = task / a.splits, piece = task % a.splits;
-  const int64_t m = split.first(panel), count = smaller(split.first(panel + 1), a.rows) - m;
-  const int64_t blocks = ceil_div(a.out_features, VL);
-  const int64_t begin = piece * blocks / a.splits * VL;
-  const int64_t end = smaller((piece + 1) * blocks / a.splits * VL, a.out_features);
+  const PanelPiece piece(a.rows, a.out_features, a.splits, task);
   if (a.norm.present) {
     load_vector(a.norm.weight, 0, a.in, 1.0f, s.norm_weight);
     load_vector(a.norm.bias, 0, a.in, 0.0f, s.norm_bias);
   }
   load_vector(a.bias, 0, a.out_features, 0.0f, s.bias);
   if (a.scale.kind == Scale::channel) load_vector(a.scale.values, 0, a.out_features, 0.0f, s.channels);
-  with_vectors(split.vectors_of(panel), [&]<int NV>() { linear_panel<NV>(a, m, count, begin, end, s); });
+  with_vectors(piece.vectors, [&]<int NV>() { linear_panel<NV>(a, piece.m, piece.count, piece.begin, piece.end, s); });
 }
 
 }  // namespace crossvit::CROSSVIT_ISA

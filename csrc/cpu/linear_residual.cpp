@@ -3,7 +3,6 @@
 #include "ops.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/gelu.h>
 
 namespace crossvit {
 
@@ -111,7 +110,5 @@ Tensor scale_gradient(const Tensor& grad_out, const Tensor& x, const Tensor& wei
   }
   return result.reshape(scale.sizes()).to(scale.scalar_type());
 }
-
-Tensor activate(const Tensor& pre) { return at::gelu(pre.to(at::kFloat)); }
 
 }  // namespace crossvit

@@ -69,6 +69,5 @@ void weight_gradients(const Rows& grad, const Rows& pre, const Rows& x, int64_t 
                       bool weight_wanted, bool bias_wanted, std::vector<Tensor>& result);
 Tensor scale_gradient(const Tensor& grad_out, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                       const Tensor& scale, const Tensor& unscaled, Scale::Kind kind);
-Tensor activate(const Tensor& pre);
 
 }  // namespace crossvit

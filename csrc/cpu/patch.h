@@ -223,9 +223,7 @@ inline void patch_embed_panel(const PatchEmbedArgs& a, int64_t m, int64_t count,
 
 inline int64_t patch_embed_tasks(PatchEmbedArgs& a, int64_t threads) {
   const int64_t panels = PanelSplit(a.patches).panels;
-  // As in linear_tasks; an empty batch has no panels.
-  const int64_t wanted = panels >= 8 * threads || threads == 1 || panels == 0 ? 1 : ceil_div(4 * threads, panels);
-  a.splits = larger(1, smaller(wanted, a.out_features / (4 * VL)));
+  a.splits = column_pieces(panels, a.out_features, threads);
   return panels * a.splits;
 }
 
@@ -233,14 +231,10 @@ inline int64_t patch_embed_scratch(const PatchEmbedArgs& a) { return PatchEmbedS
 
 inline void patch_embed_run(const PatchEmbedArgs& a, int64_t task, char* scratch) {
   const PatchEmbedScratch s(a, scratch);
-  const PanelSplit split(a.patches);
-  const int64_t panel = task / a.splits, piece = task % a.splits;
-  const int64_t m = split.first(panel), count = smaller(split.first(panel + 1), a.patches) - m;
-  const int64_t blocks = ceil_div(a.out_features, VL);
-  const int64_t begin = piece * blocks / a.splits * VL;
-  const int64_t end = smaller((piece + 1) * blocks / a.splits * VL, a.out_features);
+  const PanelPiece piece(a.patches, a.out_features, a.splits, task);
   load_vector(a.bias, 0, a.out_features, 0.0f, s.bias);
-  with_vectors(split.vectors_of(panel), [&]<int NV>() { patch_embed_panel<NV>(a, m, count, begin, end, s); });
+  with_vectors(piece.vectors,
+               [&]<int NV>() { patch_embed_panel<NV>(a, piece.m, piece.count, piece.begin, piece.end, s); });
 }
 
 // --- gradients -------------------------------------------------------------------------------------------------------
