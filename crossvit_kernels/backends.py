@@ -7,6 +7,7 @@ kernels="auto" means in this process.
 
 import functools
 import importlib
+import importlib.util
 import json
 import os
 import sysconfig
@@ -16,12 +17,14 @@ from types import ModuleType
 
 import torch
 
+from . import triton
+
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 _CHOICES = "'auto' or one of " + ", ".join(map(repr, BACKENDS))
 
 # What kernels="auto" takes, by the type of device: the first that is there. On a 2-core EPYC with AVX-512 and bf16
 # units, float32 and bfloat16.
-_FASTEST: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference")}
+_FASTEST: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 _DTYPES = {"cpu": (torch.float32, torch.bfloat16)}  # others go to the reference
 _DEVICES = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 _NOT_WRITTEN = "not built: no kernels of this backend in this version"
@@ -65,7 +68,44 @@ def reason(name: str) -> str | None:
         raise ValueError(f"kernels: expected {_CHOICES}, got {name!r}")
     if name == "reference":
         return None
+    if name == "triton":
+        return _triton_missing()
     return _extension_missing if name == "cpu" else _NOT_WRITTEN
+
+
+def triton_interprets() -> bool:
+    """Whether Triton runs kernels in its interpreter, on CPU tensors: the environment variable TRITON_INTERPRET."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+@functools.cache
+def _triton_missing() -> str | None:
+    """Why the Triton kernels cannot run here."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if triton_interprets():
+        return None
+    if not torch.cuda.is_available():
+        return "no CUDA device was found; on CPU tensors Triton runs in its interpreter, TRITON_INTERPRET=1"
+    if torch.version.cuda is None:
+        return "this torch was built for another vendor's GPUs than NVIDIA's"
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0"
+    return None
+
+
+def devices(name: str) -> tuple[str, ...]:
+    """The types of device whose tensors the backend `name` takes."""
+    return ("cpu", "cuda") if name == "triton" and triton_interprets() else (_DEVICES[name],)
+
+
+def _dtypes(name: str) -> tuple[torch.dtype, ...]:
+    """The dtypes the backend `name` computes in; others go to the reference."""
+    if name != "triton":
+        return _DTYPES[name]
+    # Triton's interpreter corrupts bfloat16.
+    return (torch.float32, torch.float16, *(() if triton_interprets() else (torch.bfloat16,)))
 
 
 def available(name: str) -> bool:
@@ -77,6 +117,8 @@ def serves(name: str, op: str) -> bool:
     """Whether the backend `name` has kernels of its own for `op`; where not, the reference serves it there."""
     if name == "reference":
         return True
+    if name == "triton":
+        return available(name) and op in triton.SERVED
     return available(name) and hasattr(getattr(torch.ops, f"crossvit_kernels_{name}"), op)
 
 
@@ -106,12 +148,12 @@ def _resolve(kernels: str, device: torch.device, dtype: torch.dtype, op: str) ->
             _fallback_warning()
     elif (why := reason(name)) is not None:
         raise RuntimeError(f"kernels={name!r} is not there: {why}")
-    elif name != "reference" and device.type != _DEVICES[name]:
+    elif name != "reference" and device.type not in devices(name):
         if kernels == "auto":  # CROSSVIT_KERNELS speaks of its own kind of device, not of every tensor
             name = "reference"
         else:
             raise ValueError(f"kernels={name!r} takes tensors on {_DEVICES[name]}, got tensors on {device}")
-    if name != "reference" and (dtype not in _DTYPES[name] or not serves(name, op)):
+    if name != "reference" and (dtype not in _dtypes(name) or not serves(name, op)):
         name = "reference"
     return name
 

@@ -26,6 +26,7 @@ from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import backends
+from ..triton import triton_kernel
 from ._autograd import Differentiable, below_autograd, second_derivative
 from ._native import native_kernel
 
@@ -104,6 +105,7 @@ class Op:
         self.forwards: dict[str, Callable] = {
             "reference": self._run_reference,
             "cpu": native_kernel(name, [*self.inputs, "save"], activations),
+            "triton": triton_kernel(name, "forward"),
         }
         for device in ("CPU", "CUDA"):
             LIBRARY.impl(name, self._autocast(device.lower()), f"Autocast{device}")
@@ -127,6 +129,7 @@ class Op:
             self.backwards: dict[str, Callable] = {
                 "reference": self._differentiate_reference,
                 "cpu": native_kernel(f"{name}_backward", order, {"grad_out", *activations}),
+                "triton": triton_kernel(name, "backward"),
             }
             for device in ("CPU", "CUDA"):  # a backward that runs inside the region computes as the one outside
                 LIBRARY.impl(f"{name}_backward", self._without_autocast, f"Autocast{device}")

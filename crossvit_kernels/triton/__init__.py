@@ -1,0 +1,35 @@
+"""The Triton kernels. Each file is named after the op that it serves and holds its kernels and their launcher:
+
+    forward(*inputs, save) -> (out, *saved)            out alone where the op saves nothing
+    backward(grad_out, *inputs, *saved, needs) -> the gradients that are needed
+
+with the arguments of the op's two dispatcher ops, `kernels` apart. Triton itself is imported with the first call.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# self_attention is PyTorch's scaled_dot_product_attention here, which is its reference.
+OPS = ("cls_cross_attention", "cls_fusion", "layer_norm_linear", "layer_norm_mlp", "linear_residual", "patch_embed")
+SERVED = frozenset([*OPS, *(f"{name}_backward" for name in OPS if name != "cls_fusion")])
+
+
+def triton_kernel(name: str, function: str) -> Callable:
+    """The launcher `function`, "forward" or "backward", of the op `name`, on the device of its first argument."""
+    found: Callable | None = None
+
+    def run(*args: Any) -> Any:
+        nonlocal found
+        if found is None:
+            found = getattr(importlib.import_module(f"{__name__}.{name}"), function)
+        first: Tensor = args[0]
+        if first.device.type == "cuda" and first.device.index != torch.cuda.current_device():
+            with torch.cuda.device(first.device):
+                return found(*args)
+        return found(*args)
+
+    return run
