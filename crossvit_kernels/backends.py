@@ -100,7 +100,7 @@ def devices(name: str) -> tuple[str, ...]:
     return ("cpu", "cuda") if name == "triton" and triton_interprets() else (_DEVICES[name],)
 
 
-def _dtypes(name: str) -> tuple[torch.dtype, ...]:
+def dtypes(name: str) -> tuple[torch.dtype, ...]:
     """The dtypes the backend `name` computes in; others go to the reference."""
     if name != "triton":
         return _DTYPES[name]
@@ -153,7 +153,7 @@ def _resolve(kernels: str, device: torch.device, dtype: torch.dtype, op: str) ->
             name = "reference"
         else:
             raise ValueError(f"kernels={name!r} takes tensors on {_DEVICES[name]}, got tensors on {device}")
-    if name != "reference" and (dtype not in _dtypes(name) or not serves(name, op)):
+    if name != "reference" and (dtype not in dtypes(name) or not serves(name, op)):
         name = "reference"
     return name
 

@@ -1,11 +1,20 @@
-"""What the tests share: a seeded generator, the backends of this machine, and fresh memory that holds NaN."""
+"""What the tests share: a seeded generator, the backends of this machine, and fresh memory that holds NaN.
 
+Without a GPU the Triton kernels run in Triton's interpreter, on CPU tensors; with one, on it.
+"""
+
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
+
 from crossvit_kernels import backends
+from crossvit_kernels.ops._registry import OPS
 from inputs import Random
 
 NATIVE = [name for name in backends.BACKENDS if name != "reference" and backends.available(name)]
@@ -18,11 +27,34 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where only the reference is, leaves out what compares with it; test_backends says so in one skip."""
-    if not NATIVE:
-        left_out = [item for item in items if "backend" in getattr(item, "fixturenames", ())]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+    """Marks what needs a GPU, and leaves out what would compare the reference with itself: all, where only the
+    reference is (test_backends says so in one skip), and ops and dtypes that a backend hands to the reference."""
+    left_out = []
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        backend, precision = parameters.get("backend"), parameters.get("precision")
+        op = item.module.__name__.removeprefix("test_")
+        if ("backend" in getattr(item, "fixturenames", ()) and not NATIVE) or (
+            backend is not None and op in OPS and not backends.serves(backend, op)
+        ):
+            left_out.append(item)
+        elif backend is not None and precision is not None and not _computes(backend, precision):
+            if backend == "cpu":
+                left_out.append(item)
+            else:
+                item.add_marker("gpu")
+        elif backend in ("triton", "cuda") and GPU:
+            item.add_marker("gpu")
+        if item.get_closest_marker("gpu") and not GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    config.hook.pytest_deselected(items=left_out)
+    gone = set(left_out)
+    items[:] = [item for item in items if item not in gone]
+
+
+def _computes(backend: str, precision: object) -> bool:
+    """Whether the backend's own kernels compute in this precision here."""
+    return (precision.autocast or precision.inputs) in backends.dtypes(backend)
 
 
 @pytest.fixture

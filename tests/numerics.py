@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crossvit_kernels import backends
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -43,11 +45,19 @@ class Precision:
 FLOAT32 = Precision("float32", torch.float32)
 BFLOAT16 = Precision("bfloat16", torch.bfloat16)
 AUTOCAST = Precision("autocast bfloat16", torch.float32, torch.bfloat16)
+FLOAT16 = Precision("float16", torch.float16)
+AUTOCAST16 = Precision("autocast float16", torch.float32, torch.float16)
 FLOAT64 = Precision("float64", torch.float64)
-PRECISIONS = (FLOAT32, BFLOAT16, AUTOCAST)
+PRECISIONS = (FLOAT32, BFLOAT16, AUTOCAST, FLOAT16, AUTOCAST16)
+
+# Where a backend is tested: the first type of device that it takes here.
+DEVICES = {name: backends.devices(name)[0] for name in backends.BACKENDS if name != "reference"}
 
 
-DEVICES = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+def place(inputs: dict[str, Any], backend: str) -> dict[str, Any]:
+    """`inputs` on the device where `backend` is tested."""
+    device = DEVICES[backend]
+    return {name: v.to(device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
 
 
 def like(value: Tensor, layout: Tensor) -> Tensor:
@@ -69,9 +79,11 @@ def evaluate(
     kernels: str,
     *,
     gradients: bool = True,
-    device: str = "cpu",
+    device: str | None = None,
 ) -> dict[str, Tensor]:
-    """The op's output "out" and its gradients "grad <input>", for a fixed random gradient (bfloat16 numbers) of out."""
+    """The op's output "out" and its gradients "grad <input>", for a fixed random gradient (bfloat16 numbers) of out;
+    all on the CPU, computed on `device`, by default where `kernels` is tested."""
+    device = device or DEVICES.get(kernels, "cpu")
     values = {
         name: like(v.detach().to(device, precision.inputs), v).requires_grad_(gradients) if isinstance(v, Tensor) else v
         for name, v in inputs.items()
@@ -83,7 +95,7 @@ def evaluate(
         leaves = {name: v for name, v in values.items() if isinstance(v, Tensor)}
         grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).bfloat16().to(out)
         result |= {f"grad {name}": g for name, g in zip(leaves, torch.autograd.grad(out, leaves.values(), grad_out))}
-    return result
+    return {name: value.cpu() for name, value in result.items()}
 
 
 def errors(value: Tensor, ref64: Tensor) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from torch import Tensor
 import crossvit_kernels
 import inputs
 from inputs import DIFFERENTIABLE, EXAMPLES, Random
-from numerics import AUTOCAST, FLOAT32, Precision, evaluate
+from numerics import AUTOCAST, FLOAT32, Precision, evaluate, place
 
 
 def close(value: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
@@ -68,10 +68,11 @@ def test_cls_and_patches_in_two_dtypes(backend: str, which: str) -> None:
     """A projection under autocast gives a bfloat16 CLS for float32 patches: they meet in float32, as in torch.cat."""
     given = inputs.cls_cross_attention(Random(), 3, 20, 96, 3)
     given[which] = given[which].bfloat16()
+    given = place(given, backend)
     tensors = {n: v.requires_grad_() for n, v in given.items() if isinstance(v, Tensor) and n != "k_bias"}
     results = []
     for kernels in (backend, "reference"):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(given["cls"].device.type, torch.bfloat16):
             out = crossvit_kernels.cls_cross_attention(**given, kernels=kernels)
         grads = torch.autograd.grad(out.float().square().sum(), list(tensors.values()))
         results.append({"out": out, **dict(zip(tensors, grads))})
@@ -81,7 +82,8 @@ def test_cls_and_patches_in_two_dtypes(backend: str, which: str) -> None:
 def test_a_bfloat16_residual_stays_bfloat16(backend: str) -> None:
     given = inputs.linear_residual(Random(), 2, 5, 96, out=64) | {"x": torch.randn(2, 5, 96)}
     given["residual"] = given["residual"].bfloat16()
-    with torch.autocast("cpu", torch.bfloat16):
+    given = place(given, backend)
+    with torch.autocast(given["x"].device.type, torch.bfloat16):
         out, expected = (crossvit_kernels.linear_residual(**given, kernels=k) for k in (backend, "reference"))
     assert out.dtype == expected.dtype == torch.bfloat16
     close({"out": out}, {"out": expected}, 2e-2)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 import inputs
 from crossvit_kernels import cls_cross_attention
 from inputs import KINDS, LAYOUTS, Random
-from numerics import PRECISIONS, Precision, assert_same_nonfinite, check, evaluate
+from numerics import PRECISIONS, Precision, assert_same_nonfinite, check, evaluate, place
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -109,7 +109,7 @@ def test_nonfinite_values_come_out_where_the_reference_has_them(
 
 
 def test_an_infinite_key_bias_changes_nothing(backend: str, rng: Random) -> None:
-    given = inputs.cls_cross_attention(rng, 3, 20, 96, 3)
+    given = place(inputs.cls_cross_attention(rng, 3, 20, 96, 3), backend)
     finite = cls_cross_attention(**given, kernels=backend)
     given["k_bias"] = torch.full_like(given["k_bias"], torch.inf)
     assert torch.equal(cls_cross_attention(**given, kernels=backend), finite)

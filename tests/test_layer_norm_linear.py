@@ -6,7 +6,7 @@ import torch
 import inputs
 from crossvit_kernels import layer_norm_linear
 from inputs import KINDS, LAYOUTS, Random
-from numerics import PRECISIONS, Precision, assert_same_nonfinite, check, evaluate
+from numerics import PRECISIONS, Precision, assert_same_nonfinite, check, evaluate, place
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -65,7 +65,7 @@ def test_constant_tokens_are_exact(backend: str, rng: Random) -> None:
     given = inputs.layer_norm_linear(rng, 64, 96, out=48)
     given["x"] = (rng.normal(64, 1) * 100).expand(64, 96)
     expected = given["weight"] @ given["norm_bias"] + given["bias"]
-    out = layer_norm_linear(**given, kernels=backend)
+    out = layer_norm_linear(**place(given, backend), kernels=backend).cpu()
     assert (out - expected).abs().max() < 1e-6
 
 
@@ -97,5 +97,5 @@ def test_gradcheck_of_the_reference(pre_activation: str | None, activation: str 
 
 def test_float64_is_served_by_the_reference(backend: str, rng: Random) -> None:
     given = inputs.layer_norm_linear(rng, 2, 3, 5, out=4)
-    double = {n: v.double() for n, v in given.items()}
+    double = place({n: v.double() for n, v in given.items()}, backend)
     assert torch.equal(layer_norm_linear(**double, kernels=backend), layer_norm_linear(**double, kernels="reference"))

@@ -6,7 +6,7 @@ import torch
 import inputs
 from crossvit_kernels import layer_norm_mlp
 from inputs import KINDS, LAYOUTS, Random
-from numerics import PRECISIONS, Precision, assert_same_nonfinite, check, evaluate
+from numerics import PRECISIONS, Precision, assert_same_nonfinite, check, evaluate, place
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -42,7 +42,7 @@ def test_scale_and_kinds_of_tokens(
 
 
 def test_a_dropped_sample_stays_as_it_is(backend: str, rng: Random) -> None:
-    given = inputs.layer_norm_mlp(rng, 4, 5, 96, hidden=64, scale="sample")
+    given = place(inputs.layer_norm_mlp(rng, 4, 5, 96, hidden=64, scale="sample"), backend)
     out = layer_norm_mlp(**given, kernels=backend)
     dropped = given["scale"].flatten() == 0
     assert dropped.any()

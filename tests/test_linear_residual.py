@@ -6,7 +6,7 @@ import torch
 import inputs
 from crossvit_kernels import linear_residual
 from inputs import LAYOUTS, Random
-from numerics import PRECISIONS, Precision, assert_same_nonfinite, check, evaluate
+from numerics import PRECISIONS, Precision, assert_same_nonfinite, check, evaluate, place
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -39,7 +39,7 @@ def test_scale(backend: str, precision: Precision, scale: str, shape: tuple[int,
 
 
 def test_a_dropped_sample_is_its_residual(backend: str, rng: Random) -> None:
-    given = inputs.linear_residual(rng, 4, 5, 96, out=64, scale="sample")
+    given = place(inputs.linear_residual(rng, 4, 5, 96, out=64, scale="sample"), backend)
     out = linear_residual(**given, kernels=backend)
     dropped = given["scale"].flatten() == 0
     assert dropped.any()
@@ -71,6 +71,7 @@ def test_the_result_has_the_dtype_to_which_the_terms_promote(
     given = {name: value.bfloat16() for name, value in given.items()}
     given["residual"] = given["residual"].to(getattr(torch, residual))
     given["scale"] = given["scale"].to(getattr(torch, scale))
+    given = place(given, backend)
     out, expected = (linear_residual(**given, kernels=k) for k in (backend, "reference"))
     assert out.dtype == expected.dtype == torch.float32
     torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import inputs
 from crossvit_kernels import patch_embed
 from inputs import LAYOUTS, Random
-from numerics import PRECISIONS, Precision, assert_same_nonfinite, check, evaluate
+from numerics import PRECISIONS, Precision, assert_same_nonfinite, check, evaluate, place
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -54,7 +54,7 @@ def test_resize(
 
 
 def test_resize_is_interpolate(backend: str, rng: Random) -> None:
-    given = inputs.patch_embed(rng, 2, 60, 50, patch=8, embed=16, image_size=(64, 32))
+    given = place(inputs.patch_embed(rng, 2, 60, 50, patch=8, embed=16, image_size=(64, 32)), backend)
     resized = F.interpolate(given["images"], (64, 32), mode="bicubic", align_corners=False)
     out = patch_embed(**given, kernels=backend)
     expected = patch_embed(**(given | {"images": resized, "image_size": None}), kernels="reference")

@@ -19,7 +19,7 @@ from conftest import NATIVE
 from crossvit_kernels import backends
 from crossvit_kernels.ops._registry import OPS, Op
 from inputs import DIFFERENTIABLE, EXAMPLES, Random
-from numerics import DEVICES, FLOAT32, FLOAT64, assert_equal_to_reference, evaluate
+from numerics import DEVICES, FLOAT32, FLOAT64, assert_equal_to_reference, evaluate, place
 
 ALL = ["reference", *NATIVE]
 
@@ -71,9 +71,9 @@ ACTIVATIONS = {
 }
 
 
-def dispatcher_inputs(name: str, *, permuted: bool = False) -> list[Any]:
+def dispatcher_inputs(name: str, *, permuted: bool = False, device: str = "cpu") -> list[Any]:
     """The example's arguments as crossvit_kernels::<name> takes them, up to `save` and `kernels`."""
-    given = EXAMPLES[name]()
+    given = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in EXAMPLES[name]().items()}
     if name == "patch_embed":
         given["height"], given["width"] = given.pop("image_size")
     if name == "layer_norm_linear":
@@ -103,7 +103,7 @@ def forward(op: Op, values: list[Any], kernels: str) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("permuted", [False, True])
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_opcheck(name: str, kernels: str, permuted: bool) -> None:
-    op, values = OPS[name], dispatcher_inputs(name, permuted=permuted)
+    op, values = OPS[name], dispatcher_inputs(name, permuted=permuted, device=DEVICES.get(kernels, "cpu"))
     if op.save is None:
         torch.library.opcheck(op.op, (*values, False, kernels))
         return
@@ -120,10 +120,11 @@ def test_opcheck(name: str, kernels: str, permuted: bool) -> None:
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_any_backward_accepts_any_forward(backend: str, name: str, rng: Random) -> None:
     """All backends save the same tensors: a kernel's backward over the reference's forward, and the other way round."""
-    op, values = OPS[name], dispatcher_inputs(name)
+    op, values = OPS[name], dispatcher_inputs(name, device=DEVICES[backend])
     needs = [True] * sum(i in op.tensors for i in op.kept)
-    outs = {kernels: forward(op, values, kernels) for kernels in ALL}
-    grad_out = rng.normal(*outs["reference"][0].shape)
+    others = [kernels for kernels in ALL if DEVICES.get(kernels, DEVICES[backend]) == DEVICES[backend]]
+    outs = {kernels: forward(op, values, kernels) for kernels in others}
+    grad_out = rng.normal(*outs["reference"][0].shape).to(DEVICES[backend])
     for value, expected in zip(outs[backend], outs["reference"]):
         assert value.shape == expected.shape
         assert value.dtype == expected.dtype
@@ -139,7 +140,7 @@ def test_any_backward_accepts_any_forward(backend: str, name: str, rng: Random) 
     ref64 = dict(zip(gradients(backend, backend), op.backward_op(*arguments, "reference")))
     reference = gradients("reference", "reference")
     zero = {"k_bias": 1.0}
-    for mixed in (gradients("reference", backend), gradients(backend, "reference")):
+    for mixed in (pair for other in others for pair in (gradients(other, backend), gradients(backend, other))):
         assert_equal_to_reference(mixed, reference, ref64, FLOAT32.ulp, zero=zero)
 
 
@@ -177,7 +178,7 @@ def test_the_same_call_twice_gives_the_same_bits(backend: str, name: str, dtype:
     op, precision = getattr(crossvit_kernels, name), type(FLOAT32)(str(dtype), dtype)
 
     def call(values: dict[str, Any]) -> dict[str, Tensor]:
-        return evaluate(op, values, precision, backend, gradients=name in DIFFERENTIABLE, device=DEVICES[backend])
+        return evaluate(op, values, precision, backend, gradients=name in DIFFERENTIABLE)
 
     first = call(given)
     call(nan)
@@ -189,6 +190,7 @@ def test_the_same_call_twice_gives_the_same_bits(backend: str, name: str, dtype:
 def test_calls_from_several_threads_do_not_meet(backend: str) -> None:
     """Models that serve from several Python threads: every call works in memory of its own."""
     calls = [inputs.layer_norm_mlp(Random(i), 2, 40 + 7 * i, 96, hidden=200) for i in range(8)]
+    calls = [place(given, backend) for given in calls]
     expected = [crossvit_kernels.layer_norm_mlp(**given, kernels=backend) for given in calls]
     with ThreadPoolExecutor(4) as pool:
         for _ in range(5):
@@ -200,7 +202,7 @@ def test_calls_from_several_threads_do_not_meet(backend: str) -> None:
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_a_frozen_inputs_gradient_is_not_computed(name: str, kernels: str) -> None:
     """Every input in turn alone needs a gradient: the backward op is asked for it, and returns it, and no other."""
-    op, values = OPS[name], dispatcher_inputs(name)
+    op, values = OPS[name], dispatcher_inputs(name, device=DEVICES.get(kernels, "cpu"))
 
     class Spy(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -221,14 +223,14 @@ def test_a_frozen_inputs_gradient_is_not_computed(name: str, kernels: str) -> No
             (gradient,) = torch.autograd.grad(out, [alone[i]], grad_out)
         expected_calls = [([j == i for j in op.kept if j in op.tensors], 1)] if i in op.kept else []
         assert calls == expected_calls
-        torch.testing.assert_close(gradient, everything[f"grad {op.inputs[i]}"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(gradient.cpu(), everything[f"grad {op.inputs[i]}"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_saved_tensors_are_autograds(backend: str, name: str) -> None:
     """Checkpointing recomputes them, and a saved input that was written to since is an error, not a wrong gradient."""
     op, first = getattr(crossvit_kernels, name), OPS[name].inputs[OPS[name].activations[0]]
-    given = EXAMPLES[name]()
+    given = place(EXAMPLES[name](), backend)
     x = given.pop(first).requires_grad_()
 
     def call(x: Tensor) -> Tensor:
@@ -247,7 +249,7 @@ def test_saved_tensors_are_autograds(backend: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_a_second_derivative_raises(backend: str, name: str) -> None:
-    given = {n: v.requires_grad_() if isinstance(v, Tensor) else v for n, v in EXAMPLES[name]().items()}
+    given = {n: v.requires_grad_() if isinstance(v, Tensor) else v for n, v in place(EXAMPLES[name](), backend).items()}
     leaves = [v for v in given.values() if isinstance(v, Tensor)]
     out = getattr(crossvit_kernels, name)(**given, kernels=backend)
     first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
@@ -258,7 +260,7 @@ def test_a_second_derivative_raises(backend: str, name: str) -> None:
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_function_transforms_and_forward_mode_run_on_the_reference(backend: str, name: str) -> None:
     """torch.func and forward-mode derivatives know plain PyTorch only; no derivative is dropped without a word."""
-    given = EXAMPLES[name]()
+    given = place(EXAMPLES[name](), backend)
     first = OPS[name].inputs[OPS[name].activations[0]]
 
     def call(kernels: str) -> Callable[[Tensor], Tensor]:
@@ -305,7 +307,8 @@ def test_compile_with_inductor_and_a_dynamic_batch(backend: str, monkeypatch: py
     monkeypatch.setenv("CI", "true")  # there inductor checks what it falls back to
     torch._dynamo.reset()
     rng = Random()
-    qkv, proj = inputs.layer_norm_linear(rng, 1, 24, out=72), inputs.linear_residual(rng, 1, 24, out=24)
+    qkv = place(inputs.layer_norm_linear(rng, 1, 24, out=72), backend)
+    proj = place(inputs.linear_residual(rng, 1, 24, out=24), backend)
     for given, name in ((qkv, "x"), (proj, "x"), (proj, "residual")):
         del given[name]
     parameters = [v.requires_grad_() for v in (*qkv.values(), *proj.values())]
@@ -317,7 +320,7 @@ def test_compile_with_inductor_and_a_dynamic_batch(backend: str, monkeypatch: py
 
     compiled = torch.compile(block, fullgraph=True, dynamic=True)
     for batch in (2, 3):
-        x = rng.normal(batch, 5, 24).requires_grad_()
+        x = rng.normal(batch, 5, 24).to(DEVICES[backend]).requires_grad_()
         with torch._dynamo.config.patch(error_on_recompile=batch > 2):
             out = compiled(x)
         expected = block(x)
@@ -333,7 +336,7 @@ def test_the_fake_stands_in_for_the_op_where_sizes_are_symbolic(backend: str) ->
     op = OPS["layer_norm_linear"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(op, "_run_reference", None)
-        given = EXAMPLES["layer_norm_linear"]()
+        given = place(EXAMPLES["layer_norm_linear"](), backend)
         call = torch.compile(
             lambda v: crossvit_kernels.layer_norm_linear(**v, kernels=backend), dynamic=True, backend="aot_eager"
         )
@@ -376,7 +379,8 @@ def test_onnx_export_runs_in_onnxruntime(exported_first: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_torchscript_traces_the_reference(backend: str) -> None:
-    model, images = Model(backend).eval().requires_grad_(False), Random().normal(2, 3, 20, 20)
+    model = Model(backend).eval().requires_grad_(False).to(DEVICES[backend])
+    images = Random().normal(2, 3, 20, 20).to(DEVICES[backend])
     traced = torch.jit.trace(model, images)
     assert "crossvit_kernels::" not in str(traced.inlined_graph)
     torch.testing.assert_close(traced(images), model(images), rtol=1e-4, atol=1e-5)
@@ -394,7 +398,7 @@ def flops(call: Callable[[], Any]) -> int:
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_the_flop_counter_counts_what_runs(backend: str, name: str) -> None:
     """The formulas agree with the count of the reference's own operations where the kernels do the same products."""
-    values, op = dispatcher_inputs(name), OPS[name]
+    values, op = dispatcher_inputs(name, device=DEVICES[backend]), OPS[name]
     plain = flops(lambda: op.reference(*values))
     assert flops(lambda: op.op(*values, False, "reference")) == plain
     counted = flops(lambda: op.op(*values, False, backend))
@@ -410,7 +414,7 @@ def test_the_flop_counter_counts_what_runs(backend: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_the_flop_counter_counts_the_backward(backend: str, name: str) -> None:
-    values, op = dispatcher_inputs(name), OPS[name]
+    values, op = dispatcher_inputs(name, device=DEVICES[backend]), OPS[name]
     leaves = [v.requires_grad_() if isinstance(v, Tensor) else v for v in values]
 
     def run(call: Callable[..., Any]) -> int:
