@@ -25,6 +25,7 @@ from .session import DTYPES, RESULTS, DisagreementError, Session, add_shared_arg
 # units in the last place of the result's.
 AGREEMENT = 4
 PEERS = ("reference-compiled", "sdpa")
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 TURN_SECONDS = 0.05  # how long a candidate's turn lasts at least
 CELL_SECONDS = 3.0  # more rounds than asked for are made where they fit into this
 
@@ -70,6 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for batch in options.batch or ([32] if op.startswith("cls_") else [8])
         if not (options.backward and op == "cls_fusion")  # inference only
     ]
+    if options.plan:
+        from . import plan  # imports triton
+
+        plan.show(cells, options.architecture)
+        return 0
     candidates = {cell: [*options.kernels, *(peer for peer in options.peers if _has(cell, peer))] for cell in cells}
     results: list[Result] = []
     with Session(sum(map(len, candidates.values())), options.rounds, TURN_SECONDS, CELL_SECONDS) as session:
@@ -98,6 +104,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--batch", type=counts, help="1,8 (by default 32 for the ops on the CLS token, 8 for the others)"
     )
     parser.add_argument("--backward", action="store_true", help="time forward and backward together")
+    parser.add_argument("--plan", action="store_true", help="what the Triton kernels will do on a GPU, without one")
+    parser.add_argument("--architecture", type=names(ARCHITECTURES, ARCHITECTURES), default=["sm_90"], help="of --plan")
     add_shared_arguments(parser, PEERS, "ops")
     options = parser.parse_args(arguments)
     options.json = options.json or RESULTS / ("ops_backward.json" if options.backward else "ops.json")

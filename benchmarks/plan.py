@@ -1,0 +1,129 @@
+"""What the Triton kernels of an op will do on a GPU, from shapes and compiled code alone: computed, not measured.
+
+python -m benchmarks.ops --plan [--op all] [--batch 256] [--dtype bfloat16] [--backward] [--architecture sm_90]
+
+For each op and size: its launches with their grids, registers, shared memory and occupancy; the bytes of every tensor
+that a launch takes, each counted once; the floating-point operations; and the time that a GPU which copies BANDWIDTH
+and multiplies RATE cannot beat.
+"""
+
+import importlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from crossvit_kernels import triton as triton_kernels
+from crossvit_kernels.ops._registry import OPS
+from crossvit_kernels.triton._launch import Launch, recording
+
+from .cases import BRANCHES, HEADS, Cell
+from .compiled import Resources, compile_launch
+from .session import dtype_name
+
+BANDWIDTH = 4.3e12  # bytes per second, read plus written: an H200's copy
+RATE = 790e12  # floating-point operations per second: an H200's bfloat16 matrix product
+_RATE_OF_WIDTH = {2: 1.0, 4: 0.5}  # TF32 runs at half the rate of 16-bit numbers
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The launches of one op on inputs of one size."""
+
+    cell: Cell
+    launches: list[Launch]
+    flops: int
+
+    @property
+    def moved(self) -> int:
+        """Bytes of all tensors of all launches, one that several launches take counted for each."""
+        return sum(size for launch in self.launches for size in tensor_bytes(launch).values())
+
+    @property
+    def least_seconds(self) -> float:
+        """What a GPU of BANDWIDTH and RATE could not beat."""
+        return max(self.moved / BANDWIDTH, self.flops / (RATE * _RATE_OF_WIDTH[self.cell.dtype.itemsize]))
+
+
+def tensor_bytes(launch: Launch) -> dict[str, int]:
+    """The bytes of every tensor among a launch's arguments."""
+    return {n: v.numel() * v.element_size() for n, v in launch.arguments.items() if isinstance(v, Tensor)}
+
+
+def arguments(cell: Cell) -> list[Any]:
+    """The op's inputs as its dispatcher op takes them, tensors without memory ("meta")."""
+    values: dict[str, Any] = {"num_heads": HEADS, "eps": 1e-6, "gelu_in": False, "gelu_out": False}
+    values["height"] = values["width"] = BRANCHES[cell.branch].image
+    for name, shape in cell.shapes().items():
+        if name == "patches":  # a view behind the CLS token, as in the model
+            shape = (shape[0], shape[1] + 1, shape[2])
+        tensor = torch.empty(shape, dtype=cell.dtype, device="meta")
+        values[name] = tensor[:, 1:] if name == "patches" else tensor
+    return [values.get(name) for name in OPS[cell.op].inputs]
+
+
+def record(cell: Cell, architecture: str) -> Plan:
+    """The launches of the op's forward, or of its forward for training and its backward, on `architecture`."""
+    op, module = OPS[cell.op], importlib.import_module(f"crossvit_kernels.triton.{cell.op}")
+    inputs = arguments(cell)
+    with recording(architecture) as launches:
+        result = module.forward(*inputs, cell.backward)
+        flops = op.flops("triton", *inputs)
+        if cell.backward:
+            out, *saved = result if isinstance(result, tuple) else (result,)
+            kept = [inputs[i] for i in op.kept]
+            tensors = [op.inputs[i] for i in op.kept if i in op.tensors]
+            wanted = [name in cell.differentiable() for name in tensors]
+            module.backward(torch.empty_like(out), *kept, *([out] if op.takes_out else []), *saved, wanted)
+            assert op.backward_flops is not None
+            flops += op.backward_flops("triton", dict(zip(tensors, wanted)), *inputs)
+    return Plan(cell, launches, flops)
+
+
+def served(op: str) -> bool:
+    """Whether Triton has kernels for `op`; torch's own attention serves self_attention."""
+    return op in triton_kernels.OPS
+
+
+def show(cells: Iterable[Cell], architectures: Sequence[str]) -> None:
+    """Prints the plan of every cell, compiled for each of the architectures."""
+    cells = [cell for cell in cells if served(cell.op)]
+    print(
+        f"Computed from shapes and compiled code, not measured; least time at {BANDWIDTH / 1e12:.1f} TB/s and ", end=""
+    )
+    print(f"{RATE / 1e12:.0f} TFLOP/s. Bytes: every tensor of a launch once; blocks of one image or row tile that are")
+    print("read again by others come from the L2 cache.")
+    for cell in tqdm(cells, desc="compiling", unit="op", leave=False):
+        for architecture in architectures:
+            tqdm.write(_text(record(cell, architecture), architecture))
+
+
+def _text(plan: Plan, architecture: str) -> str:
+    cell, branch = plan.cell, BRANCHES[plan.cell.branch]
+    head = (
+        f"\n{cell.op}, {cell.branch} branch ({branch.tokens} × {branch.width}), batch {cell.batch}, "
+        f"{dtype_name(cell.dtype)}, {cell.mode}, {architecture}: {len(plan.launches)} launches, "
+        f"{plan.moved / 1e6:.2f} MB, {plan.flops / 1e9:.2f} GFLOP, at least {1e6 * plan.least_seconds:.1f} µs"
+    )
+    lines = [head]
+    for launch in plan.launches:
+        lines.append(_line(launch, compile_launch(launch, architecture)))
+    return "\n".join(lines)
+
+
+def _line(launch: Launch, resources: Resources) -> str:
+    grid = " × ".join(map(str, launch.grid))
+    matrix = ", ".join(f"{count} {name}" for name, count in resources.matrix.items() if count) or "no matrix units"
+    moved = ", ".join(f"{name.removesuffix('_ptr')} {_size(size)}" for name, size in tensor_bytes(launch).items())
+    spills = f", {resources.stack} B OF STACK" if resources.stack else ", no spills"
+    return (
+        f"  {launch.name}: grid {grid}, {32 * resources.num_warps} threads, {resources.registers} registers{spills}, "
+        f"{resources.shared / 1024:.0f} KB shared, occupancy {resources.occupancy:.0%}, {matrix}\n      {moved}"
+    )
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e6:.2f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
