@@ -91,11 +91,9 @@ def served(op: str) -> bool:
 def show(cells: Iterable[Cell], architectures: Sequence[str]) -> None:
     """Prints the plan of every cell, compiled for each of the architectures."""
     cells = [cell for cell in cells if served(cell.op)]
-    print(
-        f"Computed from shapes and compiled code, not measured; least time at {BANDWIDTH / 1e12:.1f} TB/s and ", end=""
-    )
-    print(f"{RATE / 1e12:.0f} TFLOP/s. Bytes: every tensor of a launch once; blocks of one image or row tile that are")
-    print("read again by others come from the L2 cache.")
+    rates = f"{BANDWIDTH / 1e12:.1f} TB/s and {RATE / 1e12:.0f} TFLOP/s"
+    print(f"Computed from shapes and compiled code, not measured; the least time is at {rates}.")
+    print("Bytes: every tensor of a launch once; what several of its programs read comes from the L2 cache but once.")
     for cell in tqdm(cells, desc="compiling", unit="op", leave=False):
         for architecture in architectures:
             tqdm.write(_text(record(cell, architecture), architecture))
@@ -109,8 +107,7 @@ def _text(plan: Plan, architecture: str) -> str:
         f"{plan.moved / 1e6:.2f} MB, {plan.flops / 1e9:.2f} GFLOP, at least {1e6 * plan.least_seconds:.1f} µs"
     )
     lines = [head]
-    for launch in plan.launches:
-        lines.append(_line(launch, compile_launch(launch, architecture)))
+    lines += [_line(launch, compile_launch(launch, architecture)) for launch in plan.launches]
     return "\n".join(lines)
 
 
