@@ -1,9 +1,11 @@
 """Time of each op on our kernels beside its reference, compiled or not, and beside its floor, at CrossViT-15's sizes.
 
 python -m benchmarks.ops --op all [--dtype float32,bfloat16] [--batch 1,32] [--kernels reference,auto] [--backward]
+    [--device cuda]
 
 An implementation is timed only after its output (and, with --backward, every gradient) agreed with the float64
 reference on the same inputs within AGREEMENT. Calls rotate over as many sets of inputs as exceed the caches twice.
+On a GPU one CUDA graph holds the calls of one rotation, and its replays are timed.
 """
 
 import argparse
@@ -18,8 +20,21 @@ import torch
 from torch import Tensor
 
 from . import floor, plot, timing
+from .devices import DEVICES, captured, use
 from .cases import BRANCHES, HEADS, OPS, Cell, inputs, sdpa
-from .session import DTYPES, RESULTS, DisagreementError, Session, add_shared_arguments, counts, dtype_name, names
+from .session import (
+    DTYPES,
+    RESULTS,
+    DisagreementError,
+    Session,
+    add_device_arguments,
+    add_shared_arguments,
+    check_device,
+    counts,
+    dtype_name,
+    names,
+    where,
+)
 
 # An error's root mean square against float64 may be this many times the reference's own in the same dtype, plus as many
 # units in the last place of the result's.
@@ -28,6 +43,7 @@ PEERS = ("reference-compiled", "sdpa")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 TURN_SECONDS = 0.05  # how long a candidate's turn lasts at least
 CELL_SECONDS = 3.0  # more rounds than asked for are made where they fit into this
+GPU_TURN_SECONDS, GPU_CELL_SECONDS = 0.003, 0.3
 
 
 @dataclass
@@ -56,29 +72,35 @@ class Result:
             "microseconds": self.microseconds(),
             "floor_microseconds": float(f"{1e6 * self.floor_seconds:.4g}"),
             "rounds": len(self.seconds),
-            "device": timing.device_name(),
+            **DEVICES[self.cell.device].facts(),
             "threads": self.cell.threads,
-            "versions": timing.versions(),
+            "versions": DEVICES[self.cell.device].versions(),
         }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; 0, or 1 where one of our kernels has no row, or 130 after Ctrl-C."""
     options = _parse(arguments)
+    device = use(options.device)
+    modes = [False, True] if options.both else [options.backward]
     cells = [
-        Cell(op, branch, batch, DTYPES[dtype], options.backward, threads)
-        for op, branch, threads, dtype in itertools.product(options.op, BRANCHES, options.threads, options.dtype)
+        Cell(op, branch, batch, DTYPES[dtype], backward, threads, options.device)
+        for op, backward, branch in itertools.product(options.op, modes, options.branch)
+        for threads, dtype in itertools.product(options.threads, options.dtype)
         for batch in options.batch or ([32] if op.startswith("cls_") else [8])
-        if not (options.backward and op == "cls_fusion")  # inference only
+        if not (backward and op == "cls_fusion")  # inference only
     ]
     if options.plan:
         from . import plan  # imports triton
 
-        plan.show(cells, options.architecture)
+        torch.backends.cuda.matmul.allow_tf32 = options.tf32
+        plan.show(cells, options.architecture, options.json)
         return 0
     candidates = {cell: [*options.kernels, *(peer for peer in options.peers if _has(cell, peer))] for cell in cells}
     results: list[Result] = []
-    with Session(sum(map(len, candidates.values())), options.rounds, TURN_SECONDS, CELL_SECONDS) as session:
+    turns = (TURN_SECONDS, CELL_SECONDS) if options.device == "cpu" else (GPU_TURN_SECONDS, GPU_CELL_SECONDS)
+    steps = sum(map(len, candidates.values()))
+    with Session(steps, options.rounds, *turns, device, options.seconds) as session:
         for cell in cells:
             torch.set_num_threads(cell.threads)
             inputs = _rotation(cell)
@@ -90,9 +112,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             finally:
                 if seconds:
                     least = _floor(cell, inputs[0], min(flops.values()))
-                    results += [Result(cell, name, least, taken) for name, taken in seconds.items()]
+                    calls = 1 if cell.device == "cpu" else len(inputs)
+                    results += [Result(cell, name, least, [s / calls for s in t]) for name, t in seconds.items()]
                 timing.write_json(options.json, [result.row() for result in results])
-    _print(results)
+    _print(results, options.device)
     session.conclude(plot.ops, [result.row() for result in results], options.json)
     return session.exit_status(options.kernels)
 
@@ -104,11 +127,17 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--batch", type=counts, help="1,8 (by default 32 for the ops on the CLS token, 8 for the others)"
     )
     parser.add_argument("--backward", action="store_true", help="time forward and backward together")
+    parser.add_argument("--both", action="store_true", help="time the forward alone, then with the backward")
+    parser.add_argument("--branch", type=names(list(BRANCHES)), default=list(BRANCHES), help=", ".join(BRANCHES))
     parser.add_argument("--plan", action="store_true", help="what the Triton kernels will do on a GPU, without one")
+    parser.add_argument("--tf32", action="store_true", help="of --plan: float32 products in TF32")
     parser.add_argument("--architecture", type=names(ARCHITECTURES, ARCHITECTURES), default=["sm_90"], help="of --plan")
     add_shared_arguments(parser, PEERS, "ops")
+    add_device_arguments(parser)
     options = parser.parse_args(arguments)
-    options.json = options.json or RESULTS / ("ops_backward.json" if options.backward else "ops.json")
+    check_device(parser, options.device)
+    if not options.plan:
+        options.json = options.json or RESULTS / ("ops_backward.json" if options.backward else "ops.json")
     return options
 
 
@@ -120,7 +149,7 @@ def _has(cell: Cell, peer: str) -> bool:
 def _rotation(cell: Cell) -> list[dict[str, Tensor]]:
     """As many sets of inputs as exceed the last cache twice, at least two."""
     first = inputs(cell, 0)
-    sets = max(2, -(-2 * floor.cache_bytes() // _bytes(first.values())))
+    sets = max(2, -(-2 * DEVICES[cell.device].cache_bytes() // _bytes(first.values())))
     return [first, *(inputs(cell, seed) for seed in range(1, sets))]
 
 
@@ -135,7 +164,8 @@ def _build(cell: Cell, name: str, inputs: list[dict[str, Tensor]], flops: dict[s
         function = functools.partial(sdpa, num_heads=HEADS)
     elif name == "reference-compiled":
         torch.compiler.reset()
-        function = torch.compile(cell.reference(), dynamic=False)
+        mode = None if cell.device == "cpu" else "max-autotune-no-cudagraphs"
+        function = torch.compile(cell.reference(), dynamic=False, mode=mode)
     else:
         function = cell.function(name)
     _check(cell, function, inputs[0])
@@ -152,7 +182,17 @@ def _build(cell: Cell, name: str, inputs: list[dict[str, Tensor]], flops: dict[s
 
     if name != "reference-compiled":
         flops[name] = floor.executed_flops(run)
-    return run
+    return run if cell.device == "cpu" else _captured(run, len(inputs))
+
+
+def _captured(run: Callable[[], object], calls: int) -> Callable[[], object]:
+    """So many calls as one CUDA graph, whose results all stay in memory of their own."""
+    replay = captured(lambda: [run() for _ in range(calls)])
+    for result in replay():
+        for tensor in [result] if isinstance(result, Tensor) else result:
+            if not tensor.isfinite().all():
+                raise DisagreementError("a replay of its CUDA graph does not write all of its results")
+    return replay
 
 
 def _leaves(cell: Cell, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -168,7 +208,8 @@ def _differentiate(cell: Cell, function: Callable[..., Tensor], tensors: dict[st
             return [function(**tensors)]
     leaves = _leaves(cell, tensors)
     out = function(**leaves)
-    gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(cell.dtype).to(out.dtype)
+    generator = torch.Generator(out.device).manual_seed(1)
+    gradient = torch.randn(out.shape, generator=generator, device=out.device).to(cell.dtype).to(out.dtype)
     return [out.detach(), *torch.autograd.grad(out, [leaves[name] for name in cell.differentiable()], gradient)]
 
 
@@ -198,11 +239,13 @@ def _floor(cell: Cell, tensors: dict[str, Tensor], flops: int) -> float:
     moved = _bytes(tensors.values()) + _bytes(out[:1])
     if cell.backward:  # reads the inputs and the output's gradient again, writes the gradients
         moved += _bytes(tensors.values()) + _bytes(out)
-    rate, _ = floor.flop_rate(cell.dtype, cell.threads)
-    return max(moved / floor.bandwidth(cell.threads), flops / rate)
+    device = DEVICES[cell.device]
+    rate, _ = device.flop_rate(cell.dtype, cell.threads)
+    return max(moved / device.bandwidth(cell.threads), flops / rate)
 
 
-def _print(results: list[Result]) -> None:
+def _print(results: list[Result], kind: str) -> None:
+    device = DEVICES[kind]
     width = max((len(result.implementation) for result in results), default=0)
     for cell, group in itertools.groupby(results, key=lambda result: result.cell):
         rows = list(group)
@@ -220,14 +263,14 @@ def _print(results: list[Result]) -> None:
             )
     print()
     for dtype, threads in dict.fromkeys((result.cell.dtype, result.cell.threads) for result in results):
-        rate, by = floor.flop_rate(dtype, threads)
-        print(f"{dtype_name(dtype)}, {threads} threads: peak {rate / 1e9:.0f} GFLOP/s ({by})")
+        rate, by = device.flop_rate(dtype, threads)
+        print(f"{dtype_name(dtype)}, {where(kind, threads)}: peak {rate / 1e9:.0f} GFLOP/s ({by})")
     for threads in dict.fromkeys(result.cell.threads for result in results):
-        print(f"memory, {threads} threads: {floor.bandwidth(threads) / 1e9:.1f} GB/s, read plus written")
+        print(f"memory, {where(kind, threads)}: {device.bandwidth(threads) / 1e9:.1f} GB/s, read plus written")
     print(
         f"agreement: rms error against float64 at most {AGREEMENT} × the reference's in the dtype plus {AGREEMENT} ulp"
     )
-    print(timing.environment())
+    print(device.environment())
 
 
 if __name__ == "__main__":

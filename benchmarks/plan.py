@@ -7,9 +7,11 @@ that a launch takes, each counted once; the floating-point operations; and the t
 and multiplies RATE cannot beat.
 """
 
+import dataclasses
 import importlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from crossvit_kernels import triton as triton_kernels
 from crossvit_kernels.ops._registry import OPS
 from crossvit_kernels.triton._launch import Launch, recording
 
+from . import timing
 from .cases import BRANCHES, HEADS, Cell
 from .compiled import Resources, compile_launch
 from .session import dtype_name
@@ -88,27 +91,47 @@ def served(op: str) -> bool:
     return op in triton_kernels.OPS
 
 
-def show(cells: Iterable[Cell], architectures: Sequence[str]) -> None:
-    """Prints the plan of every cell, compiled for each of the architectures."""
-    cells = [cell for cell in cells if served(cell.op)]
+def show(cells: Iterable[Cell], architectures: Sequence[str], json: Path | None) -> None:
+    """Prints the plan of every cell, compiled for each of the architectures; with `json` also writes a row a launch."""
+    plans = [(cell, architecture) for cell in cells if served(cell.op) for architecture in architectures]
     rates = f"{BANDWIDTH / 1e12:.1f} TB/s and {RATE / 1e12:.0f} TFLOP/s"
     print(f"Computed from shapes and compiled code, not measured; the least time is at {rates}.")
     print("Bytes: every tensor of a launch once; what several of its programs read comes from the L2 cache but once.")
-    for cell in tqdm(cells, desc="compiling", unit="op", leave=False):
-        for architecture in architectures:
-            tqdm.write(_text(record(cell, architecture), architecture))
+    rows: list[dict[str, Any]] = []
+    for cell, architecture in tqdm(plans, desc="compiling", unit="op", leave=False):
+        plan = record(cell, architecture)
+        compiled = [compile_launch(launch, architecture) for launch in plan.launches]
+        tqdm.write(_text(plan, compiled, architecture))
+        rows += [_row(plan, launch, resources) for launch, resources in zip(plan.launches, compiled)]
+        if json is not None:
+            timing.write_json(json, rows)
 
 
-def _text(plan: Plan, architecture: str) -> str:
+def _row(plan: Plan, launch: Launch, resources: Resources) -> dict[str, Any]:
+    return {
+        "op": plan.cell.op,
+        "branch": plan.cell.branch,
+        "batch": plan.cell.batch,
+        "dtype": dtype_name(plan.cell.dtype),
+        "mode": plan.cell.mode,
+        "kernel": launch.name,
+        "grid": launch.grid,
+        "bytes": tensor_bytes(launch),
+        "precision": launch.arguments.get("PRECISION"),
+        **dataclasses.asdict(resources),
+        "occupancy": resources.occupancy,
+        "measured": False,
+    }
+
+
+def _text(plan: Plan, compiled: Sequence[Resources], architecture: str) -> str:
     cell, branch = plan.cell, BRANCHES[plan.cell.branch]
     head = (
         f"\n{cell.op}, {cell.branch} branch ({branch.tokens} × {branch.width}), batch {cell.batch}, "
         f"{dtype_name(cell.dtype)}, {cell.mode}, {architecture}: {len(plan.launches)} launches, "
         f"{plan.moved / 1e6:.2f} MB, {plan.flops / 1e9:.2f} GFLOP, at least {1e6 * plan.least_seconds:.1f} µs"
     )
-    lines = [head]
-    lines += [_line(launch, compile_launch(launch, architecture)) for launch in plan.launches]
-    return "\n".join(lines)
+    return "\n".join([head, *map(_line, plan.launches, compiled)])
 
 
 def _line(launch: Launch, resources: Resources) -> str:
