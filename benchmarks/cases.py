@@ -12,7 +12,7 @@ from torch import Tensor
 import crossvit_kernels
 from crossvit_kernels import ops
 
-from .session import dtype_name
+from .session import dtype_name, where
 
 OPS = (
     "cls_cross_attention",
@@ -50,6 +50,7 @@ class Cell:
     dtype: torch.dtype
     backward: bool
     threads: int
+    device: str = "cpu"
 
     @property
     def mode(self) -> str:
@@ -59,7 +60,7 @@ class Cell:
         branch = BRANCHES[self.branch]
         return (
             f"{self.op}, {self.branch} branch ({branch.tokens} × {branch.width}), batch {self.batch},"
-            f" {dtype_name(self.dtype)}, {self.mode}, {self.threads} threads"
+            f" {dtype_name(self.dtype)}, {self.mode}, {where(self.device, self.threads)}"
         )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -129,14 +130,14 @@ def sdpa(
 
 def inputs(cell: Cell, seed: int) -> dict[str, Tensor]:
     """One set of random inputs of a model's magnitudes; patches are a view behind the CLS token, as in the model."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(cell.device).manual_seed(seed)
     tensors = {}
     for name, shape in cell.shapes().items():
         if name == "patches":
-            tokens = torch.randn(shape[0], shape[1] + 1, shape[2], generator=generator)
+            tokens = torch.randn(shape[0], shape[1] + 1, shape[2], generator=generator, device=cell.device)
             tensors[name] = tokens.to(cell.dtype)[:, 1:]
             continue
-        tensor = torch.randn(shape, generator=generator)
+        tensor = torch.randn(shape, generator=generator, device=cell.device)
         if name.endswith("norm_weight"):
             tensor = 1 + 0.1 * tensor
         elif name.endswith("bias"):

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from . import floor, plot, timing
-from .devices import DEVICES, captured, use
 from .cases import BRANCHES, HEADS, OPS, Cell, inputs, sdpa
+from .devices import DEVICES, captured, use
 from .session import (
     DTYPES,
     RESULTS,

@@ -1,6 +1,8 @@
-"""What both benchmarks share: lists as arguments, and a run with one progress bar that survives failures and Ctrl-C."""
+"""What both benchmarks share: arguments, and a run with one progress bar that survives failures and Ctrl-C."""
 
 import argparse
+import math
+import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +14,7 @@ from tqdm import tqdm
 from crossvit_kernels.backends import BACKENDS
 
 from . import timing
+from .devices import Host, no_gpu
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KERNELS = ("auto", *BACKENDS)
@@ -34,12 +37,24 @@ class Session:
     """A context in which cells of candidates are prepared, checked and timed; Ctrl-C ends it and sets `interrupted`.
 
     `left_out` says why a candidate of a cell has no figures. A turn lasts at least `turn_seconds`; there are more
-    rounds than asked for where they fit into `cell_seconds`.
+    rounds than asked for where they fit into `cell_seconds`. No cell is begun after `seconds` on the way, which counts
+    as no failure, nor once `device` is `lost`, which does.
     """
 
-    def __init__(self, candidates: int, rounds: int, turn_seconds: float, cell_seconds: float) -> None:
+    def __init__(
+        self,
+        candidates: int,
+        rounds: int,
+        turn_seconds: float,
+        cell_seconds: float,
+        device: Host | None = None,
+        seconds: float = math.inf,
+    ) -> None:
         self.rounds, self.turn_seconds, self.cell_seconds = rounds, turn_seconds, cell_seconds
+        self.device, self.seconds, self.end = device or Host(), seconds, time.monotonic() + seconds
         self.left_out: dict[tuple[Hashable, str], str] = {}
+        self.unreached: list[Hashable] = []
+        self.lost: str | None = None
         self.interrupted = False
         self.bar = tqdm(total=candidates * (1 + rounds), unit="step", smoothing=0.05, dynamic_ncols=True)
 
@@ -63,6 +78,9 @@ class Session:
 
         A builder or a call that raises costs its candidate its figures, and the others go on.
         """
+        if self.lost is not None or time.monotonic() > self.end:
+            self.unreached.append(cell)
+            return
         runs: dict[str, Callable[[], object]] = {}
         for name, build in builders.items():
             self.bar.set_description(f"{cell}: prepare {name}")
@@ -70,11 +88,18 @@ class Session:
                 runs[name] = build()
             except Exception as error:
                 self._leave_out(cell, name, error, steps_saved=self.rounds)
+                if self.lost is not None:
+                    return
             self.bar.update()
         self.bar.set_description(f"{cell}: time")
         planned = self.rounds
         for name, taken, rounds in timing.interleaved(
-            runs, min_rounds=self.rounds, turn_seconds=self.turn_seconds, budget_seconds=self.cell_seconds
+            runs,
+            min_rounds=self.rounds,
+            turn_seconds=self.turn_seconds,
+            budget_seconds=self.cell_seconds,
+            warm_up_seconds=self.device.warm_up_seconds,
+            stopwatch=self.device.seconds,
         ):
             self.bar.total += (rounds - planned) * len(runs)
             planned = rounds
@@ -89,6 +114,7 @@ class Session:
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         self.left_out[cell, name] = reason if isinstance(error, LeftOutError) else f"{type(error).__name__}: {reason}"
         self.bar.total -= steps_saved
+        self.lost = self.device.lost()
 
     def conclude(
         self, draw: Callable[[list[dict[str, Any]], Path], None], rows: list[dict[str, Any]], path: Path
@@ -96,6 +122,9 @@ class Session:
         """Say what was left out, draw the rows beside `path`, and say what was written and whether all of it was."""
         for (cell, name), reason in self.left_out.items():
             print(f"left out: {name} ({cell}): {reason}")
+        why = f"{self.seconds:.0f} seconds were over" if self.lost is None else f"the device is lost: {self.lost}"
+        for cell in self.unreached:
+            print(f"not reached: {cell}: {why}")
         if rows:
             picture = path.with_suffix(".png")
             draw(rows, picture)
@@ -107,7 +136,9 @@ class Session:
 
     def exit_status(self, kernels: Sequence[str]) -> int:
         """0, or 1 where one of our kernels has no row, or 130 after Ctrl-C."""
-        return 130 if self.interrupted else int(any(name in kernels for _, name in self.left_out))
+        return (
+            130 if self.interrupted else int(self.lost is not None or any(name in kernels for _, name in self.left_out))
+        )
 
 
 def add_shared_arguments(parser: argparse.ArgumentParser, peers: Sequence[str], name: str) -> None:
@@ -120,6 +151,23 @@ def add_shared_arguments(parser: argparse.ArgumentParser, peers: Sequence[str], 
         "--rounds", type=rounds, default=timing.MIN_ROUNDS, help="at least 9; more are made where they are quick"
     )
     parser.add_argument("--json", type=Path, help=f"the plot goes beside it (benchmarks/results/{name}.json)")
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where to run, and for how long."""
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: an NVIDIA GPU")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing more after so many seconds")
+
+
+def check_device(parser: argparse.ArgumentParser, device: str) -> None:
+    """Ends the program where there is no such device."""
+    if device == "cuda" and (reason := no_gpu()) is not None:
+        parser.error(f"argument --device: {reason}")
+
+
+def where(device: str, threads: int) -> str:
+    """A cell's device in a word: the CPU by its threads."""
+    return f"{threads} threads" if device == "cpu" else device
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -17,6 +17,8 @@ MIN_ROUNDS = 9
 WARM_UP_SECONDS = 0.3
 PACKAGES = ("torch", "timm", "onnxruntime", "openvino", "crossvit-kernels")
 
+Stopwatch = Callable[[Callable[[], object], int], float]  # (a call, how many of them) -> seconds, all together
+
 
 def interleaved(
     candidates: Mapping[str, Callable[[], object]],
@@ -25,22 +27,26 @@ def interleaved(
     max_rounds: int = 25,
     turn_seconds: float = 0.1,
     budget_seconds: float = 8.0,
+    warm_up_seconds: float | None = None,
+    stopwatch: Stopwatch | None = None,
 ) -> Iterator[tuple[str, float | Exception, int]]:
     """Time `candidates` in turn, A B C A B C …, and yield (name, seconds per call, rounds planned) after each turn.
 
     A turn is as many calls as fill `turn_seconds`, at least one; before them, where they are short, one untimed call
     that takes caches and cores back from the candidate before it. There are `min_rounds` rounds, and more, up to
     `max_rounds`, where they fit into `budget_seconds`. A candidate that raises is yielded once with its exception and
-    then left out. Python's garbage collector is off while a turn is timed.
+    then left out. Python's garbage collector is off while a turn is timed. `stopwatch` measures the seconds of so many
+    calls, by default `host_seconds`; warming up takes `warm_up_seconds`, by default WARM_UP_SECONDS.
     """
     if min_rounds < MIN_ROUNDS:
         raise ValueError(f"min_rounds must be at least {MIN_ROUNDS}, got {min_rounds}")
+    stopwatch = stopwatch or host_seconds
     live = dict(candidates)
     calls: dict[str, int] = {}
     round_seconds = 0.0
     for name, run in candidates.items():
         try:
-            seconds = _warm_up(run)
+            seconds = _warm_up(run, WARM_UP_SECONDS if warm_up_seconds is None else warm_up_seconds, stopwatch)
         except Exception as error:
             del live[name]
             yield name, error, min_rounds
@@ -51,33 +57,36 @@ def interleaved(
     for _ in range(rounds):
         for name in list(live):
             try:
-                yield name, _turn(live[name], calls[name]), rounds
+                yield name, _turn(live[name], calls[name], stopwatch), rounds
             except Exception as error:
                 del live[name]
                 yield name, error, rounds
 
 
-def _warm_up(run: Callable[[], object]) -> float:
-    """Seconds of the fastest of at least three calls."""
-    fastest, end, done = math.inf, time.perf_counter() + WARM_UP_SECONDS, 0
-    while done < 3 or time.perf_counter() < end:
-        start = time.perf_counter()
+def host_seconds(run: Callable[[], object], calls: int) -> float:
+    """Seconds that so many calls take by the host's clock."""
+    start = time.perf_counter()
+    for _ in range(calls):
         run()
-        fastest = min(fastest, time.perf_counter() - start)
+    return time.perf_counter() - start
+
+
+def _warm_up(run: Callable[[], object], seconds: float, stopwatch: Stopwatch) -> float:
+    """Seconds of the fastest of at least three calls."""
+    fastest, end, done = math.inf, time.perf_counter() + seconds, 0
+    while done < 3 or time.perf_counter() < end:
+        fastest = min(fastest, stopwatch(run, 1))
         done += 1
     return fastest
 
 
-def _turn(run: Callable[[], object], calls: int) -> float:
+def _turn(run: Callable[[], object], calls: int, stopwatch: Stopwatch) -> float:
     if calls > 1:
         run()
     collecting = gc.isenabled()
     gc.disable()
     try:
-        start = time.perf_counter()
-        for _ in range(calls):
-            run()
-        return (time.perf_counter() - start) / calls
+        return stopwatch(run, calls) / calls
     finally:
         if collecting:
             gc.enable()

@@ -24,7 +24,7 @@ class TrainingStep:
             torch.compile(model.train(), dynamic=False) if compiled else model.train()
         )
         self.images = images
-        self.labels = torch.arange(len(images)) * 37 % 1000
+        self.labels = torch.arange(len(images), device=images.device) * 37 % 1000
         self.dtype = dtype
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-7, weight_decay=0.05, fused=True)
 
@@ -45,7 +45,7 @@ class TrainingStep:
 
     def _forward(self) -> tuple[Tensor, Tensor]:
         half = self.dtype != torch.float32
-        context: AbstractContextManager = torch.autocast("cpu", self.dtype) if half else nullcontext()
+        context: AbstractContextManager = torch.autocast(self.images.device.type, self.dtype) if half else nullcontext()
         with context:
             logits = self.model(self.images)
             return logits, nn.functional.cross_entropy(logits.float(), self.labels)
