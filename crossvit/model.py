@@ -171,7 +171,8 @@ class CrossViT(Classifier):
         tokens = []
         for b, embed in enumerate(self.patch_embed):
             x = _centre(images, cast(PatchEmbed, embed).image_size) if self.crop_scale else images
-            x = embed(x, getattr(self, f"cls_token_{b}"), getattr(self, f"pos_embed_{b}"))
+            # By keyword: torch's module tracker, which the FLOP counter uses, hooks the gradient of positional ones.
+            x = embed(x, cls_token=getattr(self, f"cls_token_{b}"), pos_embed=getattr(self, f"pos_embed_{b}"))
             tokens.append(F.dropout(x, self.pos_drop_rate, self.training))
         return tokens
 

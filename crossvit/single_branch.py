@@ -109,7 +109,9 @@ class VisionTransformer(Classifier):
 
     def _embed(self, images: Tensor) -> Tensor:
         self.check_images(images)
-        return F.dropout(self.patch_embed(images, self.cls_token, self.pos_embed), self.pos_drop_rate, self.training)
+        # By keyword: torch's module tracker, which the FLOP counter uses, hooks the gradient of positional ones.
+        tokens = self.patch_embed(images, cls_token=self.cls_token, pos_embed=self.pos_embed)
+        return F.dropout(tokens, self.pos_drop_rate, self.training)
 
     def _block(self, block: nn.Module, x: Tensor) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():

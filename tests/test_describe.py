@@ -1,5 +1,8 @@
 """describe(): the paper's parameters and multiply-adds, and those that PyTorch counts in timm's models."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -118,3 +121,14 @@ def test_fusion_multiply_adds_are_pytorchs(fusion: str) -> None:
         features = model.forward_features(torch.zeros(1, 3, 48, 48))
         model.forward_head(features)
     assert model.describe().multiply_adds * 2 == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("gradients", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("name", ["crossvit_9_240", "deit_tiny_patch16_224"])
+def test_pytorchs_flop_counter_takes_a_whole_model(name: str, gradients: Callable[[], Any]) -> None:
+    """Its module tracker hooks every module, with gradients or without."""
+    model = crossvit.create_model(name, num_classes=0)
+    height, width = model.image_size
+    with gradients(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, height, width))
+    assert 0 < counter.get_total_flops() <= 2 * model.describe().multiply_adds
