@@ -130,8 +130,12 @@ def environment() -> str:
 
 def write_json(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write the rows, one a line, under a temporary name and rename it, so that a reader never meets half a file."""
+    write_text(path, "[\n" + ",\n".join("  " + json.dumps(row) for row in rows) + "\n]\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file under a temporary name and rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = "[\n" + ",\n".join("  " + json.dumps(row) for row in rows) + "\n]\n"
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, suffix=".tmp", delete=False) as file:
         file.write(text)
     os.chmod(file.name, 0o644)

@@ -40,6 +40,7 @@ class Launch:
 
 _records: list[list[Launch]] = []
 _targets: list[str] = []
+_requests: list[dict[tuple[str, str], Configuration]] = []
 _overrides: dict[str, Configuration] = {}
 
 
@@ -55,6 +56,17 @@ def recording(architecture: str) -> Iterator[list[Launch]]:
     finally:
         _records.pop()
         _targets.pop()
+
+
+@contextmanager
+def requests() -> Iterator[dict[tuple[str, str], Configuration]]:
+    """Collects, by name and "<width>/<bits>", the configurations that launches inside take."""
+    taken: dict[tuple[str, str], Configuration] = {}
+    _requests.append(taken)
+    try:
+        yield taken
+    finally:
+        _requests.pop()
 
 
 @contextmanager
@@ -105,12 +117,14 @@ def multiprocessors() -> int:
 def configuration(kernel: str, width: int, dtype: torch.dtype, default: Configuration) -> Configuration:
     """The configuration of `kernel` for rows of this width: the tuned one of this architecture, else `default`.
 
-    `kernel` is the name of the jitted function. `default` has to fit every architecture from sm_80 on.
+    `kernel` is the name of the jitted function, or of one of several ways to launch it. `default` has to fit every
+    architecture from sm_80 on.
     """
-    if kernel in _overrides:
-        return _overrides[kernel]
-    tuned = table().get(architecture(), {}).get(kernel, {})
-    return tuned.get(f"{width}/{dtype.itemsize * 8}", default)
+    key = f"{width}/{dtype.itemsize * 8}"
+    chosen = _overrides.get(kernel) or table().get(architecture(), {}).get(kernel, {}).get(key, default)
+    for taken in _requests:
+        taken[kernel, key] = chosen
+    return chosen
 
 
 def launch(kernel: Any, grid: tuple[int, ...], configuration: Configuration, **arguments: Any) -> None:
