@@ -28,19 +28,22 @@ _SHARED_OF_MULTIPROCESSOR = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100":
 _THREADS, _BLOCKS, _REGISTERS, _RESERVED_SHARED = 2048, 32, 65536, 1024
 
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+_PRODUCT = r"tt\.dot .*: tensor<(\d+)x(\d+)x\w+> \* tensor<\d+x(\d+)x\w+> ->"
 _MATRIX = {"mma.sync": r"\bmma\.sync", "wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma"}
 
 
 @dataclass(frozen=True)
 class Resources:
     """What the compiler says of a kernel: registers of a thread, bytes of its stack (spills lie there), bytes of shared
-    memory of a block, warps, and how often the PTX holds each kind of matrix instruction."""
+    memory of a block, warps, how often the PTX holds each kind of matrix instruction, and the (rows, inner, columns) of
+    the products that the source asks for."""
 
     registers: int
     stack: int
     shared: int
     num_warps: int
     matrix: dict[str, int]
+    products: list[tuple[int, int, int]]
     architecture: str
 
     @property
@@ -87,6 +90,7 @@ def _compile(
         shared=compiled.metadata.shared,
         num_warps=compiled.metadata.num_warps,
         matrix={name: len(re.findall(pattern, ptx)) for name, pattern in _MATRIX.items()},
+        products=sorted({tuple(map(int, found)) for found in re.findall(_PRODUCT, compiled.asm["ttir"])}),
         architecture=target,
     )
 

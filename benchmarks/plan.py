@@ -98,7 +98,7 @@ def show(cells: Iterable[Cell], architectures: Sequence[str], json: Path | None)
     print(f"Computed from shapes and compiled code, not measured; the least time is at {rates}.")
     print("Bytes: every tensor of a launch once; what several of its programs read comes from the L2 cache but once.")
     rows: list[dict[str, Any]] = []
-    for cell, architecture in tqdm(plans, desc="compiling", unit="op", leave=False):
+    for cell, architecture in tqdm(plans, desc="compiling", unit="op", leave=False, disable=None):
         plan = record(cell, architecture)
         compiled = [compile_launch(launch, architecture) for launch in plan.launches]
         tqdm.write(_text(plan, compiled, architecture))
@@ -119,6 +119,7 @@ def _row(plan: Plan, launch: Launch, resources: Resources) -> dict[str, Any]:
         "bytes": tensor_bytes(launch),
         "precision": launch.arguments.get("PRECISION"),
         **dataclasses.asdict(resources),
+        "blocks_per_multiprocessor": resources.blocks_per_multiprocessor,
         "occupancy": resources.occupancy,
         "measured": False,
     }

@@ -3,7 +3,7 @@
 python -m benchmarks.tune [--op all] [--batch 256] [--dtype bfloat16] [--kernel NAME,NAME] [--minutes 5] [--save]
 
 For each kernel configuration that an op's forward and backward take at CrossViT-15's sizes: in turn one parameter at a
-time is halved and doubled, the whole op timed as replays of a CUDA graph, and what is at least MARGIN faster kept, until
+time is halved and doubled, the whole op timed as replays of a CUDA graph, and what is MARGIN faster kept, until
 nothing is. Results go to crossvit_kernels/triton/tuned.json with --save, under this GPU's architecture; nothing is
 tuned otherwise, so that results do not change from run to run.
 """
