@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         backend, precision = parameters.get("backend"), parameters.get("precision")
-        op = item.module.__name__.removeprefix("test_")
+        op = parameters.get("name", item.module.__name__.removeprefix("test_"))
         if ("backend" in getattr(item, "fixturenames", ()) and not NATIVE) or (
             backend is not None and op in OPS and not backends.serves(backend, op)
         ):
