@@ -4,6 +4,7 @@ import functools
 from typing import NamedTuple
 
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from ._launch import cdiv
@@ -52,6 +53,7 @@ def block_of(width: int, largest: int = 128, smallest: int = 32) -> int:
 
 @triton.jit
 def row_offsets(rows, tokens, batch_stride, row_stride):
-    """Where these rows begin, see Rows; rows int64."""
+    """Where these rows begin, see Rows."""
+    rows = rows.to(tl.int64)
     batch = rows // tokens
     return batch * batch_stride + (rows - batch * tokens) * row_stride

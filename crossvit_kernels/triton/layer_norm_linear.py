@@ -235,7 +235,7 @@ def _configuration(rows: int, width: int, dtype: torch.dtype) -> Configuration:
     elif few:
         default = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": block_of(width), "num_warps": 4, "num_stages": 2}
     elif width > WIDEST_HELD:
-        default = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": block_of(width, 64), "num_warps": 8, "num_stages": 3}
+        default = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": block_of(width, 64), "num_warps": 8, "num_stages": 3}
     elif width > 512:
         default = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": block_of(width), "num_warps": 8, "num_stages": 2}
     else:
