@@ -4,7 +4,7 @@ import functools
 import re
 import statistics
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ class Cuda(Host):
         return torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
 
     def facts(self) -> dict[str, Any]:
-        return {"device": torch.cuda.get_device_name(), "driver": driver(), "date": date.today().isoformat()}
+        return {"device": gpu_name(), "driver": driver(), "date": date.today().isoformat()}
 
     def versions(self) -> dict[str, str]:
         import triton
@@ -133,6 +133,12 @@ def _median(run: Callable[[], object]) -> float:
 
 
 @functools.cache
+def gpu_name() -> str:
+    """As in "NVIDIA H200"."""
+    return torch.cuda.get_device_name()
+
+
+@functools.cache
 def driver() -> str:
     """The version of NVIDIA's driver, or "unknown"."""
     try:
@@ -145,10 +151,11 @@ def driver() -> str:
         return next((word for word in words if re.fullmatch(r"\d+\.[\d.]+", word)), "unknown")
 
 
-def captured(run: Callable[[], Any]) -> Callable[[], Any]:
+def captured(run: Callable[[], Any], given: Sequence[Tensor] = ()) -> Callable[[], Any]:
     """`run` as a CUDA graph: a call replays what one call launched, into the same memory, and returns its result.
 
-    The tensors of the result hold NaN until a replay writes them. Raises RuntimeError where `run` cannot be captured.
+    The tensors of the result hold NaN until a replay writes them, those apart that `run` was `given` and hands on.
+    Raises RuntimeError where `run` cannot be captured.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -160,9 +167,11 @@ def captured(run: Callable[[], Any]) -> Callable[[], Any]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = run()
+    kept = {tensor.untyped_storage().data_ptr() for tensor in given}
     with torch.inference_mode():
         for tensor in _tensors(result):
-            tensor.fill_(POISON)
+            if tensor.untyped_storage().data_ptr() not in kept:
+                tensor.fill_(POISON)
 
     def replay() -> Any:
         graph.replay()

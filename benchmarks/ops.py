@@ -103,7 +103,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with Session(steps, options.rounds, *turns, device, options.seconds) as session:
         for cell in cells:
             torch.set_num_threads(cell.threads)
+            if not session.begin(cell):
+                continue
             inputs = _rotation(cell)
+            moved = _moved(cell, inputs[0])
             flops: dict[str, int] = {}
             seconds: dict[str, list[float]] = {}
             builders = {name: functools.partial(_build, cell, name, inputs, flops) for name in candidates[cell]}
@@ -111,12 +114,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 session.compare(cell, builders, seconds)
             finally:
                 if seconds:
-                    least = _floor(cell, inputs[0], min(flops.values()))
+                    least = _floor(cell, moved, min(flops.values(), default=0))
                     calls = 1 if cell.device == "cpu" else len(inputs)
                     results += [Result(cell, name, least, [s / calls for s in t]) for name, t in seconds.items()]
                 timing.write_json(options.json, [result.row() for result in results])
     _print(results, options.device)
-    session.conclude(plot.ops, [result.row() for result in results], options.json)
+    session.conclude(None if options.no_plot else plot.ops, [result.row() for result in results], options.json)
     return session.exit_status(options.kernels)
 
 
@@ -182,12 +185,12 @@ def _build(cell: Cell, name: str, inputs: list[dict[str, Tensor]], flops: dict[s
 
     if name != "reference-compiled":
         flops[name] = floor.executed_flops(run)
-    return run if cell.device == "cpu" else _captured(run, len(inputs))
+    return run if cell.device == "cpu" else _captured(run, len(inputs), [] if gradient is None else [gradient])
 
 
-def _captured(run: Callable[[], object], calls: int) -> Callable[[], object]:
+def _captured(run: Callable[[], object], calls: int, given: Sequence[Tensor]) -> Callable[[], object]:
     """So many calls as one CUDA graph, whose results all stay in memory of their own."""
-    replay = captured(lambda: [run() for _ in range(calls)])
+    replay = captured(lambda: [run() for _ in range(calls)], given)
     for result in replay():
         for tensor in [result] if isinstance(result, Tensor) else result:
             if not tensor.isfinite().all():
@@ -233,12 +236,17 @@ def _rms(tensor: Tensor) -> float:
     return tensor.square().mean().sqrt().item()
 
 
-def _floor(cell: Cell, tensors: dict[str, Tensor], flops: int) -> float:
-    """Seconds below which no implementation gets from memory: every tensor read or written once, or the operations."""
+def _moved(cell: Cell, tensors: dict[str, Tensor]) -> int:
+    """Bytes of a call that reads or writes every tensor once."""
     out = _differentiate(cell, cell.reference(), tensors)
     moved = _bytes(tensors.values()) + _bytes(out[:1])
     if cell.backward:  # reads the inputs and the output's gradient again, writes the gradients
         moved += _bytes(tensors.values()) + _bytes(out)
+    return moved
+
+
+def _floor(cell: Cell, moved: int, flops: int) -> float:
+    """Seconds below which no implementation gets that moves so many bytes from memory and does so many operations."""
     device = DEVICES[cell.device]
     rate, _ = device.flop_rate(cell.dtype, cell.threads)
     return max(moved / device.bandwidth(cell.threads), flops / rate)

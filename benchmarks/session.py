@@ -18,6 +18,8 @@ from .devices import Host, no_gpu
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KERNELS = ("auto", *BACKENDS)
+GRAPH = "-graph"  # ends the name of what is replayed as a CUDA graph
+GRAPHS = tuple(name + GRAPH for name in KERNELS if name != "cpu")
 RESULTS = Path(__file__).with_name("results")
 
 
@@ -68,6 +70,13 @@ class Session:
         self.interrupted = kind is KeyboardInterrupt
         return self.interrupted
 
+    def begin(self, cell: Hashable) -> bool:
+        """Whether this cell is still to be done."""
+        if self.lost is None and time.monotonic() < self.end:
+            return True
+        self.unreached.append(cell)
+        return False
+
     def compare(
         self,
         cell: Hashable,
@@ -78,9 +87,6 @@ class Session:
 
         A builder or a call that raises costs its candidate its figures, and the others go on.
         """
-        if self.lost is not None or time.monotonic() > self.end:
-            self.unreached.append(cell)
-            return
         runs: dict[str, Callable[[], object]] = {}
         for name, build in builders.items():
             self.bar.set_description(f"{cell}: prepare {name}")
@@ -117,7 +123,7 @@ class Session:
         self.lost = self.device.lost()
 
     def conclude(
-        self, draw: Callable[[list[dict[str, Any]], Path], None], rows: list[dict[str, Any]], path: Path
+        self, draw: Callable[[list[dict[str, Any]], Path], None] | None, rows: list[dict[str, Any]], path: Path
     ) -> None:
         """Say what was left out, draw the rows beside `path`, and say what was written and whether all of it was."""
         for (cell, name), reason in self.left_out.items():
@@ -127,8 +133,9 @@ class Session:
             print(f"not reached: {cell}: {why}")
         if rows:
             picture = path.with_suffix(".png")
-            draw(rows, picture)
-            print(f"\nWritten: {path} and {picture}")
+            if draw is not None:
+                draw(rows, picture)
+            print(f"\nWritten: {path}" + (f" and {picture}" if draw is not None else ""))
         if self.interrupted:
             print(
                 "Interrupted: what was measured until then is kept; the last cell may have fewer rounds than asked for."
@@ -141,16 +148,19 @@ class Session:
         )
 
 
-def add_shared_arguments(parser: argparse.ArgumentParser, peers: Sequence[str], name: str) -> None:
+def add_shared_arguments(
+    parser: argparse.ArgumentParser, peers: Sequence[str], name: str, kernels: Sequence[str] = KERNELS
+) -> None:
     """The arguments that do not depend on what is timed; the rows go to results/<name>.json by default."""
     parser.add_argument("--dtype", type=names(list(DTYPES)), default=["float32", "bfloat16"], help=", ".join(DTYPES))
-    parser.add_argument("--kernels", type=names(KERNELS), default=["reference", "auto"], help=", ".join(KERNELS))
+    parser.add_argument("--kernels", type=names(kernels), default=["reference", "auto"], help=", ".join(kernels))
     parser.add_argument("--peers", type=names(peers, peers), default=list(peers), help=f"all, none, {', '.join(peers)}")
     parser.add_argument("--threads", type=counts, default=[torch.get_num_threads()], help="of every candidate: 1,2")
     parser.add_argument(
         "--rounds", type=rounds, default=timing.MIN_ROUNDS, help="at least 9; more are made where they are quick"
     )
     parser.add_argument("--json", type=Path, help=f"the plot goes beside it (benchmarks/results/{name}.json)")
+    parser.add_argument("--no-plot", action="store_true", help="draw none")
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,10 +1,12 @@
 """Images per second of CrossViT models on our kernels beside what a user would pick instead, in one process, in turn.
 
 python -m benchmarks.throughput --model crossvit_15_dagger_240 --batch 1,8 --dtype float32,bfloat16 \\
-    --kernels reference,auto --peers timm-eager,timm-compiled,onnxruntime,openvino --json PATH [--train]
+    --kernels reference,auto --peers timm-eager,timm-compiled,onnxruntime,openvino --json PATH [--train] [--device cuda]
 
 Every candidate has the same weights and sees the same photographs. It is timed only after its logits (and, with
---train, its gradients) agreed with the float32 reference's within LOGIT_TOLERANCE and GRADIENT_TOLERANCE.
+--train, its gradients) agreed with the float32 reference's within LOGIT_TOLERANCE and GRADIENT_TOLERANCE. bfloat16 and
+float16 mean a model cast to it, for training autocast. On a GPU a name with "-graph" behind it is replayed as a CUDA
+graph; images lie in the GPU's memory.
 """
 
 import argparse
@@ -24,17 +26,23 @@ from torch import Tensor, nn
 import crossvit
 
 from . import floor, peers, plot, timing
+from .devices import DEVICES, Host, captured, use
 from .photographs import photographs
 from .session import (
     DTYPES,
+    GRAPH,
+    GRAPHS,
     KERNELS,
     RESULTS,
     DisagreementError,
     Session,
+    add_device_arguments,
     add_shared_arguments,
+    check_device,
     counts,
     dtype_name,
     names,
+    where,
 )
 from .training import TrainingStep, peer_step
 
@@ -45,6 +53,8 @@ LOGIT_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 1e-
 GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}
 TURN_SECONDS = 0.1  # how long a candidate's turn lasts at least
 CELL_SECONDS = 8.0  # more rounds than asked for are made where they fit into this
+ALL_PEERS = [*peers.PEERS, *(name + GRAPH for name in peers.GPU_PEERS)]
+GPU_TURN_SECONDS, GPU_CELL_SECONDS = 0.03, 2.5
 
 
 @dataclass(frozen=True)
@@ -56,13 +66,15 @@ class Cell:
     dtype: torch.dtype
     threads: int
     train: bool
+    device: str = "cpu"
 
     @property
     def mode(self) -> str:
         return "train" if self.train else "inference"
 
     def __str__(self) -> str:
-        return f"{self.model}, batch {self.batch}, {dtype_name(self.dtype)}, {self.mode}, {self.threads} threads"
+        place = where(self.device, self.threads)
+        return f"{self.model}, batch {self.batch}, {dtype_name(self.dtype)}, {self.mode}, {place}"
 
 
 @dataclass
@@ -87,33 +99,44 @@ class Result:
             "implementation": self.implementation,
             "images_per_second": self.images_per_second(),
             "rounds": len(self.seconds),
-            "device": timing.device_name(),
+            **DEVICES[self.cell.device].facts(),
             "threads": self.cell.threads,
-            "versions": timing.versions(),
+            "versions": DEVICES[self.cell.device].versions(),
         }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; 0, or 1 where one of our kernels has no row, or 130 after Ctrl-C."""
     options = _parse(arguments)
+    device = use(options.device)
     grid = itertools.product(options.model, options.threads, options.batch, options.dtype)
-    cells = [Cell(model, batch, DTYPES[dtype], threads, options.train) for model, threads, batch, dtype in grid]
+    cells = [
+        Cell(model, batch, DTYPES[dtype], threads, options.train, options.device)
+        for model, threads, batch, dtype in grid
+    ]
     implementations = [*options.kernels, *options.peers]
     results: list[Result] = []
-    with Session(len(cells) * len(implementations), options.rounds, TURN_SECONDS, CELL_SECONDS) as session:
+    turns = (TURN_SECONDS, CELL_SECONDS) if options.device == "cpu" else (GPU_TURN_SECONDS, GPU_CELL_SECONDS)
+    steps = len(cells) * len(implementations)
+    with Session(steps, options.rounds, *turns, device, options.seconds) as session:
         for cell in cells:
             torch.set_num_threads(cell.threads)
+            if not session.begin(cell):
+                continue
             known: dict[str, tuple[float, int]] = {}
             seconds: dict[str, list[float]] = {}
-            builders = {name: functools.partial(_build, cell, name, known) for name in implementations}
+            runs: dict[str, Callable[[], Tensor]] = {}
+            device.flop_rate(cell.dtype, cell.threads)
+            builders = {name: functools.partial(_build, cell, name, known, runs) for name in implementations}
             try:
                 session.compare(cell, builders, seconds)
             finally:
                 results += [Result(cell, name, *known[name], taken) for name, taken in seconds.items()]
                 timing.write_json(options.json, [result.row() for result in results])
-    _print_tables(results, options.peers)
+    _print_tables(results, options.peers, device)
     _print_summary(results, options)
-    session.conclude(plot.throughput, [result.row() for result in results], options.json)
+    draw = None if options.no_plot else plot.throughput
+    session.conclude(draw, [result.row() for result in results], options.json)
     return session.exit_status(options.kernels)
 
 
@@ -124,21 +147,40 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=names(models), default=default_models, help=", ".join(models))
     parser.add_argument("--batch", type=counts, default=[1, 8], help="images per call: 1,8")
     parser.add_argument("--train", action="store_true", help="time a training step; bfloat16 and float16 by autocast")
-    add_shared_arguments(parser, list(peers.PEERS), "throughput")
+    add_shared_arguments(parser, ALL_PEERS, "throughput", KERNELS + GRAPHS)
+    add_device_arguments(parser)
     options = parser.parse_args(arguments)
+    check_device(parser, options.device)
+    _choose(parser, options)
     options.json = options.json or RESULTS / ("training.json" if options.train else "throughput.json")
     return options
 
 
-def _build(cell: Cell, name: str, known: dict[str, tuple[float, int]]) -> Callable[[], Tensor]:
-    """The call to be timed; `known` gets by how much its logits differ from the reference's, and its operations."""
-    model, images = _timm_model(cell.model), _images(cell.model, cell.batch)
-    expected, expected_gradients = _reference(cell.model, cell.batch, cell.train)
-    ours = _our_model(cell.model, name) if name in KERNELS else None
+def _choose(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Take all peers to be those of the device, and refuse what it has not."""
+    known = [name for name in peers.PEERS if options.device == "cpu" or name in peers.GPU_PEERS]
+    known += [] if options.device == "cpu" or options.train else [name + GRAPH for name in known]
+    if options.peers == ALL_PEERS:
+        options.peers = known
+    if foreign := [name for name in options.peers if name not in known]:
+        parser.error(f"argument --peers: no {', '.join(foreign)} on this device, expected of {', '.join(known)}")
+    graphs = [name for name in options.kernels if name.endswith(GRAPH)]
+    if graphs and (options.device == "cpu" or options.train):
+        parser.error(f"argument --kernels: {', '.join(graphs)} is for inference on a GPU")
+
+
+def _build(
+    cell: Cell, name: str, known: dict[str, tuple[float, int]], runs: dict[str, Callable[[], Tensor]]
+) -> Callable[[], Tensor]:
+    """The call to be timed; `known` gets by how much its logits differ from the reference's, and its operations; `runs`
+    holds what was built for this cell, for the graphs of it."""
+    model, images = _timm_model(cell.model, cell.device), _images(cell.model, cell.batch, cell.device)
+    expected, expected_gradients = _reference(cell.model, cell.batch, cell.train, cell.device)
+    base = name.removesuffix(GRAPH)
     run: Callable[[], Tensor]
     if cell.train:
-        if ours is not None:
-            step = TrainingStep(ours, images, cell.dtype)
+        if name in KERNELS:
+            step = TrainingStep(_our_model(cell.model, name, cell.device), images, cell.dtype)
         else:
             step = peer_step(name, model, images, cell.dtype)
         logits, gradients = step.logits_and_gradients()
@@ -147,41 +189,43 @@ def _build(cell: Cell, name: str, known: dict[str, tuple[float, int]]) -> Callab
             raise DisagreementError(f"its gradients are {off:.2g} of their norm off, {allowed:g} is allowed")
         run = step
     else:
-        if ours is not None:
-            run = peers.inference(ours.eval().to(cell.dtype), images.to(cell.dtype))
-        else:
-            run = peers.PEERS[name](model, images, cell.dtype)
+        if base not in runs and base in KERNELS:
+            ours = _our_model(cell.model, base, cell.device).eval().to(cell.dtype)
+            runs[base] = peers.inference(ours, images.to(cell.dtype))
+        elif base not in runs:
+            runs[base] = peers.PEERS[base](model, images, cell.dtype)
+        run = runs[base] if base == name else captured(runs[base])
         logits = run().float()
     if logits.shape != expected.shape:
         raise DisagreementError(f"its logits are {tuple(logits.shape)}, the reference's {tuple(expected.shape)}")
     off, allowed = ((logits - expected).abs().max() / expected.abs().max()).item(), LOGIT_TOLERANCE[cell.dtype]
     if not off <= allowed:
         raise DisagreementError(f"its logits are {off:.2g} of the largest off, {allowed:g} is allowed")
-    known[name] = off, _flops(cell, name, run)
+    known[name] = off, _flops(cell, base, run if cell.train else runs[base])
     return run
 
 
 @functools.lru_cache(maxsize=1)
-def _timm_model(name: str) -> nn.Module:
-    return peers.timm_model(name)
+def _timm_model(name: str, device: str) -> nn.Module:
+    return peers.timm_model(name).to(device)
 
 
-def _our_model(name: str, kernels: str) -> nn.Module:
+def _our_model(name: str, kernels: str, device: str) -> nn.Module:
     """Ours with timm's weights, float32."""
-    model = crossvit.create_model(name, kernels=kernels)
-    model.load_state_dict(_timm_model(name).state_dict())
+    model = crossvit.create_model(name, kernels=kernels).to(device)
+    model.load_state_dict(_timm_model(name, device).state_dict())
     return model
 
 
 @functools.lru_cache(maxsize=2)
-def _images(model: str, batch: int) -> Tensor:
-    return photographs(batch, _timm_model(model).default_cfg["input_size"][1:])
+def _images(model: str, batch: int, device: str) -> Tensor:
+    return photographs(batch, _timm_model(model, device).default_cfg["input_size"][1:]).to(device)
 
 
 @functools.lru_cache(maxsize=2)
-def _reference(name: str, batch: int, train: bool) -> tuple[Tensor, dict[str, Tensor]]:
+def _reference(name: str, batch: int, train: bool, device: str) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits of the float32 reference and, for training, its gradients."""
-    model, images = _our_model(name, "reference"), _images(name, batch)
+    model, images = _our_model(name, "reference", device), _images(name, batch, device)
     if train:
         return TrainingStep(model, images, torch.float32).logits_and_gradients()
     return peers.inference(model.eval(), images)(), {}
@@ -199,24 +243,24 @@ def _flops(cell: Cell, name: str, run: Callable[[], object]) -> int:
     """Floating-point operations of one call; an engine whose operations cannot be seen counts as the timm model."""
     if name in KERNELS or name == "timm-eager":
         return floor.executed_flops(run)
-    return _timm_flops(cell.model, cell.batch, cell.train)
+    return _timm_flops(cell.model, cell.batch, cell.train, cell.device)
 
 
 @functools.lru_cache(maxsize=2)
-def _timm_flops(name: str, batch: int, train: bool) -> int:
-    model, images = _timm_model(name), _images(name, batch)
+def _timm_flops(name: str, batch: int, train: bool, device: str) -> int:
+    model, images = _timm_model(name, device), _images(name, batch, device)
     return floor.executed_flops(
         peer_step("timm-eager", model, images, torch.float32) if train else peers.inference(model, images)
     )
 
 
-def _print_tables(results: list[Result], peer_names: list[str]) -> None:
+def _print_tables(results: list[Result], peer_names: list[str], device: Host) -> None:
     width = max((len(result.implementation) for result in results), default=0)
     for cell, group in itertools.groupby(results, key=lambda result: result.cell):
         rows = list(group)
         medians = {row.implementation: row.images_per_second()["median"] for row in rows}
         present = [peer for peer in peer_names if peer in medians]
-        rate, _ = floor.flop_rate(cell.dtype, cell.threads)
+        rate, _ = device.flop_rate(cell.dtype, cell.threads)
         ratios = "".join(f"{'× ' + peer:>17}" for peer in present)
         print(f"\n{cell}\n  {'':{width}}  images/s    min    max  rounds  logits off  of peak{ratios}")
         for row in rows:
@@ -231,6 +275,7 @@ def _print_tables(results: list[Result], peer_names: list[str]) -> None:
 
 def _print_summary(results: list[Result], options: argparse.Namespace) -> None:
     """Geometric means over the cells, what was held against what, and where."""
+    device = DEVICES[options.device]
     medians = {(result.cell, result.implementation): result.images_per_second()["median"] for result in results}
     cells = list(dict.fromkeys(result.cell for result in results))
     print()
@@ -243,13 +288,14 @@ def _print_summary(results: list[Result], options: argparse.Namespace) -> None:
                 f"{kernels}: {mean:.2f} × {peer} in the geometric mean of {len(both)} cells, at least {min(ratios):.2f}"
             )
     for dtype, threads in dict.fromkeys((cell.dtype, cell.threads) for cell in cells):
-        rate, by = floor.flop_rate(dtype, threads)
+        rate, by = device.flop_rate(dtype, threads)
+        place = where(options.device, threads)
         gradients = f", gradients within {GRADIENT_TOLERANCE[dtype]:g} of their norm" if options.train else ""
         print(
-            f"{dtype_name(dtype)}, {threads} threads: peak {rate / 1e9:.0f} GFLOP/s ({by}); logits within"
+            f"{dtype_name(dtype)}, {place}: peak {rate / 1e9:.0f} GFLOP/s ({by}); logits within"
             f" {LOGIT_TOLERANCE[dtype]:g} of the largest of the float32 reference's{gradients}"
         )
-    print(timing.environment())
+    print(device.environment())
 
 
 if __name__ == "__main__":

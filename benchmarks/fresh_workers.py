@@ -1,0 +1,22 @@
+"""A pytest plugin (-p benchmarks.fresh_workers): a worker of pytest-xdist whose GPU is lost makes room for a fresh one.
+
+After an illegal access every later CUDA call in the process fails: one wrong kernel would fail all tests behind it.
+"""
+
+import os
+import sys
+
+import pytest
+import torch
+
+from .devices import DEVICES
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_exception_interact(node: pytest.Item, report: pytest.TestReport) -> None:
+    """Ends the worker, which xdist reports as this test's failure."""
+    if "PYTEST_XDIST_WORKER" not in os.environ or not torch.cuda.is_available():
+        return
+    if (lost := DEVICES["cuda"].lost()) is not None:
+        print(f"\nGPU LOST in {node.nodeid}: {lost}\n{report.longreprtext}", file=sys.__stderr__, flush=True)
+        os._exit(1)

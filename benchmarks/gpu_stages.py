@@ -1,0 +1,161 @@
+"""The stages of `make gpu`: which commands, how long they are expected to take on an H100, and how to read them."""
+
+import importlib.util
+import os
+import re
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from .cases import OPS
+from .stages import Stage, Verdict, by_last_line
+
+TEST_WORKERS = 12  # of pytest-xdist at most; each has a context of its own on the GPU
+TOGETHER = 170.0  # seconds for all that times nothing, side by side
+OURS = "reference,reference-graph,triton,triton-graph"
+THEIRS = "timm-eager,timm-eager-graph"
+COMPILED = "timm-compiled,timm-compiled-graph"
+LARGEST = "crossvit_15_dagger_240"
+OP = ("--batch", "256,32,1", "--kernels", "reference,triton")
+COMPILED_OP = ("--batch", "256", "--branch", "large", "--kernels", "reference,triton", "--peers", "all")
+
+
+def planned(root: Path, folder: Path, smoke: bool) -> list[Stage]:
+    """All stages, the most worthwhile first; the figures' rows go to `folder`."""
+    cores = len(os.sched_getaffinity(0))
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    environment = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1", "MAX_JOBS": str(cores)}
+    stages = [*_untimed(smoke, cores), *(_smoke() if smoke else _timed())]
+    placed = [replace(s, environment=environment | s.environment) for s in stages]
+    return [replace(s, command=[word.replace("{folder}", str(folder)) for word in s.command]) for s in placed]
+
+
+def _untimed(smoke: bool, cores: int) -> list[Stage]:
+    """What runs side by side: the build, the tests, compute-sanitizer, and the kernels of the models compiled ahead."""
+    workers = min(TEST_WORKERS, cores - 2) if importlib.util.find_spec("xdist") else 1
+    parallel = ["-n", str(workers), "-p", "benchmarks.fresh_workers"] if workers > 1 else []
+    tests = ["-m", "gpu", "-q", "--tb=short", "--durations=8", "--continue-on-collection-errors", *parallel]
+    build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    stages = [
+        Stage("build", "build", build, TOGETHER, beside=True),
+        Stage(
+            "tests",
+            "test",
+            _python("pytest", *tests, *(["tests/test_linear_residual.py"] if smoke else [])),
+            TOGETHER,
+            beside=True,
+            judge=by_pytest,
+        ),
+        _sanitizer("memcheck", smoke),
+    ]
+    if smoke:
+        return stages
+    ahead = ("benchmarks.exercise", "--device", "cuda", "--sizes", "model")
+    return [
+        *stages,
+        replace(_sanitizer("racecheck", smoke), optional=True),
+        Stage("compile ops", "build", _python(*ahead, "--model", "none"), TOGETHER, beside=True, optional=True),
+        Stage("compile models", "build", _python(*ahead, "--op", "none"), TOGETHER, beside=True, optional=True),
+    ]
+
+
+def _timed() -> list[Stage]:
+    """A process per model and per op: an illegal access costs the rest of its own process only."""
+    largest = ("--model", LARGEST, "--batch")
+    plain = ("--kernels", OURS, "--peers", THEIRS)
+    against = ("--kernels", "reference-graph,triton,triton-graph", "--peers", f"{THEIRS},{COMPILED}")
+    train = ("--train", *largest, "128", "--kernels", "reference,triton", "--peers")
+    return [
+        _figures("models", "throughput", "CrossViT-15†", 45, *largest, "256,32,1", *plain),
+        *(_figures("ops", "ops", op, 12, "--op", op, *OP, "--both", "--peers", "sdpa") for op in OPS),
+        _figures("train", "throughput", "training", 30, *train, "timm-eager"),
+        _figures("models", "throughput", "CrossViT-9", 22, "--model", "crossvit_9_240", "--batch", "32,1,256", *plain),
+        replace(
+            _figures("compiled", "throughput", "compiled, batch 256", 110, *largest, "256", *against), optional=True
+        ),
+        _figures("models", "throughput", "CrossViT-B", 22, "--model", "crossvit_base_240", "--batch", "256,32", *plain),
+        *(
+            replace(_figures("compiled", "ops", f"compiled {op}", 20, "--op", op, *COMPILED_OP), optional=True)
+            for op in ("cls_cross_attention", "layer_norm_mlp")
+        ),
+        replace(_figures("compiled", "throughput", "compiled, batch 1", 20, *largest, "1", *against), optional=True),
+        replace(
+            _figures("compiled", "throughput", "compiled training", 20, *train, "timm-eager,timm-compiled"),
+            optional=True,
+        ),
+    ]
+
+
+def _smoke() -> list[Stage]:
+    tiny = ("--model", "crossvit_tiny_240", "--batch")
+    few = ("--kernels", "reference,triton")
+    op = ("--op", "linear_residual", "--batch", "1", *few, "--branch", "small")
+    return [
+        _figures("models", "throughput", "models", 40, *tiny, "1", "--kernels", OURS, "--peers", THEIRS),
+        _figures("ops", "ops", "ops", 40, *op, "--both", "--peers", "none"),
+        _figures("train", "throughput", "training", 40, "--train", *tiny, "8", *few, "--peers", "timm-eager"),
+        _figures("compiled", "ops", "compiled", 60, *op, "--peers", "reference-compiled"),
+    ]
+
+
+def _python(module: str, *words: str) -> list[str]:
+    return [sys.executable, "-m", module, *words]
+
+
+def _figures(group: str, module: str, name: str, weight: float, *words: str) -> Stage:
+    """A benchmark on the GPU in bfloat16."""
+    rows = "{folder}/" + f"{module}_{re.sub(r'[^A-Za-z0-9]+', '_', name)}.json"
+    common = ("--device", "cuda", "--dtype", "bfloat16", "--seconds", "{seconds}", "--no-plot", "--json", rows)
+    return Stage(name, group, _python(f"benchmarks.{module}", *words, *common), weight, judge=by_rows)
+
+
+def _sanitizer(tool: str, smoke: bool) -> Stage:
+    """A tool of compute-sanitizer over every op at small sizes."""
+    program = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    flags = ["--tool", tool, "--error-exitcode", "86", "--report-api-errors", "no"]
+    exercise = _python("benchmarks.exercise", "--device", "cuda", *(["--op", "linear_residual"] if smoke else []))
+    return Stage(
+        tool,
+        "sanitize",
+        [program or "compute-sanitizer", *flags, "--target-processes", "application-only", *exercise],
+        TOGETHER,
+        beside=True,
+        missing=None if program else "compute-sanitizer is neither on the PATH nor in /usr/local/cuda/bin",
+        environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # every tensor an allocation with bounds of its own
+        judge=by_sanitizer,
+    )
+
+
+def by_pytest(status: int, output: str) -> Verdict:
+    """Its line of counts; no test at all is a failure."""
+    counts = re.findall(r"^=* ?(\d+ (?:passed|failed|error|skipped|deselected|warning).*?)=*$", output, re.MULTILINE)
+    if status == 5:
+        return "failed", "no test is marked gpu"
+    first = re.findall(r"^(?:FAILED|ERROR) .*$", output, re.MULTILINE)[:1]
+    if not counts:
+        return by_last_line(status, output)
+    return ("ok" if status == 0 else "failed"), "; ".join([counts[-1].strip(), *first])
+
+
+def by_sanitizer(status: int, output: str) -> Verdict:
+    """Its summary, or that it does not work with this device, which says nothing of the kernels."""
+    refused = re.search(r"^.*device (?:is )?not supported.*$", output, re.MULTILINE | re.IGNORECASE)
+    if refused:
+        return "unavailable", refused[0]
+    lines = re.findall(r"^========= (.*\S)", output, re.MULTILINE)
+    summary = [line for line in lines if "SUMMARY" in line][-1:]
+    if status == 0:
+        return "ok", "; ".join(summary)
+    own = [line for line in lines if line.startswith(("Invalid", "Error:", "Warning:", "Race"))][:1]
+    return "failed", "; ".join([*own, *summary]) or by_last_line(status, output)[1]
+
+
+def by_rows(status: int, output: str) -> Verdict:
+    """What it left out."""
+    left = re.findall(r"^(?:left out|not reached): .*$", output, re.MULTILINE)
+    left.sort(key=lambda line: not line.startswith("left out: triton"))
+    more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
+    if left:
+        return ("ok" if status == 0 else "failed"), left[0] + more
+    return by_last_line(status, output)
