@@ -20,6 +20,10 @@ bench: $(PACKAGE)  ## CrossViT-9 and 15-dagger against timm, torch.compile, ONNX
 	$(PYTHON) -m benchmarks.throughput --model crossvit_9_240,crossvit_15_dagger_240 --batch 1,8 --dtype float32,bfloat16 \
 		--kernels reference,auto --peers all --json benchmarks/results/throughput.json
 
+OUT := benchmarks/results
+gpu:  ## On a machine with an NVIDIA GPU, with its python3 and no network: build, tests, compute-sanitizer, figures (8 minutes; OUT=DIR)
+	python3 -m benchmarks.gpu --out $(OUT)
+
 test: $(PACKAGE)  ## The tests (those marked gpu skip where there is no GPU)
 	$(PYTHON) -m pytest --durations=15
 
@@ -55,7 +59,7 @@ clean:  ## Remove what was built; .venv stays
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-.PHONY: help bench test check format build sanitize clean
+.PHONY: help bench gpu test check format build sanitize clean
 
 $(PYTHON):
 	python3 -m venv .venv

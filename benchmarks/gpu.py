@@ -33,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     from .gpu_stages import planned  # imports torch
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing is left running
+    for number in (signal.SIGINT, signal.SIGTERM):  # nothing is left running; SIGINT also reaches who ignored it
+        signal.signal(number, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="crossvit-gpu-") as folder:
         stages = [stage for stage in planned(ROOT, Path(folder), options.smoke) if stage.group in options.stages]
         return run(stages, 60 * options.minutes, Path(folder), options.out)

@@ -12,7 +12,7 @@ from .cases import OPS
 from .stages import Stage, Verdict, by_last_line
 
 TEST_WORKERS = 12  # of pytest-xdist at most; each has a context of its own on the GPU
-TOGETHER = 170.0  # seconds for all that times nothing, side by side
+TOGETHER = 190.0  # seconds for all that times nothing, side by side
 OURS = "reference,reference-graph,triton,triton-graph"
 THEIRS = "timm-eager,timm-eager-graph"
 COMPILED = "timm-compiled,timm-compiled-graph"
@@ -72,7 +72,7 @@ def _timed() -> list[Stage]:
         _figures("train", "throughput", "training", 30, *train, "timm-eager"),
         _figures("models", "throughput", "CrossViT-9", 22, "--model", "crossvit_9_240", "--batch", "32,1,256", *plain),
         replace(
-            _figures("compiled", "throughput", "compiled, batch 256", 110, *largest, "256", *against), optional=True
+            _figures("compiled", "throughput", "compiled, batch 256", 90, *largest, "256", *against), optional=True
         ),
         _figures("models", "throughput", "CrossViT-B", 22, "--model", "crossvit_base_240", "--batch", "256,32", *plain),
         *(
