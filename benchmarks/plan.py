@@ -52,8 +52,9 @@ class Plan:
 
 
 def tensor_bytes(launch: Launch) -> dict[str, int]:
-    """The bytes of every tensor among a launch's arguments."""
-    return {n: v.numel() * v.element_size() for n, v in launch.arguments.items() if isinstance(v, Tensor)}
+    """The bytes of every tensor among a launch's arguments, one that is given twice counted once."""
+    tensors = {id(v): (n, v) for n, v in reversed(launch.arguments.items()) if isinstance(v, Tensor)}
+    return {n: v.numel() * v.element_size() for n, v in reversed(tensors.values())}
 
 
 def arguments(cell: Cell) -> list[Any]:
