@@ -5,18 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._cls_rows import ROWS, absorb_query, cls_default, cls_value, dense, dense_rows, head_block, power_of_two
 from ._launch import cdiv, configuration, dot_precision, launch, multiprocessors
-from ._token_pass import (
-    ROWS,
-    absorb_query,
-    cls_default,
-    cls_value,
-    dense,
-    dense_rows,
-    head_block,
-    pass_tokens,
-    power_of_two,
-)
+from ._token_pass import pass_tokens
 
 
 def forward(
