@@ -10,6 +10,7 @@ import argparse
 import functools
 import itertools
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             bad = [name for name, tensor in call().items() if not tensor.isfinite().all()]
             failure = f"not finite: {', '.join(bad)}" if bad else None
         except Exception as error:
+            traceback.print_exception(error)
             failure = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
         done += 1
         if failure is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from .cases import OPS
 from .stages import Stage, Verdict, by_last_line
 
-TEST_WORKERS = 12  # of pytest-xdist at most; each has a context of its own on the GPU
+TEST_WORKERS = 14  # of pytest-xdist at most; each has a context of its own on the GPU
 TOGETHER = 190.0  # seconds for all that times nothing, side by side
 OURS = "reference,reference-graph,triton,triton-graph"
 THEIRS = "timm-eager,timm-eager-graph"

@@ -3,6 +3,7 @@
 import argparse
 import math
 import time
+import traceback
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -120,6 +121,8 @@ class Session:
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         self.left_out[cell, name] = reason if isinstance(error, LeftOutError) else f"{type(error).__name__}: {reason}"
         self.bar.total -= steps_saved
+        if self.bar.disable and not isinstance(error, LeftOutError):  # there is no bar to be torn by it
+            traceback.print_exception(error)
         self.lost = self.device.lost()
 
     def conclude(

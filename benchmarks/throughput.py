@@ -110,10 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     device = use(options.device)
     grid = itertools.product(options.model, options.threads, options.batch, options.dtype)
-    cells = [
-        Cell(model, batch, DTYPES[dtype], threads, options.train, options.device)
-        for model, threads, batch, dtype in grid
-    ]
+    cells = [Cell(model, b, DTYPES[dtype], t, options.train, options.device) for model, t, b, dtype in grid]
     implementations = [*options.kernels, *options.peers]
     results: list[Result] = []
     turns = (TURN_SECONDS, CELL_SECONDS) if options.device == "cpu" else (GPU_TURN_SECONDS, GPU_CELL_SECONDS)
