@@ -151,17 +151,20 @@ def driver() -> str:
         return next((word for word in words if re.fullmatch(r"\d+\.[\d.]+", word)), "unknown")
 
 
-def captured(run: Callable[[], Any], given: Sequence[Tensor] = ()) -> Callable[[], Any]:
+def captured(
+    run: Callable[[], Any], given: Sequence[Tensor] = (), warm_up: Callable[[], Any] | None = None
+) -> Callable[[], Any]:
     """`run` as a CUDA graph: a call replays what one call launched, into the same memory, and returns its result.
 
     The tensors of the result hold NaN until a replay writes them, those apart that `run` was `given` and hands on.
-    Raises RuntimeError where `run` cannot be captured.
+    `warm_up` stands for `run` where a part of it is enough to have all kernels compiled and all handles made. Raises
+    RuntimeError where `run` cannot be captured.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            run()
+            (warm_up or run)()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

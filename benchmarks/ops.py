@@ -190,7 +190,7 @@ def _build(cell: Cell, name: str, inputs: list[dict[str, Tensor]], flops: dict[s
 
 def _captured(run: Callable[[], object], calls: int, given: Sequence[Tensor]) -> Callable[[], object]:
     """So many calls as one CUDA graph, whose results all stay in memory of their own."""
-    replay = captured(lambda: [run() for _ in range(calls)], given)
+    replay = captured(lambda: [run() for _ in range(calls)], given, warm_up=run)
     for result in replay():
         for tensor in [result] if isinstance(result, Tensor) else result:
             if not tensor.isfinite().all():

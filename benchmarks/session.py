@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from crossvit_kernels.backends import BACKENDS
 
-from . import timing
+from . import STARTED, timing
 from .devices import Host, no_gpu
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -54,7 +54,7 @@ class Session:
         seconds: float = math.inf,
     ) -> None:
         self.rounds, self.turn_seconds, self.cell_seconds = rounds, turn_seconds, cell_seconds
-        self.device, self.seconds, self.end = device or Host(), seconds, time.monotonic() + seconds
+        self.device, self.seconds, self.end = device or Host(), seconds, STARTED + seconds
         self.left_out: dict[tuple[Hashable, str], str] = {}
         self.unreached: list[Hashable] = []
         self.lost: str | None = None
@@ -169,7 +169,7 @@ def add_shared_arguments(
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     """Where to run, and for how long."""
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: an NVIDIA GPU")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing more after so many seconds")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing more so long after the start")
 
 
 def check_device(parser: argparse.ArgumentParser, device: str) -> None:

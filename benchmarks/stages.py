@@ -111,7 +111,8 @@ class Runner:
             if stage.missing is not None:
                 self._finish(Outcome(stage, "unavailable", note=stage.missing))
             elif self.interrupted or remaining < LEAST_SECONDS:
-                self._finish(Outcome(stage, "not run", note="interrupted" if self.interrupted else "no time was left"))
+                status = "out of time" if stage.optional and not self.interrupted else "not run"
+                self._finish(Outcome(stage, status, note="interrupted" if self.interrupted else "no time was left"))
             else:
                 self.say(f"{self._clock()} {stage.name}: begins, at most {limit:.0f} s")
                 processes.append(_Process(stage, limit, self.folder))
@@ -155,7 +156,7 @@ class _Process:
         self.stage, self.limit, self.start = stage, limit, time.monotonic()
         self.asked: float | None = None
         self.file = tempfile.TemporaryFile()  # noqa: SIM115  closed with its outcome
-        patience = limit - 20 if limit > 40 else limit / 2  # what is begun until then may end in time
+        patience = limit - min(20, limit / 4)  # what is begun until then may end in time
         command = [word.replace("{seconds}", f"{patience:.0f}") for word in stage.command]
         environment = os.environ | dict(stage.environment)
         self.error: OSError | None = None
