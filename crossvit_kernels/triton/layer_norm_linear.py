@@ -1,15 +1,19 @@
 """layer_norm_linear: a program normalises a tile of rows once and multiplies it by all of the weight's column tiles."""
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._gradients import input_gradient, weight_gradients
 from ._launch import Configuration, cdiv, configuration, dot_precision, launch, multiprocessors
-from ._math import gelu
+from ._layer_norm_backward import norm_gradients
+from ._math import gelu, gelu_derivative
 from ._rows import Rows, block_of, row_offsets, rows_of
+from ._scale import UNSCALED
 
 # Up to this width a 16-bit row tile stays on the multiprocessor beside two stages of the weight.
 WIDEST_HELD = 768
@@ -147,6 +151,18 @@ def layer_norm_linear_forward(
         tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=wanted)
 
 
+@triton.jit
+def gelu_backward(grad_ptr, grad_tokens, grad_batch, grad_row, pre_ptr, out_ptr, size, width, BLOCK: tl.constexpr):
+    """grad * gelu'(pre), pre and out dense (rows, width)."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < size
+    row = index // width
+    at = row_offsets(row, grad_tokens, grad_batch, grad_row) + (index - row * width)
+    grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    pre = tl.load(pre_ptr + index, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + index, (grad * gelu_derivative(pre)).to(out_ptr.dtype.element_ty), mask=inside)
+
+
 def forward(
     x: Tensor,
     norm_weight: Tensor,
@@ -211,6 +227,70 @@ def launch_forward(
         PRECISION=dot_precision(weight.dtype),
         HELD=weight.dtype.itemsize == 2 and width <= WIDEST_HELD,
     )
+
+
+def backward(
+    grad_out: Tensor,
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    gelu_in: bool,
+    gelu_out: bool,
+    mean: Tensor,
+    rstd: Tensor,
+    pre: Tensor,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """The gradients that are needed, of x, norm_weight, norm_bias, weight and bias."""
+    grad = rows_of(grad_out)
+    if gelu_out:
+        out = torch.empty_like(pre)
+        config = configuration("gelu_backward", 0, pre.dtype, {"BLOCK": 1024, "num_warps": 4, "num_stages": 1})
+        launch(
+            gelu_backward,
+            (cdiv(pre.numel(), config["BLOCK"]),),
+            config,
+            **grad.arguments("grad"),
+            pre_ptr=pre,
+            out_ptr=out,
+            size=pre.numel(),
+            width=pre.shape[1],
+        )
+        grad = rows_of(out)
+    return backward_of_linear(grad, x, norm_weight, norm_bias, weight, gelu_in, mean, rstd, needs)
+
+
+def backward_of_linear(
+    grad: Rows,
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    gelu_in: bool,
+    mean: Tensor,
+    rstd: Tensor,
+    needs: Sequence[bool],
+    add: Rows | None = None,
+) -> list[Tensor]:
+    """The gradients that are needed, of x, norm_weight, norm_bias, weight and bias, from that of the Linear's output;
+    `add` is added to x's."""
+    rows = rows_of(x)
+    result, inputs = [], rows
+    norm = (mean, rstd, norm_weight, norm_bias)
+    if needs[0] or needs[1] or needs[2]:
+        shape = rows.count, x.shape[-1]
+        grad_y = input_gradient(grad, UNSCALED, weight, weight.new_empty(shape))
+        # What the weight's gradient multiplies is written here once, rather than made again by each of its programs.
+        y = weight.new_empty(shape) if needs[3] else None
+        result = norm_gradients(
+            grad_y, rows, mean, rstd, norm_weight, norm_bias, needs, shape=x.shape, gelu_in=gelu_in, add=add, y=y
+        )
+        if y is not None:
+            inputs, norm, gelu_in = rows_of(y), None, False
+    return result + weight_gradients(grad, UNSCALED, inputs, weight, needs[3], needs[4], norm=norm, gelu_in=gelu_in)
 
 
 @functools.cache

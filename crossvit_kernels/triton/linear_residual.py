@@ -1,14 +1,17 @@
 """linear_residual: a tiled matrix product whose last step adds bias, scale and residual."""
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._gradients import input_gradient, weight_gradients
 from ._launch import Configuration, cdiv, configuration, dot_precision, launch, multiprocessors
 from ._math import gelu
 from ._rows import Rows, block_of, row_offsets, rows_of
-from ._scale import Scale, scale_of, scaled
+from ._scale import SAMPLE, Scale, scale_of, scaled
 
 FEW_ROWS = 256
 
@@ -89,6 +92,49 @@ def linear_residual_forward(
     tl.store(out_ptr + row[:, None] * features + feature[None, :], acc.to(out_ptr.dtype.element_ty), mask=wanted)
 
 
+@triton.jit
+def linear_scale_gradient(
+    grad_ptr,
+    grad_tokens,
+    grad_batch,
+    grad_row,
+    x_ptr,
+    x_tokens,
+    x_batch,
+    x_row,
+    weight_ptr,
+    bias_ptr,
+    partial_ptr,
+    rows,
+    width,
+    features,
+    GELU: tl.constexpr,
+    PER_SAMPLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Sums of grad * Linear(x) over a tile: of rows, to (rows, column tiles), or columns, to (row tiles, features)."""
+    column_tiles = tl.cdiv(features, BLOCK_N)
+    row_tile, column_tile = tl.program_id(0) // column_tiles, tl.program_id(0) % column_tiles
+    row = row_tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    feature = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    exists, counts = row < rows, feature < features
+    acc = linear_tile(
+        x_ptr, x_tokens, x_batch, x_row, weight_ptr, bias_ptr, row, exists, feature, counts, width,
+        GELU, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    wanted = exists[:, None] & counts[None, :]
+    grad_at = grad_ptr + row_offsets(row, grad_tokens, grad_batch, grad_row)
+    acc *= tl.load(grad_at[:, None] + feature[None, :], mask=wanted, other=0.0).to(tl.float32)
+    acc = tl.where(wanted, acc, 0.0)  # a row that does not exist may have met an infinite bias
+    if PER_SAMPLE:
+        tl.store(partial_ptr + row * column_tiles + column_tile, tl.sum(acc, 1), mask=exists)
+    else:
+        tl.store(partial_ptr + row_tile.to(tl.int64) * features + feature, tl.sum(acc, 0), mask=counts)
+
+
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, scale: Tensor | None, save: bool
 ) -> Tensor:
@@ -120,6 +166,52 @@ def launch_forward(x: Rows, weight: Tensor, bias: Tensor | None, residual: Rows,
     )
 
 
+def backward(
+    grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, needs: Sequence[bool]
+) -> list[Tensor]:
+    """The gradients that are needed, of x, weight, bias and scale."""
+    grad, rows, factor = rows_of(grad_out), rows_of(x), scale_of(scale, grad_out)
+    result = []
+    if needs[0]:
+        result.append(input_gradient(grad, factor, weight, weight.new_empty(x.shape)))
+    result += weight_gradients(grad, factor, rows, weight, needs[1], needs[2])
+    if needs[3]:
+        assert scale is not None
+        result.append(scale_gradient(grad, rows, weight, bias, scale, factor))
+    return result
+
+
+def scale_gradient(
+    grad: Rows, x: Rows, weight: Tensor, bias: Tensor | None, scale: Tensor, factor: Scale, gelu_in: bool = False
+) -> Tensor:
+    """The gradient of `scale` in residual + scale * Linear(x), or of gelu(x): the Linear is made again."""
+    weight = weight.contiguous()
+    features, width = weight.shape
+    config = _configuration(x.count, features, width, weight.dtype)
+    row_tiles, column_tiles = cdiv(x.count, config["BLOCK_M"]), cdiv(features, config["BLOCK_N"])
+    per_sample = factor.kind == SAMPLE
+    shape = (x.count, column_tiles) if per_sample else (row_tiles, features)
+    partial = weight.new_empty(shape, dtype=torch.float32)
+    launch(
+        linear_scale_gradient,
+        (row_tiles * column_tiles,),
+        config,
+        **grad.arguments("grad"),
+        **x.arguments("x"),
+        weight_ptr=weight,
+        bias_ptr=None if bias is None else bias.contiguous(),
+        partial_ptr=partial,
+        rows=x.count,
+        width=width,
+        features=features,
+        GELU=gelu_in,
+        PER_SAMPLE=per_sample,
+        PRECISION=dot_precision(weight.dtype),
+    )
+    total = partial.view(scale.numel(), -1).sum(1) if per_sample else partial.sum(0)
+    return total.to(scale.dtype).view(scale.shape)
+
+
 def _configuration(rows: int, features: int, width: int, dtype: torch.dtype) -> Configuration:
     """As large a tile as leaves no multiprocessor idle."""
     wide = dtype.itemsize == 4
@@ -129,7 +221,8 @@ def _configuration(rows: int, features: int, width: int, dtype: torch.dtype) -> 
         return configuration("linear_residual_few", width, dtype, default)
     if wide or cdiv(rows, 128) * cdiv(features, 128) < multiprocessors():
         block_k = block_of(width, 32, 16) if wide else block_of(width, 64)
-        default = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": block_k, "num_warps": 4, "num_stages": 3}
+        num_warps = 8 if wide and dot_precision(dtype) == "ieee" else 4
+        default = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": block_k, "num_warps": num_warps, "num_stages": 3}
         return configuration("linear_residual_small", width, dtype, default)
     default = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": block_of(width, 64), "num_warps": 8, "num_stages": 3}
     return configuration("linear_residual_forward", width, dtype, default)
