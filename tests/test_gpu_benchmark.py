@@ -73,15 +73,14 @@ def test_stages_are_ended_at_their_limit(tmp_path: Path, monkeypatch: pytest.Mon
     stubborn = f"import signal, subprocess, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); {child}; p.wait()"
     sleeps = "import time; time.sleep(60)"
     together = [
-        stage("polite", polite, beside=True),
+        stage("polite", polite, 10, beside=True),
         stage("stubborn", stubborn, beside=True),
         stage("worth a try", sleeps, beside=True, optional=True),
     ]
     late = stage("late and optional", "", optional=True)
     monkeypatch.setattr(stages, "LEAST_SECONDS", 3.0)
-    outcomes = {
-        outcome.stage.name: outcome for outcome in Runner(5, tmp_path).run([*together, stage("late", ""), late])
-    }
+    ended = Runner(6, tmp_path).run([*together, stage("late", ""), late])
+    outcomes = {outcome.stage.name: outcome for outcome in ended}
     assert statuses(list(outcomes.values())) == {
         "polite": "timed out",
         "stubborn": "timed out",
