@@ -1,6 +1,6 @@
 """Searches block sizes, warps and stages of the Triton kernels on this GPU, on request, and can save what is faster.
 
-python -m benchmarks.tune [--op all] [--batch 256] [--dtype bfloat16] [--kernel NAME,NAME] [--minutes 5] [--save]
+python -m benchmarks.tune [--op all] [--batch 256] [--dtype bfloat16] [--mode all] [--kernel NAME,NAME] [--minutes 5] [--save]
 
 For each kernel configuration that an op's forward and backward take at CrossViT-15's sizes: in turn one parameter at a
 time is halved and doubled, the whole op timed as replays of a CUDA graph, and what is MARGIN faster kept, until
@@ -33,6 +33,7 @@ from .cases import BRANCHES, OPS, Cell, inputs
 from .plan import served
 from .session import DTYPES, counts, names
 
+MODES = ("forward", "backward")
 MARGIN = 1.015  # a configuration counts as faster from this ratio on
 REPLAYS = 20
 TOLERANCE = 2e-2  # the most that a configuration may change a result, of its rms
@@ -47,8 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"benchmarks.tune needs an NVIDIA GPU: {why}", file=sys.stderr)
         return 1
     cells = [
-        Cell(op, branch, batch, DTYPES[dtype], backward, 1)
-        for dtype, batch, op, backward in itertools.product(options.dtype, options.batch, options.op, (False, True))
+        Cell(op, branch, batch, DTYPES[dtype], backward, 1, "cuda")
+        for dtype, batch, op, backward in itertools.product(options.dtype, options.batch, options.op, options.mode)
         for branch in BRANCHES
         if served(op) and not (backward and op == "cls_fusion")
     ]
@@ -73,10 +74,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--op", type=names(OPS, OPS), default=list(OPS), help=f"all, {', '.join(OPS)}")
     parser.add_argument("--batch", type=counts, default=[256], help="256 by default")
     parser.add_argument("--dtype", type=names(DTYPES), default=["bfloat16"], help="bfloat16 by default")
+    parser.add_argument(
+        "--mode", type=names(MODES, MODES), default=list(MODES), help="all, forward, backward (for training, with both)"
+    )
     parser.add_argument("--kernel", type=lambda text: text.split(","), help="only configurations of these names")
     parser.add_argument("--minutes", type=float, default=5.0, help="5 by default")
     parser.add_argument("--save", action="store_true", help="write what is faster into the table of the package")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.mode = [mode == "backward" for mode in options.mode]
+    return options
 
 
 class Found:
