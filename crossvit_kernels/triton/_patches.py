@@ -45,10 +45,23 @@ def _outer(x):
 @triton.jit
 def resized_line(line_ptr, image_at, x_offsets, x_weights):
     """A line of pixels of every patch, interpolated along the line."""
-    value = tl.load(line_ptr + (image_at + x_offsets[0])).to(tl.float32) * x_weights[0]
+    line_ptr += image_at
+    value = tl.load(line_ptr + x_offsets[0]).to(tl.float32) * x_weights[0]
     for i in tl.static_range(1, 4):
-        value += tl.load(line_ptr + (image_at + x_offsets[i])).to(tl.float32) * x_weights[i]
+        value += tl.load(line_ptr + x_offsets[i]).to(tl.float32) * x_weights[i]
     return value
+
+
+@triton.jit
+def patch_rows(tile, rows, per_row, lines, BLOCK_M: tl.constexpr):
+    """Of the patches of a tile: their row of patches; which exist, in which image and in which column they are.
+
+    Neighbouring tiles are neighbouring rows of patches of the same images.
+    """
+    row = tile // lines * BLOCK_M + tl.arange(0, BLOCK_M)  # dividing 64 bits would take longer than the product
+    image = row // per_row
+    column = row - image * per_row
+    return tile % lines + tl.zeros((), tl.int64), row < rows, image.to(tl.int64), column
 
 
 @triton.jit
