@@ -96,7 +96,12 @@ def resized_tile(
         if PATCH % PY or PATCH != PX:
             line = tl.where((tl.arange(0, PX) < PATCH) & (py + p < PATCH), line, 0.0)
         lines = lines + (line.to(images_ptr.dtype.element_ty),)
-    # Line p into place p: each round joins the lines that differ in p's highest bit.
+    return _interleaved(lines, BLOCK_M, PX, PY)
+
+
+@triton.jit
+def _interleaved(lines, BLOCK_M: tl.constexpr, PX: tl.constexpr, PY: tl.constexpr):
+    """PY lines (BLOCK_M, PX) one behind the other: each round joins those whose places differ in the highest bit."""
     PAIRS: tl.constexpr = PY // 2
     if PY >= 2:
         lines = _join_halves(lines, PAIRS)

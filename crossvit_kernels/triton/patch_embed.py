@@ -27,6 +27,15 @@ from ._rows import block_of
 
 
 @triton.jit
+def zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """`COUNT` tiles to sum in."""
+    tiles = ()
+    for _ in tl.static_range(COUNT):
+        tiles = tiles + (tl.zeros((ROWS, COLUMNS), tl.float32),)
+    return tiles
+
+
+@triton.jit
 def multiply(accs, tile, weight_ptr, first, pixel, inside, features, DEPTH: tl.constexpr, TILES: tl.constexpr,
              PRECISION: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """The sums, one tile of columns after the other, and tile @ weight[:, pixel].T."""
@@ -73,9 +82,7 @@ def patch_embed_forward(
     PY: tl.constexpr = BLOCK_K // PX
     line, exists, image, column = patch_rows(tl.program_id(0), rows, per_row, lines, BLOCK_M)
     first = tl.program_id(1) * (TILES * BLOCK_N)
-    accs = ()
-    for _ in tl.static_range(TILES):
-        accs = accs + (tl.zeros((BLOCK_M, BLOCK_N), tl.float32),)
+    accs = zeros(TILES, BLOCK_M, BLOCK_N)
 
     if RESIZE:
         x = column[:, None] * PATCH + tl.arange(0, PX)[None, :]
@@ -187,9 +194,7 @@ def patch_embed_weight_gradient(
     begin = piece * tiles_per_piece
     end = tl.minimum(begin + tiles_per_piece, row_tiles)
     first = tl.program_id(1) * (TILES * BLOCK_N)
-    accs = ()
-    for _ in tl.static_range(TILES):
-        accs = accs + (tl.zeros((BLOCK_N, BLOCK_K), tl.float32),)
+    accs = zeros(TILES, BLOCK_N, BLOCK_K)
     if RESIZE:
         pixel, inside = resized_pixels(chunk, PATCH, PX, PY)
         patches = resized_patches(
@@ -313,9 +318,9 @@ def forward(
     dtype = torch.promote_types(torch.promote_types(weight.dtype, cls_token.dtype), pos_embed.dtype)
     out = images.new_empty((images.shape[0], *pos_embed.shape[1:]), dtype=dtype)
     config = cut.blocks(_forward_configuration(features, weight.dtype, cut.resize))
-    share = config.pop("TILES")
+    most = max(config.pop("BLOCK_D") // config["BLOCK_N"], 1)
     row_tiles, column_tiles = cut.lines * row_blocks(cut, config), cdiv(features, config["BLOCK_N"])
-    tiles = tiles_per_program(row_tiles, column_tiles, share, multiprocessors())
+    tiles = tiles_per_program(row_tiles, column_tiles, most, multiprocessors())
     launch(
         patch_embed_forward,
         (row_tiles, cdiv(column_tiles, tiles)),
@@ -365,7 +370,7 @@ def _weight_gradient(grad_out: Tensor, cut: Images, weight: Tensor) -> Tensor:
     chunks = channels * cdiv(patch, config["PX"]) * cdiv(patch, config["BLOCK_K"] // config["PX"])
     if not cut.resize:
         chunks = cdiv(channels * patch * patch, config["BLOCK_K"])
-    tiles = min(config.pop("TILES"), cdiv(features, config["BLOCK_N"]))
+    tiles = min(max(config.pop("BLOCK_D") // config["BLOCK_N"], 1), cdiv(features, config["BLOCK_N"]))
     columns = cdiv(features, tiles * config["BLOCK_N"])
     row_tiles = cut.lines * row_blocks(cut, config)
     per_piece = cdiv(row_tiles, max(1, min(2 * multiprocessors() // (chunks * columns), row_tiles // 4)))
@@ -466,26 +471,21 @@ def tiles_per_program(row_tiles: int, column_tiles: int, most: int, processors: 
 
 
 def _forward_configuration(features: int, dtype: torch.dtype, resize: bool) -> Configuration:
+    """BLOCK_D is the most columns that a program takes."""
     name = "patch_embed_forward_resized" if resize else "patch_embed_forward"
     if dtype.itemsize == 4:
-        block_n = block_of(features, 64)
-        default = {"BLOCK_N": block_n, "BLOCK_K": 16, "TILES": max(256 // block_n, 1), "num_stages": 3}
+        default = {"BLOCK_N": block_of(features, 64), "BLOCK_D": 256, "BLOCK_K": 16, "num_stages": 3}
     else:
-        block_n = block_of(features)
-        default = {"BLOCK_N": block_n, "BLOCK_K": 32, "TILES": max(384 // block_n, 1), "num_stages": 4}
+        default = {"BLOCK_N": block_of(features), "BLOCK_D": 384, "BLOCK_K": 32, "num_stages": 4}
     return configuration(name, features, dtype, {"BLOCK_M": 64, **default, "num_warps": 8})
 
 
 def _weight_configuration(features: int, dtype: torch.dtype, resize: bool) -> Configuration:
     name = "patch_embed_weight_gradient_resized" if resize else "patch_embed_weight_gradient"
+    block_n = block_of(features, 128 if resize and dtype.itemsize == 2 else 64)
+    default = {"BLOCK_M": 32, "BLOCK_N": block_n, "BLOCK_D": 192, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3}
     if dtype.itemsize == 4:
-        block_n = block_of(features, 64)
-        default = {"BLOCK_M": 16, "BLOCK_N": block_n, "BLOCK_K": 32 if resize else 64, "num_warps": 4}
-        default["TILES"] = max(192 // block_n, 1) if resize else 1
-    elif resize:
-        block_n = block_of(features)
-        default = {"BLOCK_M": 32, "BLOCK_N": block_n, "BLOCK_K": 32, "num_warps": 8, "TILES": max(384 // block_n, 1)}
-    else:
-        block_n = block_of(features, 64)
-        default = {"BLOCK_M": 32, "BLOCK_N": block_n, "BLOCK_K": 128, "num_warps": 8, "TILES": 192 // block_n}
-    return configuration(name, features, dtype, {**default, "num_stages": 3})
+        default |= {"BLOCK_M": 16, "BLOCK_K": 64, "BLOCK_D": 64, "num_warps": 4}
+    if resize:
+        default |= {"BLOCK_K": 32, "BLOCK_D": 384 if dtype.itemsize == 2 else 192}
+    return configuration(name, features, dtype, default)
