@@ -1,13 +1,20 @@
 """cls_cross_attention on Triton: three launches forward; see _token_pass.py."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from ._cls_gradients import (
+    finish_gradients,
+    query_gradient,
+    query_input_gradient,
+    value_gradient,
+    weight_gradients,
+)
 from ._cls_rows import ROWS, absorb_query, cls_default, cls_value, dense, dense_rows, head_block, power_of_two
 from ._launch import cdiv, configuration, dot_precision, launch, multiprocessors
-from ._token_pass import pass_tokens
+from ._rows import block_of
+from ._token_gradient import differentiate_tokens, plan_tokens
+from ._token_pass import DTYPES, pass_tokens
 
 
 def forward(
@@ -74,6 +81,175 @@ def forward(
     return out, mean, rstd, probs, context, query, key_query
 
 
-def backward(grad_out: Tensor, *args: Any) -> list[Tensor]:
-    """The op's backward."""
-    raise NotImplementedError
+def backward(
+    grad_out: Tensor,
+    cls: Tensor,
+    patches: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    q_weight: Tensor,
+    q_bias: Tensor | None,
+    k_weight: Tensor,
+    k_bias: Tensor | None,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    num_heads: int,
+    eps: float,
+    mean: Tensor,
+    rstd: Tensor,
+    probs: Tensor,
+    context: Tensor,
+    query: Tensor,
+    key_query: Tensor,
+    needs: list[bool],
+) -> list[Tensor]:
+    """The op's backward: the gradients that `needs` asks for, of cls to v_bias."""
+    names = ("cls", "patches", "norm_weight", "norm_bias")
+    names += ("q_weight", "q_bias", "k_weight", "k_bias", "v_weight", "v_bias")
+    need = {name for name, needed in zip(names, needs) if needed}
+    inputs = (cls, patches, norm_weight, norm_bias, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias)
+    grads = {n: t.new_empty(t.shape) for n, t in zip(names, inputs) if n in need and n != "k_bias" and t is not None}
+    if "k_bias" in need and k_bias is not None:
+        grads["k_bias"] = k_bias.new_zeros(k_bias.shape)
+
+    cls, patches = dense_rows(cls), dense_rows(patches)
+    grad_out, norm_weight, norm_bias, q_weight, k_weight, v_weight = dense(
+        grad_out, norm_weight, norm_bias, q_weight, k_weight, v_weight
+    )
+    (batch, width), tokens = cls.shape, probs.shape[2]
+    head, dtype = width // num_heads, q_weight.dtype
+    scale = head**-0.5
+    # Of the launches, which work on 16 images and all heads, or a few images where their tokens were split.
+    tiles = cdiv(batch, ROWS)
+    shape = {"batch": batch, "D": width, "PRECISION": dot_precision(dtype)}
+    of_heads = {**shape, "HEAD": head, "HEAD_BLOCK": head_block(head)}
+    first = {"cls_ptr": cls, "mean_ptr": mean, "rstd_ptr": rstd, "cls_stride": cls.stride(0), "tokens": tokens}
+
+    to_query_input = bool(need & {"cls", "norm_weight", "norm_bias"})
+    to_query = to_query_input or bool(need & {"q_weight", "q_bias", "k_weight"})
+    weight_parts = bias_parts = grad_normalized = sums = grad_query = grad_input = None
+    weight_rows = bias_rows = 0
+    if to_query or "patches" in need:
+        plan = plan_tokens(batch, tokens - 1, width, dtype)
+        splits = plan[1]
+        rows = ROWS if splits == 1 else min(ROWS, power_of_two(cdiv(batch * num_heads, 2 * multiprocessors())))
+        # Rows whose sums are the norm's gradients: of every tile and head, from values and keys, and of every tile.
+        from_values, from_keys = tiles * num_heads, cdiv(batch, rows) * num_heads
+        weight_rows, bias_rows = from_values + from_keys + tiles, from_values + tiles
+        if "norm_weight" in need:
+            weight_parts = probs.new_empty((weight_rows, width))
+        if "norm_bias" in need:
+            bias_parts = probs.new_empty((bias_rows, width))
+        pairs = q_weight.new_empty((batch, num_heads, 2, width))
+        means = probs.new_empty((batch, num_heads, 2))
+        delta = probs.new_empty((batch, num_heads))
+        launch(
+            value_gradient,
+            (tiles, num_heads),
+            configuration("value_gradient", width, dtype, cls_default(width, dtype)),
+            grad_out_ptr=grad_out,
+            norm_weight_ptr=norm_weight,
+            v_weight_ptr=v_weight,
+            key_query_ptr=key_query,
+            context_ptr=context,
+            pairs_ptr=pairs,
+            means_ptr=means,
+            delta_ptr=delta,
+            weight_parts_ptr=weight_parts,
+            bias_parts_ptr=bias_parts,
+            **of_heads,
+        )
+        if "cls" in need:
+            grad_normalized = probs.new_empty((batch, width))
+        partial = differentiate_tokens(
+            cls, patches, pairs, means, delta, mean, rstd, probs, grads.get("patches"), grad_normalized, plan
+        )
+    if to_query:
+        sums = partial if splits == 1 else probs.new_empty((batch, num_heads, width))
+        grad_query = probs.new_empty((batch, width))
+        launch(
+            query_gradient,
+            (cdiv(batch, rows), num_heads),
+            configuration("query_gradient", width, dtype, cls_default(width, dtype)),
+            partial_ptr=partial,
+            sums_ptr=sums,
+            norm_weight_ptr=norm_weight,
+            k_weight_ptr=k_weight,
+            key_query_ptr=key_query,
+            grad_query_ptr=grad_query,
+            weight_parts_ptr=None if weight_parts is None else weight_parts[from_values:],
+            splits=splits,
+            scale=scale,
+            ROWS=rows,
+            SPLITS_BLOCK=power_of_two(splits),
+            **of_heads,
+        )
+    if to_query_input:
+        grad_input = probs.new_empty((batch, width))
+        chosen = configuration(
+            "query_input_gradient", width, dtype, {"BLOCK_K": 64, "BLOCK_E": 64, "num_warps": 4, "num_stages": 4}
+        )
+        launch(
+            query_input_gradient,
+            (tiles, cdiv(width, chosen["BLOCK_E"])),
+            chosen,
+            grad_query_ptr=grad_query,
+            q_weight_ptr=q_weight,
+            grad_input_ptr=grad_input,
+            weight_parts_ptr=None if weight_parts is None else weight_parts[from_values + from_keys :],
+            bias_parts_ptr=None if bias_parts is None else bias_parts[from_values:],
+            **shape,
+            **first,
+        )
+    if need & {"q_weight", "k_weight", "v_weight"}:
+        narrow = dtype.itemsize == 2
+        default = {"BLOCK_B": 32 if narrow else 16, "BLOCK_E": 64, "num_warps": 4 if narrow else 8, "num_stages": 3}
+        chosen = configuration("weight_gradients", width, dtype, default)
+        blocks = num_heads * cdiv(head, of_heads["HEAD_BLOCK"]) * cdiv(width, chosen["BLOCK_E"])
+        launch(
+            weight_gradients,
+            (blocks, 3),
+            chosen,
+            grad_out_ptr=grad_out,
+            context_ptr=context,
+            query_ptr=query,
+            sums_ptr=sums,
+            grad_query_ptr=grad_query,
+            norm_weight_ptr=norm_weight,
+            norm_bias_ptr=norm_bias,
+            grad_q_ptr=grads.get("q_weight"),
+            grad_k_ptr=grads.get("k_weight"),
+            grad_v_ptr=grads.get("v_weight"),
+            scale=scale,
+            DTYPE=DTYPES[dtype],
+            **of_heads,
+            **first,
+        )
+    if need & {"cls", "norm_weight", "norm_bias", "q_bias", "v_bias"}:
+        default = {"BLOCK_R": 32, "BLOCK_E": 32, "BLOCK_K": block_of(width), "num_warps": 4, "num_stages": 3}
+        chosen = configuration("finish_gradients", width, dtype, default)
+        launch(
+            finish_gradients,
+            (max(cdiv(width, chosen["BLOCK_E"]), cdiv(batch, 4) if "cls" in need else 0), 5),
+            chosen,
+            weight_parts_ptr=weight_parts,
+            bias_parts_ptr=bias_parts,
+            grad_query_ptr=grad_query,
+            grad_out_ptr=grad_out,
+            probs_ptr=probs,
+            norm_weight_ptr=norm_weight,
+            grad_normalized_ptr=grad_normalized,
+            grad_input_ptr=grad_input,
+            grad_norm_weight_ptr=grads.get("norm_weight"),
+            grad_norm_bias_ptr=grads.get("norm_bias"),
+            grad_q_bias_ptr=grads.get("q_bias"),
+            grad_v_bias_ptr=grads.get("v_bias"),
+            grad_cls_ptr=grads.get("cls"),
+            weight_rows=weight_rows,
+            bias_rows=bias_rows,
+            batch=batch,
+            D=width,
+            HEAD=head,
+            **first,
+        )
+    return [grads[name] for name in names if name in need]

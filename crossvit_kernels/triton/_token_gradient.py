@@ -1,0 +1,266 @@
+"""The tokens' part of cls_cross_attention's gradient: one more pass over them."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._cls_rows import load_tile, load_vector, power_of_two
+from ._launch import Configuration, architecture, cdiv, configuration, dot_precision, launch
+from ._rows import block_of
+from ._token_pass import split_tiles
+
+
+@triton.jit
+def _cls_gradient(
+    cls_ptr,
+    mean,
+    rstd,
+    probs_ptr,
+    delta,
+    pairs_ptr,
+    grad_normalized_ptr,
+    tokens,
+    here,
+    D: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEADS_BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The CLS token's share of the sums, in chunks (zero unless `here`), and its own x^'s gradient, into memory."""
+    columns = tl.arange(0, BLOCK_K)
+    heads = tl.arange(0, HEADS_BLOCK)
+    is_head = heads < HEADS
+    MASK_K: tl.constexpr = D % BLOCK_K != 0
+    CHUNKS: tl.constexpr = (D + BLOCK_K - 1) // BLOCK_K
+    prob = tl.load(probs_ptr + heads * tokens, mask=is_head, other=0.0)
+    dp = tl.zeros((HEADS_BLOCK,), tl.float32)
+    xs = ()
+    for i in tl.static_range(CHUNKS):
+        c = i * BLOCK_K + columns
+        x = (load_vector(cls_ptr, c, c < D, 0.0) - mean) * rstd
+        if MASK_K:
+            x = tl.where(c < D, x, 0.0)
+        xs = xs + (x,)
+        at = pairs_ptr + (2 * heads)[:, None] * D + c[None, :]
+        dz = load_tile(at + D, is_head, c < D, HEADS != HEADS_BLOCK, MASK_K)
+        dp += tl.sum(dz.to(tl.float32) * x[None, :], 1)
+    ds = prob * (dp - delta)
+    sums = ()
+    start = tl.reshape(tl.join(ds, tl.zeros_like(ds)), (2 * HEADS_BLOCK,)) if HEADS_BLOCK == 8 else ds
+    for i in tl.static_range(CHUNKS):
+        sums = sums + (tl.where(here, xs[i][:, None] * start[None, :], 0.0),)
+        if grad_normalized_ptr is not None:
+            c = i * BLOCK_K + columns
+            at = pairs_ptr + (2 * heads)[:, None] * D + c[None, :]
+            u = load_tile(at, is_head, c < D, HEADS != HEADS_BLOCK, MASK_K).to(tl.float32)
+            dz = load_tile(at + D, is_head, c < D, HEADS != HEADS_BLOCK, MASK_K).to(tl.float32)
+            g = tl.sum(u * ds[:, None] + dz * prob[:, None], 0)
+            tl.store(grad_normalized_ptr + c, g, mask=(c < D) & here)
+    return sums
+
+
+@triton.jit
+def token_gradient(
+    cls_ptr,
+    patches_ptr,
+    pairs_ptr,
+    means_ptr,
+    delta_ptr,
+    mean_ptr,
+    rstd_ptr,
+    probs_ptr,
+    grad_patches_ptr,
+    grad_normalized_ptr,
+    sums_ptr,
+    patches,
+    cls_stride,
+    patches_batch,
+    patches_token,
+    splits,
+    tiles,
+    D: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEADS_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One image's tokens, or `tiles` tiles of them: with dz = gamma W_v^T dout and delta = dz . z,
+
+    ds_hn = p_hn (dz_h . x^_n - delta_h)        sums: t_h = sum_n ds_hn x^_n
+    dx^_n = sum_h ds_hn u_h + p_hn dz_h         through the LayerNorm into grad_patches, for the CLS token as it is
+
+    `pairs` holds, rounded, gamma u_h in row 2h and dz_h in row 2h + 1, so that one product serves both; `means` their
+    means over a row. grad_patches_ptr, grad_normalized_ptr None: not needed.
+    """
+    image = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    columns = tl.arange(0, BLOCK_K)
+    heads = tl.arange(0, HEADS_BLOCK)
+    pair = tl.arange(0, 2 * HEADS_BLOCK)
+    is_head = heads < HEADS
+    MASK_K: tl.constexpr = D % BLOCK_K != 0
+    CHUNKS: tl.constexpr = (D + BLOCK_K - 1) // BLOCK_K
+    dtype: tl.constexpr = pairs_ptr.dtype.element_ty
+    of_tokens = image * (patches + 1)
+    probs = probs_ptr + image * HEADS * (patches + 1)
+    pairs = pairs_ptr + image * 2 * HEADS * D
+    delta = tl.load(delta_ptr + image * HEADS + heads, mask=is_head, other=0.0)
+    means = tl.load(means_ptr + image * 2 * HEADS + pair, mask=pair < 2 * HEADS, other=0.0)
+    if grad_normalized_ptr is not None:
+        grad_normalized_ptr += image * D
+    sums = _cls_gradient(
+        cls_ptr + image * cls_stride,
+        tl.load(mean_ptr + of_tokens),
+        tl.load(rstd_ptr + of_tokens),
+        probs,
+        delta,
+        pairs,
+        grad_normalized_ptr,
+        patches + 1,
+        split == 0,
+        D,
+        HEADS,
+        HEADS_BLOCK,
+        BLOCK_K,
+    )
+
+    tokens = patches_ptr + image * patches_batch
+    for tile in tl.range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(patches, BLOCK_N))):
+        n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        valid = n < patches
+        starts = tokens + n.to(tl.int64)[:, None] * patches_token
+        mean = tl.load(mean_ptr + of_tokens + 1 + n, mask=valid, other=0.0)
+        rstd = tl.load(rstd_ptr + of_tokens + 1 + n, mask=valid, other=0.0)
+        # A sum of one element: past a reduction the compiler does not carry the operands' layouts up to the loads of
+        # the tokens, which could not be asynchronous then.
+        mean = tl.sum(mean[:, None], 1)
+        p = tl.load(
+            probs + heads[None, :] * (patches + 1) + 1 + n[:, None], mask=valid[:, None] & is_head[None, :], other=0.0
+        )
+        # Zero, but in sight of the compiler no constant: the pairs are to be loaded anew for every tile, since all
+        # their layouts together would fill the registers.
+        zero = tl.minimum(tile, 0) * D
+        normalized = ()
+        paired = ()
+        products = tl.zeros((BLOCK_N, 2 * HEADS_BLOCK), tl.float32)
+        raw = ()
+        for i in tl.static_range(CHUNKS):
+            c = i * BLOCK_K + columns
+            raw = raw + (load_tile(starts + c[None, :], valid, c < D, True, MASK_K),)
+        for i in tl.static_range(CHUNKS):
+            c = i * BLOCK_K + columns
+            x = raw[i].to(tl.float32)
+            x = (x - mean[:, None]) * rstd[:, None]
+            if MASK_K:
+                x = tl.where((c < D)[None, :], x, 0.0)
+            normalized = normalized + (x.to(dtype),)
+            both = pairs + zero + pair[:, None] * D + c[None, :]
+            paired = paired + (load_tile(both, pair < 2 * HEADS, c < D, HEADS != HEADS_BLOCK, MASK_K),)
+            products = tl.dot(normalized[i], paired[i].T, products, input_precision=PRECISION)
+        _, dp = tl.split(tl.reshape(products, (BLOCK_N, HEADS_BLOCK, 2)))
+        ds = p * (dp - delta[None, :])
+        weights = tl.reshape(tl.join(ds, p), (BLOCK_N, 2 * HEADS_BLOCK)).to(dtype)
+        # Matrix instructions take no fewer than 16 columns; the ones of p are for nothing, then.
+        columns_of_sums = weights if HEADS_BLOCK == 8 else ds.to(dtype)
+        added = ()
+        for i in tl.static_range(CHUNKS):
+            added = added + (tl.dot(normalized[i].T, columns_of_sums, sums[i], input_precision=PRECISION),)
+        sums = added
+        if grad_patches_ptr is not None:
+            # The sums of dx^ and dx^ x^ over a row come from the small matrices, before any column of dx^ is there.
+            rounded = weights.to(tl.float32)
+            along_one = tl.sum(rounded * means[None, :], 1)
+            along_x = tl.sum(rounded * products, 1) / D
+            out = grad_patches_ptr + (image * patches + n)[:, None] * D
+            for i in tl.static_range(CHUNKS):
+                g = tl.dot(weights, paired[i], input_precision=PRECISION)
+                g = rstd[:, None] * ((g - along_one[:, None]) - normalized[i].to(tl.float32) * along_x[:, None])
+                c = i * BLOCK_K + columns
+                tl.store(
+                    out + c[None, :],
+                    g.to(grad_patches_ptr.dtype.element_ty),
+                    mask=valid[:, None] & (c < D)[None, :],
+                )
+
+    if HEADS_BLOCK == 8:
+        kept = (pair % 2 == 0) & (pair < 2 * HEADS)
+        at = sums_ptr + ((image * splits + split) * HEADS + pair // 2)[:, None] * D
+    else:
+        kept = is_head
+        at = sums_ptr + ((image * splits + split) * HEADS + heads)[:, None] * D
+    for i in tl.static_range(CHUNKS):
+        c = i * BLOCK_K + columns
+        tl.store(at + c[None, :], sums[i].T, mask=kept[:, None] & (c < D)[None, :])
+
+
+Plan = tuple[Configuration, int, int]
+
+
+def plan_tokens(batch: int, patches: int, width: int, dtype: torch.dtype) -> Plan:
+    """The pass's configuration, splits of an image's tokens, and tiles in each."""
+    chosen = configuration("token_gradient", width, dtype, gradient_default(width, dtype))
+    return chosen, *split_tiles(batch, cdiv(patches, chosen["BLOCK_N"]))
+
+
+def differentiate_tokens(
+    cls: Tensor,
+    patches: Tensor,
+    pairs: Tensor,
+    means: Tensor,
+    delta: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    probs: Tensor,
+    grad_patches: Tensor | None,
+    grad_normalized: Tensor | None,
+    plan: Plan,
+) -> Tensor:
+    """t_h = sum_n ds_hn x^_n of every split, (B, splits, H, D); the gradients into the tensors given for them.
+
+    `grad_normalized` (B, D) gets the gradient of the CLS token's x^, as far as it is one of the tokens.
+    """
+    batch, heads, tokens = probs.shape
+    width, dtype = patches.shape[2], pairs.dtype
+    chosen, splits, tiles = plan
+    sums = probs.new_empty((batch, splits, heads, width))
+    launch(
+        token_gradient,
+        (batch, splits),
+        chosen,
+        cls_ptr=cls,
+        patches_ptr=patches,
+        pairs_ptr=pairs,
+        means_ptr=means,
+        delta_ptr=delta,
+        mean_ptr=mean,
+        rstd_ptr=rstd,
+        probs_ptr=probs,
+        grad_patches_ptr=grad_patches,
+        grad_normalized_ptr=grad_normalized,
+        sums_ptr=sums,
+        patches=tokens - 1,
+        cls_stride=cls.stride(0),
+        patches_batch=patches.stride(0),
+        patches_token=patches.stride(1),
+        splits=splits,
+        tiles=tiles,
+        D=width,
+        HEADS=heads,
+        HEADS_BLOCK=max(8, power_of_two(heads)),
+        PRECISION=dot_precision(dtype),
+    )
+    return sums
+
+
+def gradient_default(width: int, dtype: torch.dtype) -> dict[str, int]:
+    """Of token_gradient; before sm_90 the products of 16 columns take registers for all of their operands."""
+    block, early = block_of(width), architecture() in ("sm_80", "sm_86", "sm_87", "sm_89")
+    if dtype.itemsize == 4:
+        return {"BLOCK_N": 16, "BLOCK_K": block, "num_warps": 8, "num_stages": 2 if width <= 448 else 1}
+    if width <= 256:
+        return {"BLOCK_N": 32, "BLOCK_K": block, "num_warps": 4, "num_stages": 2}
+    if width <= 448:
+        return {"BLOCK_N": 16 if early else 32, "BLOCK_K": block, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_N": 16, "BLOCK_K": block, "num_warps": 8, "num_stages": 1 if early or width > 768 else 2}
