@@ -2,6 +2,7 @@
 `kernels=`."""
 
 from . import backends
+from .graphs import graphed
 from .ops import (
     cls_cross_attention,
     cls_fusion,
@@ -16,6 +17,7 @@ __all__ = [
     "backends",
     "cls_cross_attention",
     "cls_fusion",
+    "graphed",
     "layer_norm_linear",
     "layer_norm_mlp",
     "linear_residual",
