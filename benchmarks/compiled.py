@@ -18,6 +18,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from crossvit_kernels.triton._launch import Launch
 
@@ -111,6 +112,8 @@ def _usage(cubin: bytes) -> dict[str, int]:
 def _kind(value: Any) -> str:
     if isinstance(value, Tensor):
         return "*" + _TYPES[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>"
     if value is None or isinstance(value, (bool, str)) or (isinstance(value, int) and value == 1):
         return "constexpr"
     if isinstance(value, int):

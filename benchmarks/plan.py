@@ -9,6 +9,7 @@ and multiplies RATE cannot beat.
 
 import dataclasses
 import importlib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from crossvit_kernels import triton as triton_kernels
 from crossvit_kernels.ops._registry import OPS
@@ -53,7 +55,8 @@ class Plan:
 
 def tensor_bytes(launch: Launch) -> dict[str, int]:
     """The bytes of every tensor among a launch's arguments, one that is given twice counted once."""
-    tensors = {id(v): (n, v) for n, v in reversed(launch.arguments.items()) if isinstance(v, Tensor)}
+    given = {n: v.base if isinstance(v, TensorDescriptor) else v for n, v in launch.arguments.items()}
+    tensors = {id(v): (n, v) for n, v in reversed(given.items()) if isinstance(v, Tensor)}
     return {n: v.numel() * v.element_size() for n, v in reversed(tensors.values())}
 
 
@@ -139,7 +142,8 @@ def _text(plan: Plan, compiled: Sequence[Resources], architecture: str) -> str:
 def _line(launch: Launch, resources: Resources) -> str:
     grid = " × ".join(map(str, launch.grid))
     matrix = ", ".join(f"{count} {name}" for name, count in resources.matrix.items() if count) or "no matrix units"
-    moved = ", ".join(f"{name.removesuffix('_ptr')} {_size(size)}" for name, size in tensor_bytes(launch).items())
+    names = {name: re.sub("_(ptr|tiles)$", "", name) for name in launch.arguments}
+    moved = ", ".join(f"{names[name]} {_size(size)}" for name, size in tensor_bytes(launch).items())
     spills = f", {resources.stack} B OF STACK" if resources.stack else ", no spills"
     return (
         f"  {launch.name}: grid {grid}, {32 * resources.num_warps} threads, {resources.registers} registers{spills}, "

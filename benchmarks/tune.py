@@ -1,6 +1,6 @@
 """Searches block sizes, warps and stages of the Triton kernels on this GPU, on request, and can save what is faster.
 
-python -m benchmarks.tune [--op all] [--batch 256] [--dtype bfloat16] [--mode all] [--kernel NAME,NAME] [--minutes 5] [--save]
+python -m benchmarks.tune [--op all] [--batch 256] [--dtype bfloat16] [--mode all] [--kernel A] [--minutes 5] [--save]
 
 For each kernel configuration that an op's forward and backward take at CrossViT-15's sizes: in turn one parameter at a
 time is halved and doubled, the whole op timed as replays of a CUDA graph, and what is MARGIN faster kept, until
@@ -37,8 +37,24 @@ MODES = ("forward", "backward")
 MARGIN = 1.015  # a configuration counts as faster from this ratio on
 REPLAYS = 20
 TOLERANCE = 2e-2  # the most that a configuration may change a result, of its rms
-LIMITS = {"num_warps": (1, 16), "num_stages": (1, 6)}
+LIMITS = {"num_warps": (1, 16), "num_stages": (1, 6), "RESIDENT": (1, 4), "TILES": (1, 8)}
 BLOCK_LIMITS = (16, 256)
+COUNTS = ("num_stages", "RESIDENT", "TILES")  # change by one, others by a factor of two
+# Where steps of one parameter do not lead, since all have to fit into shared memory together: tried first.
+_TILES = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "RESIDENT", "num_warps", "num_stages")
+STARTS = {
+    "linear_tiles": [
+        dict(zip(_TILES, values))
+        for values in (
+            (128, 64, 64, 2, 4, 3),
+            (128, 64, 64, 3, 4, 3),
+            (128, 128, 64, 1, 8, 4),
+            (128, 128, 64, 2, 4, 3),
+            (128, 256, 64, 1, 8, 3),
+            (256, 128, 64, 1, 8, 3),
+        )
+    ]
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -130,8 +146,10 @@ def _tune(cell: Cell, wanted: Sequence[str] | None, found: Found, pool: ProcessP
             continue
         best, before = dict(start), op.seconds()
         fastest, tried = before, {_frozen(start)}
+        others = [c for name, starts in STARTS.items() if kernel.startswith(name) for c in starts]
         while time.monotonic() < end:
-            candidates = [c for c in neighbours(best) if _frozen(c) not in tried]
+            candidates = [c for c in others or neighbours(best) if _frozen(c) not in tried]
+            searching, others = bool(others), []
             tried |= {_frozen(c) for c in candidates}
             works = list(pool.map(_works, itertools.repeat(cell), itertools.repeat(kernel), candidates))
             better = best
@@ -140,7 +158,7 @@ def _tune(cell: Cell, wanted: Sequence[str] | None, found: Found, pool: ProcessP
                     seconds = op.seconds()
                 if seconds * MARGIN < fastest:
                     fastest, better = seconds, candidate
-            if better is best:
+            if better is best and not searching:
                 break
             best = better
         tqdm.write(f"{cell}: {kernel} {key}: {1e6 * before:.1f} -> {1e6 * fastest:.1f} µs, {len(tried)} tried, {best}")
@@ -149,10 +167,10 @@ def _tune(cell: Cell, wanted: Sequence[str] | None, found: Found, pool: ProcessP
 
 
 def neighbours(configuration: Configuration) -> Iterator[Configuration]:
-    """The configurations that differ in one parameter by a factor of two, in stages by one."""
+    """The configurations that differ in one parameter by a factor of two, or by one of COUNTS."""
     for name, value in configuration.items():
         low, high = LIMITS.get(name, BLOCK_LIMITS)
-        for other in (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2):
+        for other in (value - 1, value + 1) if name in COUNTS else (value // 2, value * 2):
             if low <= other <= high:
                 yield configuration | {name: other}
 

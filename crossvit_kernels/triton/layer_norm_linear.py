@@ -8,10 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import _linear_tiles
 from ._gradients import input_gradient, weight_gradients
 from ._launch import Configuration, cdiv, configuration, dot_precision, launch, multiprocessors
 from ._layer_norm_backward import norm_gradients
 from ._math import gelu, gelu_derivative
+from ._norm_rows import norm_rows
 from ._rows import Rows, block_of, row_offsets, rows_of
 from ._scale import UNSCALED
 
@@ -201,6 +203,15 @@ def launch_forward(
     """Fills `out` and, where they have rows, the saved tensors."""
     weight = weight.contiguous()
     features, width = weight.shape
+    bias = None if bias is None else bias.contiguous()
+    kept = (mean, rstd) if mean.shape[0] else (None, None)
+    y = Rows(weight, x.count, 1, width, 0)  # its shape alone, yet
+    if _linear_tiles.fits(y, weight, out):
+        # Where the copy engine feeds the product, normalising into memory beats doing so in front of it.
+        y = rows_of(weight.new_empty((x.count, width)))
+        norm_rows(x, norm_weight, norm_bias, eps, gelu_in, y.tensor, *kept)
+        _linear_tiles.linear(y, weight, bias, out, gelu=gelu_out, pre=pre if pre.shape[0] else None)
+        return
     config = _configuration(x.count, width, weight.dtype)
     row_tiles, column_tiles = cdiv(x.count, config["BLOCK_M"]), cdiv(features, config["BLOCK_N"])
     share = cdiv(column_tiles, column_splits(row_tiles, column_tiles, multiprocessors()))
@@ -212,10 +223,10 @@ def launch_forward(
         norm_weight_ptr=norm_weight.contiguous(),
         norm_bias_ptr=None if norm_bias is None else norm_bias.contiguous(),
         weight_ptr=weight,
-        bias_ptr=None if bias is None else bias.contiguous(),
+        bias_ptr=bias,
         out_ptr=out,
-        mean_ptr=mean if mean.shape[0] else None,
-        rstd_ptr=rstd if rstd.shape[0] else None,
+        mean_ptr=kept[0],
+        rstd_ptr=kept[1],
         pre_ptr=pre if pre.shape[0] else None,
         rows=x.count,
         features=features,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import _linear_tiles
 from ._gradients import input_gradient, weight_gradients
 from ._launch import Configuration, cdiv, configuration, dot_precision, launch, multiprocessors
 from ._math import gelu
@@ -148,6 +149,10 @@ def launch_forward(x: Rows, weight: Tensor, bias: Tensor | None, residual: Rows,
     """Fills `out`."""
     weight = weight.contiguous()
     features, width = weight.shape
+    bias = None if bias is None else bias.contiguous()
+    if _linear_tiles.fits(x, weight, out):
+        _linear_tiles.linear(x, weight, bias, out, residual=residual, scale=scale)
+        return
     config = _configuration(x.count, features, width, weight.dtype)
     launch(
         linear_residual_forward,
@@ -155,7 +160,7 @@ def launch_forward(x: Rows, weight: Tensor, bias: Tensor | None, residual: Rows,
         config,
         **x.arguments("x"),
         weight_ptr=weight,
-        bias_ptr=None if bias is None else bias.contiguous(),
+        bias_ptr=bias,
         **residual.arguments("residual"),
         **scale.arguments(),
         out_ptr=out,

@@ -1,0 +1,147 @@
+"""Linear on many rows by GPUs that copy tiles by themselves (sm_90 on): as many programs as fit walk over the tiles of
+the result, and the copy engine fetches the next tile's operands while one is finished and stored."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ._launch import Configuration, architecture, cdiv, configuration, launch, multiprocessors
+from ._math import gelu16
+from ._rows import Rows, row_offsets
+from ._scale import UNSCALED, Scale, scaled
+
+FEW_ROWS = 256  # up to here tiles of 16 rows are better
+_ALIGNMENT = 16  # bytes, of what the copy engine addresses
+
+
+@triton.jit
+def linear_tiles(
+    x_tiles,
+    weight_tiles,
+    out_tiles,
+    pre_tiles,
+    bias_ptr,
+    residual_ptr,
+    residual_tokens,
+    residual_batch,
+    residual_row,
+    scale_ptr,
+    rows_per_sample,
+    rows,
+    features,
+    width,
+    programs,
+    GELU: tl.constexpr,
+    SCALE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    RESIDENT: tl.constexpr,
+):
+    """residual + scale * act(x weight^T + bias); `pre` gets what the activation meets.
+
+    A tile beyond the edge reads zeros and is not stored. RESIDENT programs share a multiprocessor: while one finishes a
+    tile the other multiplies.
+    """
+    column_tiles = tl.cdiv(features, BLOCK_N)
+    tiles = tl.cdiv(rows, BLOCK_M) * column_tiles
+    for tile in tl.range(tl.program_id(0), tiles, programs, flatten=True):
+        first_row = tile // column_tiles * BLOCK_M
+        first_feature = tile % column_tiles * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in tl.range(0, width, BLOCK_K):
+            x = x_tiles.load([first_row, k])
+            weight = weight_tiles.load([first_feature, k])
+            acc = tl.dot(x, weight.T, acc)
+        feature = first_feature + tl.arange(0, BLOCK_N)
+        counts = feature < features
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + feature, mask=counts, other=0.0).to(tl.float32)[None, :]
+        if pre_tiles is not None:
+            pre_tiles.store([first_row, first_feature], acc.to(DTYPE))
+        if GELU:
+            acc = gelu16(acc)
+        if residual_ptr is not None:
+            row = first_row.to(tl.int64) + tl.arange(0, BLOCK_M)
+            exists = row < rows
+            acc = scaled(acc, scale_ptr, row, exists, rows_per_sample, feature, counts, SCALE)
+            residual_at = residual_ptr + row_offsets(row, residual_tokens, residual_batch, residual_row)
+            wanted = exists[:, None] & counts[None, :]
+            acc += tl.load(residual_at[:, None] + feature[None, :], mask=wanted, other=0.0).to(tl.float32)
+        out_tiles.store([first_row, first_feature], acc.to(DTYPE))
+
+
+def fits(x: Rows, weight: Tensor, out: Tensor) -> bool:
+    """Whether `linear` takes these: many dense rows of 16-bit numbers, aligned, on a GPU with a copy engine."""
+    if x.count <= FEW_ROWS or weight.dtype.itemsize != 2 or x.tensor.dtype is not weight.dtype:
+        return False
+    if architecture() != "interpreter" and int(architecture().removeprefix("sm_")) < 90:
+        return False
+    features, width = weight.shape
+    stride = x.row_stride if x.tokens > 1 else x.batch_stride
+    if x.tokens > 1 and x.batch_stride != x.tokens * x.row_stride:  # rows at no one distance
+        return False
+    sizes = (2 * stride, 2 * width, features * out.dtype.itemsize, x.tensor.storage_offset() * 2)
+    return not any(int(size) % _ALIGNMENT for size in (*sizes, weight.storage_offset() * 2))
+
+
+def linear(
+    x: Rows,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    *,
+    gelu: bool = False,
+    pre: Tensor | None = None,
+    residual: Rows | None = None,
+    scale: Scale = UNSCALED,
+) -> None:
+    """Fills `out` (rows, features), and `pre` where it is given; see `linear_tiles`. Only where it `fits`."""
+    features, width = weight.shape
+    last_step = "gelu" if gelu else "linear" if residual is None else "residual"
+    config = _configuration(last_step, features, width, weight.dtype)
+    tile_m, tile_n, tile_k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
+    programs = min(config["RESIDENT"] * multiprocessors(), cdiv(x.count, tile_m) * cdiv(features, tile_n))
+    stride = x.row_stride if x.tokens > 1 else x.batch_stride
+    launch(
+        linear_tiles,
+        (programs,),
+        config,
+        x_tiles=TensorDescriptor(x.tensor, [x.count, width], [stride, 1], [tile_m, tile_k]),
+        weight_tiles=TensorDescriptor.from_tensor(weight, [tile_n, tile_k]),
+        out_tiles=_tiles(out, features, tile_m, tile_n),
+        pre_tiles=None if pre is None else _tiles(pre, features, tile_m, tile_n),
+        bias_ptr=bias,
+        **(residual.arguments("residual") if residual is not None else _NO_RESIDUAL),
+        **scale.arguments(),
+        rows=x.count,
+        features=features,
+        width=width,
+        programs=programs,
+        GELU=gelu,
+        DTYPE=_DTYPES[out.dtype],
+    )
+
+
+_NO_RESIDUAL: dict[str, Any] = {
+    "residual_ptr": None,
+    "residual_tokens": 1,
+    "residual_batch": 0,
+    "residual_row": 0,
+}
+_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def _tiles(tensor: Tensor, features: int, tile_m: int, tile_n: int) -> TensorDescriptor:
+    rows = tensor.numel() // features
+    return TensorDescriptor(tensor, [rows, features], [features, 1], [tile_m, tile_n])
+
+
+def _configuration(last_step: str, features: int, width: int, dtype: torch.dtype) -> Configuration:
+    default = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "RESIDENT": 2, "num_warps": 4, "num_stages": 3}
+    return configuration(f"linear_tiles_{last_step}", width, dtype, default)

@@ -1,0 +1,97 @@
+"""LayerNorm of rows, and gelu behind it, to memory: for products that read a row many times."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import cdiv, configuration, launch
+from ._math import gelu
+from ._rows import Rows, block_of, row_offsets
+
+
+@triton.jit
+def layer_norm_rows(
+    x_ptr,
+    x_tokens,
+    x_batch,
+    x_row,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    y_ptr,
+    mean_ptr,
+    rstd_ptr,
+    rows,
+    eps,
+    WIDTH: tl.constexpr,
+    GELU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """y = (x - mean) rstd norm_weight + norm_bias, through gelu; two passes over x - x[0], which is read once."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    exists = row < rows
+    x_at = x_ptr + row_offsets(row, x_tokens, x_batch, x_row)
+    chunk = tl.arange(0, BLOCK_K)
+    first = tl.load(x_at, mask=exists, other=0.0).to(tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    chunks = ()
+    for k in tl.static_range(0, WIDTH, BLOCK_K):
+        inside = exists[:, None] & (k + chunk < WIDTH)[None, :]
+        x = tl.load(x_at[:, None] + (k + chunk)[None, :], mask=inside, other=0.0).to(tl.float32) - first[:, None]
+        x = tl.where((k + chunk < WIDTH)[None, :], x, 0.0)
+        total += tl.sum(x, 1)
+        chunks = chunks + (x,)
+    shift = total / WIDTH
+    squares = tl.zeros((BLOCK_M,), tl.float32)
+    for k in tl.static_range(0, WIDTH, BLOCK_K):
+        x = tl.where((k + chunk < WIDTH)[None, :], chunks[k // BLOCK_K] - shift[:, None], 0.0)
+        squares += tl.sum(x * x, 1)
+    rstd = tl.rsqrt(squares / WIDTH + eps)
+    if mean_ptr is not None:
+        tl.store(mean_ptr + row, first + shift, mask=exists)
+        tl.store(rstd_ptr + row, rstd, mask=exists)
+    for k in tl.static_range(0, WIDTH, BLOCK_K):
+        column = k + chunk
+        counts = column < WIDTH
+        y = (chunks[k // BLOCK_K] - shift[:, None]) * rstd[:, None]
+        y *= tl.load(norm_weight_ptr + column, mask=counts, other=0.0).to(tl.float32)[None, :]
+        if norm_bias_ptr is not None:
+            y += tl.load(norm_bias_ptr + column, mask=counts, other=0.0).to(tl.float32)[None, :]
+        if GELU:
+            y = gelu(y)
+        tl.store(
+            y_ptr + row[:, None] * WIDTH + column[None, :],
+            y.to(y_ptr.dtype.element_ty),
+            mask=exists[:, None] & counts[None, :],
+        )
+
+
+def norm_rows(
+    x: Rows,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    eps: float,
+    gelu: bool,
+    y: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+) -> None:
+    """Fills `y` (rows, D), and mean and rstd (rows,), float32, where they are given."""
+    width = x.tensor.shape[-1]
+    default = {"BLOCK_M": 8, "BLOCK_K": block_of(width), "num_warps": 4, "num_stages": 1}
+    config = configuration("layer_norm_rows", width, y.dtype, default)
+    launch(
+        layer_norm_rows,
+        (cdiv(x.count, config["BLOCK_M"]),),
+        config,
+        **x.arguments("x"),
+        norm_weight_ptr=norm_weight.contiguous(),
+        norm_bias_ptr=None if norm_bias is None else norm_bias.contiguous(),
+        y_ptr=y,
+        mean_ptr=mean,
+        rstd_ptr=rstd,
+        rows=x.count,
+        eps=eps,
+        WIDTH=width,
+        GELU=gelu,
+    )
