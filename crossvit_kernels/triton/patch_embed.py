@@ -474,7 +474,7 @@ def _forward_configuration(features: int, dtype: torch.dtype, resize: bool) -> C
     """BLOCK_D is the most columns that a program takes."""
     name = "patch_embed_forward_resized" if resize else "patch_embed_forward"
     if dtype.itemsize == 4:
-        default = {"BLOCK_N": block_of(features, 64), "BLOCK_D": 256, "BLOCK_K": 16, "num_stages": 3}
+        default = {"BLOCK_N": block_of(features, 64), "BLOCK_D": 192, "BLOCK_K": 16, "num_stages": 3}
     else:
         default = {"BLOCK_N": block_of(features), "BLOCK_D": 384, "BLOCK_K": 32, "num_stages": 4}
     return configuration(name, features, dtype, {"BLOCK_M": 64, **default, "num_warps": 8})
