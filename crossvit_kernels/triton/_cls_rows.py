@@ -17,25 +17,27 @@ ROWS = 16  # of the batch in one program
 
 
 @triton.jit
-def load_tile(
-    pointers, rows_valid, columns_valid, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr
-):  # a mask that is always true would keep loads from being wide and asynchronous
+def load_tile(pointers, rows_valid, columns_valid, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr):
     """A tile, zero where a mask that is needed is false."""
     if MASK_ROWS and MASK_COLUMNS:
-        return tl.load(pointers, mask=rows_valid[:, None] & columns_valid[None, :], other=0.0)
-    if MASK_ROWS:
-        return tl.load(pointers, mask=rows_valid[:, None], other=0.0)
-    if MASK_COLUMNS:
-        return tl.load(pointers, mask=columns_valid[None, :], other=0.0)
-    return tl.load(pointers)
+        tile = tl.load(pointers, mask=rows_valid[:, None] & columns_valid[None, :], other=0.0)
+    elif MASK_ROWS:
+        tile = tl.load(pointers, mask=rows_valid[:, None], other=0.0)
+    elif MASK_COLUMNS:
+        tile = tl.load(pointers, mask=columns_valid[None, :], other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
 
 
 @triton.jit
 def load_vector(pointer, offsets, valid, DEFAULT: tl.constexpr):
     """Elements of an optional vector in float32, DEFAULT where there is none."""
     if pointer is None:
-        return tl.full(offsets.shape, DEFAULT, tl.float32)
-    return tl.load(pointer + offsets, mask=valid, other=0.0).to(tl.float32)
+        vector = tl.full(offsets.shape, DEFAULT, tl.float32)
+    else:
+        vector = tl.load(pointer + offsets, mask=valid, other=0.0).to(tl.float32)
+    return vector
 
 
 @triton.jit

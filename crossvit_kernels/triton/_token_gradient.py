@@ -161,7 +161,9 @@ def token_gradient(
             products = tl.dot(normalized[i], paired[i].T, products, input_precision=PRECISION)
         _, dp = tl.split(tl.reshape(products, (BLOCK_N, HEADS_BLOCK, 2)))
         ds = p * (dp - delta[None, :])
-        weights = tl.reshape(tl.join(ds, p), (BLOCK_N, 2 * HEADS_BLOCK)).to(dtype)
+        weights = tl.reshape(tl.join(ds, p), (BLOCK_N, 2 * HEADS_BLOCK))
+        # Not straight from a reshape into a product: for TF32 the compiler would look for a layout in three dimensions.
+        weights = tl.where(valid[:, None], weights, 0.0).to(dtype)
         # Matrix instructions take no fewer than 16 columns; the ones of p are for nothing, then.
         columns_of_sums = weights if HEADS_BLOCK == 8 else ds.to(dtype)
         added = ()
@@ -195,6 +197,7 @@ def token_gradient(
         tl.store(at + c[None, :], sums[i].T, mask=kept[:, None] & (c < D)[None, :])
 
 
+_EARLY = ("sm_80", "sm_86", "sm_87", "sm_89")
 Plan = tuple[Configuration, int, int]
 
 
@@ -256,11 +259,12 @@ def differentiate_tokens(
 
 def gradient_default(width: int, dtype: torch.dtype) -> dict[str, int]:
     """Of token_gradient; before sm_90 the products of 16 columns take registers for all of their operands."""
-    block, early = block_of(width), architecture() in ("sm_80", "sm_86", "sm_87", "sm_89")
+    block, early = block_of(width, 128, 64 if width > 128 else 32), architecture() in _EARLY
     if dtype.itemsize == 4:
-        return {"BLOCK_N": 16, "BLOCK_K": block, "num_warps": 8, "num_stages": 2 if width <= 448 else 1}
+        stages = 2 if width <= 448 and dot_precision(dtype) == "tf32" else 1
+        return {"BLOCK_N": 16, "BLOCK_K": block_of(width, 64), "num_warps": 8, "num_stages": stages}
     if width <= 256:
-        return {"BLOCK_N": 32, "BLOCK_K": block, "num_warps": 4, "num_stages": 2}
+        return {"BLOCK_N": 16 if early and width > 192 else 32, "BLOCK_K": block, "num_warps": 4, "num_stages": 2}
     if width <= 448:
         return {"BLOCK_N": 16 if early else 32, "BLOCK_K": block, "num_warps": 8, "num_stages": 2}
     return {"BLOCK_N": 16, "BLOCK_K": block, "num_warps": 8, "num_stages": 1 if early or width > 768 else 2}

@@ -259,9 +259,9 @@ def heads_block(heads: int) -> int:
 
 
 def pass_default(width: int, dtype: torch.dtype) -> dict[str, int]:
-    """Of the passes over the tokens: a tile stays in registers, next to a context of every head."""
-    narrow = width <= 448
+    """Of token_pass: a tile stays in registers, next to a context of every head."""
     stages = 2 if width <= 768 else 1
     if dtype.itemsize == 4:
         return {"BLOCK_N": 16, "BLOCK_K": block_of(width), "num_warps": 8, "num_stages": stages}
-    return {"BLOCK_N": 32, "BLOCK_K": block_of(width), "num_warps": 4 if narrow else 8, "num_stages": stages}
+    block = block_of(width, 128, 64 if width > 128 else 32)
+    return {"BLOCK_N": 32, "BLOCK_K": block, "num_warps": 4 if width <= 448 else 8, "num_stages": stages}
