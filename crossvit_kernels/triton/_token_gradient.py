@@ -35,7 +35,7 @@ def _cls_gradient(
     CHUNKS: tl.constexpr = (D + BLOCK_K - 1) // BLOCK_K
     prob = tl.load(probs_ptr + heads * tokens, mask=is_head, other=0.0)
     dp = tl.zeros((HEADS_BLOCK,), tl.float32)
-    xs = ()
+    xs: tl.tuple = ()
     for i in tl.static_range(CHUNKS):
         c = i * BLOCK_K + columns
         x = (load_vector(cls_ptr, c, c < D, 0.0) - mean) * rstd
@@ -46,7 +46,7 @@ def _cls_gradient(
         dz = load_tile(at + D, is_head, c < D, HEADS != HEADS_BLOCK, MASK_K)
         dp += tl.sum(dz.to(tl.float32) * x[None, :], 1)
     ds = prob * (dp - delta)
-    sums = ()
+    sums: tl.tuple = ()
     start = tl.reshape(tl.join(ds, tl.zeros_like(ds)), (2 * HEADS_BLOCK,)) if HEADS_BLOCK == 8 else ds
     for i in tl.static_range(CHUNKS):
         sums = sums + (tl.where(here, xs[i][:, None] * start[None, :], 0.0),)
@@ -142,10 +142,10 @@ def token_gradient(
         # Zero, but in sight of the compiler no constant: the pairs are to be loaded anew for every tile, since all
         # their layouts together would fill the registers.
         zero = tl.minimum(tile, 0) * D
-        normalized = ()
-        paired = ()
+        normalized: tl.tuple = ()
+        paired: tl.tuple = ()
         products = tl.zeros((BLOCK_N, 2 * HEADS_BLOCK), tl.float32)
-        raw = ()
+        raw: tl.tuple = ()
         for i in tl.static_range(CHUNKS):
             c = i * BLOCK_K + columns
             raw = raw + (load_tile(starts + c[None, :], valid, c < D, True, MASK_K),)

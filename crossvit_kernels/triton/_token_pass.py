@@ -121,12 +121,12 @@ def token_pass(
         n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         valid = n < patches
         starts = tokens + n.to(tl.int64)[:, None] * patches_token
-        raw = ()
+        raw: tl.tuple = ()
         for k in tl.static_range(0, D, BLOCK_K):
             c = k + columns
             raw = raw + (load_tile(starts + c[None, :], valid, c < D, True, MASK_K),)
         first = tl.sum(tl.where((columns == 0)[None, :], raw[0].to(tl.float32), 0.0), 1)
-        centred = ()
+        centred: tl.tuple = ()
         mean = tl.zeros((BLOCK_N,), tl.float32)
         for k in tl.static_range(0, D, BLOCK_K):
             x = raw[k // BLOCK_K].to(tl.float32) - first[:, None]

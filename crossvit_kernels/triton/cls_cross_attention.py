@@ -205,7 +205,7 @@ def backward(
         narrow = dtype.itemsize == 2
         default = {"BLOCK_B": 32 if narrow else 16, "BLOCK_E": 64, "num_warps": 4 if narrow else 8, "num_stages": 3}
         chosen = configuration("weight_gradients", width, dtype, default)
-        blocks = num_heads * cdiv(head, of_heads["HEAD_BLOCK"]) * cdiv(width, chosen["BLOCK_E"])
+        blocks = num_heads * cdiv(head, head_block(head)) * cdiv(width, chosen["BLOCK_E"])
         launch(
             weight_gradients,
             (blocks, 3),
