@@ -13,7 +13,7 @@ import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -88,12 +88,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for op, backward, branch in itertools.product(options.op, modes, options.branch)
         for threads, dtype in itertools.product(options.threads, options.dtype)
         for batch in options.batch or ([32] if op.startswith("cls_") else [8])
-        if not (backward and op == "cls_fusion")  # inference only
+        if not (backward and op == "cls_fusion") or options.plan  # inference only
     ]
     if options.plan:
         from . import plan  # imports triton
 
         torch.backends.cuda.matmul.allow_tf32 = options.tf32
+        cells = list(dict.fromkeys(replace(cell, backward=cell.backward and cell.op != "cls_fusion") for cell in cells))
         plan.show(cells, options.architecture, options.json)
         return 0
     candidates = {cell: [*options.kernels, *(peer for peer in options.peers if _has(cell, peer))] for cell in cells}

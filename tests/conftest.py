@@ -22,6 +22,8 @@ from numerics import AUTOCAST16, FLOAT16
 COMPILED_ONLY = ("test_calls_from_several_threads_do_not_meet",)
 # float16 is run through the interpreter, where bfloat16 is not to be had; a GPU compiles its kernels as bfloat16's.
 INTERPRETED = (FLOAT16, AUTOCAST16)
+# Over these lists the interpreter, which takes seconds where a GPU takes none, does without autocast.
+LISTS = {"shape", "kind", "where", "value"}
 NATIVE = [name for name in backends.BACKENDS if name != "reference" and backends.available(name)]
 
 
@@ -54,6 +56,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("gpu")
             if precision in INTERPRETED:
                 left_out.append(item)
+        elif backend == "triton" and precision == AUTOCAST16 and parameters.keys() & LISTS:
+            left_out.append(item)
         if item.get_closest_marker("gpu") and not GPU:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
     config.hook.pytest_deselected(items=left_out)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 import inputs
 from crossvit_kernels import cls_cross_attention
 from inputs import KINDS, LAYOUTS, Random
-from numerics import PRECISIONS, Precision, assert_same_nonfinite, check, evaluate, place
+from numerics import DEVICES, PRECISIONS, Precision, assert_same_nonfinite, check, evaluate, place
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -101,7 +101,9 @@ def test_nonfinite_values_come_out_where_the_reference_has_them(
 ) -> None:
     given = inputs.cls_cross_attention(rng, 3, 20, 96, 3)
     given[where].view(-1)[70] = value
-    kernel, reference = (evaluate(cls_cross_attention, given, precision, k) for k in (backend, "reference"))
+    kernel, reference = (
+        evaluate(cls_cross_attention, given, precision, k, device=DEVICES[backend]) for k in (backend, "reference")
+    )
     for result in (kernel, reference):
         del result["grad k_bias"]  # it no longer enters
     # An infinite v_weight meets one mean of the tokens here, all tokens there: one infinity, or several that make NaN.

@@ -6,7 +6,7 @@ import torch
 import inputs
 from crossvit_kernels import layer_norm_linear
 from inputs import KINDS, LAYOUTS, Random
-from numerics import PRECISIONS, Precision, assert_same_nonfinite, check, evaluate, place
+from numerics import DEVICES, PRECISIONS, Precision, assert_same_nonfinite, check, evaluate, place
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -78,7 +78,9 @@ def test_nonfinite_values_come_out_where_the_reference_has_them(
 ) -> None:
     given = inputs.layer_norm_linear(rng, 3, 17, 96, out=100) | {"activation": "gelu"}
     given[where].view(-1)[1000] = value
-    kernel, reference = (evaluate(layer_norm_linear, given, precision, k) for k in (backend, "reference"))
+    kernel, reference = (
+        evaluate(layer_norm_linear, given, precision, k, device=DEVICES[backend]) for k in (backend, "reference")
+    )
     # Of gelu(+inf) torch's float64 makes inf, as the kernels do, its vectorised float32 NaN: no kind to compare.
     assert_same_nonfinite(kernel, reference, exact="" if value == -torch.inf else "out")
 

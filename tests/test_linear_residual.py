@@ -6,7 +6,7 @@ import torch
 import inputs
 from crossvit_kernels import linear_residual
 from inputs import LAYOUTS, Random
-from numerics import PRECISIONS, Precision, assert_same_nonfinite, check, evaluate, place
+from numerics import DEVICES, PRECISIONS, Precision, assert_same_nonfinite, check, evaluate, place
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -85,7 +85,9 @@ def test_nonfinite_values_come_out_where_the_reference_has_them(
 ) -> None:
     given = inputs.linear_residual(rng, 3, 17, 96, out=100, scale="channel")
     given[where].view(-1)[70] = value
-    kernel, reference = (evaluate(linear_residual, given, precision, k) for k in (backend, "reference"))
+    kernel, reference = (
+        evaluate(linear_residual, given, precision, k, device=DEVICES[backend]) for k in (backend, "reference")
+    )
     assert_same_nonfinite(kernel, reference)
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import inputs
 from crossvit_kernels import patch_embed
 from inputs import LAYOUTS, Random
-from numerics import PRECISIONS, Precision, assert_same_nonfinite, check, evaluate, place
+from numerics import DEVICES, PRECISIONS, Precision, assert_same_nonfinite, check, evaluate, place
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -93,7 +93,9 @@ def test_nonfinite_values_come_out_where_the_reference_has_them(
 ) -> None:
     given = inputs.patch_embed(rng, 2, 32, 48, patch=8, embed=48, image_size=image_size)
     given[where].view(-1)[30] = value
-    kernel, reference = (evaluate(patch_embed, given, precision, k) for k in (backend, "reference"))
+    kernel, reference = (
+        evaluate(patch_embed, given, precision, k, device=DEVICES[backend]) for k in (backend, "reference")
+    )
     assert_same_nonfinite(kernel, reference)
 
 

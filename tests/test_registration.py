@@ -139,9 +139,9 @@ def test_any_backward_accepts_any_forward(backend: str, name: str, rng: Random) 
     arguments = backward_arguments(op, in_float64, forward(op, in_float64, "reference"), grad_out.double(), needs)
     ref64 = dict(zip(gradients(backend, backend), op.backward_op(*arguments, "reference")))
     reference = gradients("reference", "reference")
-    zero = {"k_bias": 1.0}
-    for mixed in (pair for other in others for pair in (gradients(other, backend), gradients(backend, other))):
-        assert_equal_to_reference(mixed, reference, ref64, FLOAT32.ulp, zero=zero)
+    for other in others:
+        for mixed in (gradients(other, backend), gradients(backend, other)):
+            assert_equal_to_reference(mixed, reference, ref64, FLOAT32.ulp, zero={"k_bias": 4.0})
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -270,7 +270,8 @@ def test_function_transforms_and_forward_mode_run_on_the_reference(backend: str,
     with sdpa_kernel(SDPBackend.MATH):  # the fused one has no forward-mode derivative on a CPU
         (_, value), (_, expected) = (torch.func.jvp(call(k), (x,), (tangent,)) for k in (backend, "reference"))
         assert torch.equal(value, expected)
-        assert torch.equal(torch.func.grad(call(backend))(x), torch.func.grad(call("reference"))(x))
+        # On a GPU torch's bicubic resize adds up in any order.
+        torch.testing.assert_close(torch.func.grad(call(backend))(x), torch.func.grad(call("reference"))(x))
         with torch.autograd.forward_ad.dual_level():
             dual = torch.autograd.forward_ad.make_dual(x, tangent)
             assert torch.equal(torch.autograd.forward_ad.unpack_dual(call(backend)(dual)).tangent, expected)

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from ._cls_rows import combine_splits, load_tile, load_vector
+from ._math import product
 
 
 @triton.jit
@@ -22,6 +23,7 @@ def value_gradient(
     D: tl.constexpr,
     HEAD: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -47,7 +49,7 @@ def value_gradient(
     part = (tl.program_id(0) * HEADS + head).to(tl.int64) * D
     of_head = ((rows * HEADS + head) * D)[:, None]
     of_pair = ((rows * HEADS + head) * 2 * D)[:, None]
-    for k in tl.range(0, D, BLOCK_K, num_stages=3):
+    for k in tl.range(0, D, BLOCK_K, num_stages=STAGES):  # said here, for z and u: no product takes them
         c = k + tl.arange(0, BLOCK_K)
         inside = valid[:, None] & (c < D)[None, :]
         g = tl.zeros((16, BLOCK_K), tl.float32)
@@ -55,7 +57,7 @@ def value_gradient(
             j = j0 + tl.arange(0, HEAD_BLOCK)
             weights = v_weight_ptr + (head * HEAD + j)[:, None] * D + c[None, :]
             weight = load_tile(weights, j < HEAD, c < D, MASK_HEAD, MASK_K)
-            g = tl.dot(grads[j0 // HEAD_BLOCK], weight, g, input_precision=PRECISION)
+            g = product(grads[j0 // HEAD_BLOCK], weight, g, PRECISION)
         gamma = load_vector(norm_weight_ptr, c, c < D, 1.0)[None, :]
         z = load_tile(context_ptr + of_head + c[None, :], valid, c < D, True, MASK_K)
         u = load_tile(key_query_ptr + of_head + c[None, :], valid, c < D, True, MASK_K)
@@ -127,7 +129,7 @@ def query_gradient(
                 tl.store(weight_parts_ptr + part + c, tl.sum(a * t, 0), mask=c < D)
             t = t * load_vector(norm_weight_ptr, c, c < D, 1.0)[None, :]
             weight = load_tile(weights + c[None, :], j < HEAD, c < D, MASK_HEAD, MASK_K)
-            grad = tl.dot(t.to(dtype), weight.T, grad, input_precision=PRECISION)
+            grad = product(t.to(dtype), weight.T, grad, PRECISION)
         tl.store(
             grad_query_ptr + rows[:, None] * D + (head * HEAD + j)[None, :],
             grad * scale,
@@ -179,7 +181,7 @@ def query_input_gradient(
         dq = load_tile(grad_query_ptr + rows[:, None] * D + c[None, :], valid, c < D, True, D % BLOCK_K != 0)
         weights = q_weight_ptr + c[:, None] * D + e[None, :]
         weight = load_tile(weights, c < D, e < D, D % BLOCK_K != 0, D % BLOCK_E != 0)
-        grad = tl.dot(dq.to(dtype), weight, grad, input_precision=PRECISION)
+        grad = product(dq.to(dtype), weight, grad, PRECISION)
     inside = valid[:, None] & (e < D)[None, :]
     tl.store(grad_input_ptr + rows[:, None] * D + e[None, :], grad, mask=inside)
     part = tl.program_id(0).to(tl.int64) * D + e
@@ -236,7 +238,7 @@ def _outer_products(
             wide = wide_ptr + ((b * (D // HEAD) + head) * D)[:, None] + e[None, :]
             wide = load_tile(wide, valid, e < D, True, D % BLOCK_E != 0)
         wide = tl.where(valid[:, None], wide * gamma + beta, 0.0)
-        grad = tl.dot(left.to(DTYPE).T, wide.to(DTYPE), grad, input_precision=PRECISION)
+        grad = product(left.to(DTYPE).T, wide.to(DTYPE), grad, PRECISION)
     out = out_ptr + (head * HEAD + j)[:, None] * D + e[None, :]
     tl.store(out, grad.to(out_ptr.dtype.element_ty), mask=(j < HEAD)[:, None] & (e < D)[None, :])
 

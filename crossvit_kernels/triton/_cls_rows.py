@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import cdiv, configuration, dot_precision, launch
+from ._math import product
 from ._rows import block_of
 
 ROWS = 16  # of the batch in one program
@@ -119,7 +120,7 @@ def cls_query(
                 x = tl.where((c < D)[None, :], x, 0.0)
             y = affine(x, norm_weight_ptr, norm_bias_ptr, c, c < D)
             weight = load_tile(weights + c[None, :], j < HEAD, c < D, MASK_HEAD, MASK_K)
-            query = tl.dot(y.to(dtype), weight.T, query, input_precision=PRECISION)
+            query = product(y.to(dtype), weight.T, query, PRECISION)
         query += load_vector(q_bias_ptr, head * HEAD + j, j < HEAD, 0.0)[None, :]
         if MASK_HEAD:
             query = tl.where((j < HEAD)[None, :], query, 0.0)
@@ -139,7 +140,7 @@ def cls_query(
             j = j0 + tl.arange(0, HEAD_BLOCK)
             key_weights = k_weight_ptr + (head * HEAD + j)[:, None] * D + c[None, :]
             key_weight = load_tile(key_weights, j < HEAD, c < D, MASK_HEAD, MASK_K)
-            absorbed = tl.dot(queries[j0 // HEAD_BLOCK], key_weight, absorbed, input_precision=PRECISION)
+            absorbed = product(queries[j0 // HEAD_BLOCK], key_weight, absorbed, PRECISION)
         tl.store(
             key_query_ptr + ((rows * heads + head) * D)[:, None] + c[None, :],
             absorbed * scale,
@@ -253,7 +254,7 @@ def cls_value(
             z = context_ptr + ((rows * HEADS + head) * D)[:, None] + c[None, :]
             y = affine(load_tile(z, valid, c < D, True, MASK_K), norm_weight_ptr, norm_bias_ptr, c, c < D)
             weight = load_tile(weights + c[None, :], j < HEAD, c < D, MASK_HEAD, MASK_K)
-            out = tl.dot(y.to(dtype), weight.T, out, input_precision=PRECISION)
+            out = product(y.to(dtype), weight.T, out, PRECISION)
         out += load_vector(v_bias_ptr, head * HEAD + j, j < HEAD, 0.0)[None, :]
         tl.store(
             out_ptr + rows[:, None] * D + (head * HEAD + j)[None, :],
@@ -281,7 +282,7 @@ def absorb_query(
     launch(
         cls_query,
         (cdiv(batch, ROWS), num_heads),
-        configuration("cls_query", width, dtype, cls_default(width, dtype)),
+        configuration("cls_query", width, dtype, cls_default(width, head, dtype)),
         cls_ptr=cls,
         norm_weight_ptr=norm_weight,
         norm_bias_ptr=norm_bias,
@@ -312,8 +313,10 @@ def head_block(head: int) -> int:
     return min(128, max(16, power_of_two(head)))
 
 
-def cls_default(width: int, dtype: torch.dtype) -> dict[str, int]:
+def cls_default(width: int, head: int, dtype: torch.dtype) -> dict[str, int]:
     """Of kernels that stream weights past 16 images."""
+    if head > 128:  # one head's weights in several pieces at once, too many to have more on their way
+        return {"BLOCK_K": block_of(width, 64), "num_warps": 8, "num_stages": 1}
     block = block_of(width, 128 if dtype.itemsize == 2 else 64, 64)
     # With a column of a vector per thread, 16 bits wide, its load would not be asynchronous.
     return {"BLOCK_K": block, "num_warps": 8 if block == 128 else 4, "num_stages": 4}

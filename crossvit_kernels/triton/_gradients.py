@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import Configuration, cdiv, configuration, dot_precision, launch, multiprocessors
-from ._math import gelu, gelu_derivative
+from ._math import gelu, gelu_derivative, product
 from ._rows import Rows, block_of, row_offsets
 from ._scale import Scale, scaled
 
@@ -51,7 +51,7 @@ def linear_input_gradient(
         weight = tl.load(weight_at, mask=inside[:, None] & counts[None, :], other=0.0)
         if SCALE != 0:
             grad = scaled(grad.to(tl.float32), scale_ptr, row, exists, rows_per_sample, k + chunk, inside, SCALE)
-        acc = tl.dot(grad.to(weight_ptr.dtype.element_ty), weight, acc, input_precision=PRECISION)
+        acc = product(grad.to(weight_ptr.dtype.element_ty), weight, acc, PRECISION)
         weight_at += BLOCK_K * width
     at = row[:, None] * width + column[None, :]
     wanted = exists[:, None] & counts[None, :]
@@ -130,7 +130,7 @@ def linear_weight_gradient(
                 x = tl.where(exists[:, None], x, 0.0)
             if GELU:
                 x = gelu(x.to(tl.float32))
-            acc = tl.dot(grad.to(COMPUTE).T, x.to(COMPUTE), acc, input_precision=PRECISION)
+            acc = product(grad.to(COMPUTE).T, x.to(COMPUTE), acc, PRECISION)
         out_at = out_ptr + piece * piece_size + feature.to(tl.int64)[:, None] * width + column[None, :]
         tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=counts[:, None] & inside[None, :])
     elif bias_ptr is not None:

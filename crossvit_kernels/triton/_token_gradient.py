@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ._cls_rows import load_tile, load_vector, power_of_two
 from ._launch import Configuration, architecture, cdiv, configuration, dot_precision, launch
+from ._math import product
 from ._rows import block_of
 from ._token_pass import split_tiles
 
@@ -82,6 +83,7 @@ def token_gradient(
     D: tl.constexpr,
     HEADS: tl.constexpr,
     HEADS_BLOCK: tl.constexpr,
+    RELOAD: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -92,7 +94,7 @@ def token_gradient(
     dx^_n = sum_h ds_hn u_h + p_hn dz_h         through the LayerNorm into grad_patches, for the CLS token as it is
 
     `pairs` holds, rounded, gamma u_h in row 2h and dz_h in row 2h + 1, so that one product serves both; `means` their
-    means over a row. grad_patches_ptr, grad_normalized_ptr None: not needed.
+    means over a row; RELOAD: they do not stay on chip from one product to the next. grad_patches_ptr, grad_normalized_ptr None: not needed.
     """
     image = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -158,7 +160,7 @@ def token_gradient(
             normalized = normalized + (x.to(dtype),)
             both = pairs + zero + pair[:, None] * D + c[None, :]
             paired = paired + (load_tile(both, pair < 2 * HEADS, c < D, HEADS != HEADS_BLOCK, MASK_K),)
-            products = tl.dot(normalized[i], paired[i].T, products, input_precision=PRECISION)
+            products = product(normalized[i], paired[i].T, products, PRECISION)
         _, dp = tl.split(tl.reshape(products, (BLOCK_N, HEADS_BLOCK, 2)))
         ds = p * (dp - delta[None, :])
         weights = tl.reshape(tl.join(ds, p), (BLOCK_N, 2 * HEADS_BLOCK))
@@ -168,7 +170,7 @@ def token_gradient(
         columns_of_sums = weights if HEADS_BLOCK == 8 else ds.to(dtype)
         added = ()
         for i in tl.static_range(CHUNKS):
-            added = added + (tl.dot(normalized[i].T, columns_of_sums, sums[i], input_precision=PRECISION),)
+            added = added + (product(normalized[i].T, columns_of_sums, sums[i], PRECISION),)
         sums = added
         if grad_patches_ptr is not None:
             # The sums of dx^ and dx^ x^ over a row come from the small matrices, before any column of dx^ is there.
@@ -177,7 +179,13 @@ def token_gradient(
             along_x = tl.sum(rounded * products, 1) / D
             out = grad_patches_ptr + (image * patches + n)[:, None] * D
             for i in tl.static_range(CHUNKS):
-                g = tl.dot(weights, paired[i], input_precision=PRECISION)
+                if RELOAD:
+                    c = i * BLOCK_K + columns
+                    both = pairs + 2 * zero + pair[:, None] * D + c[None, :]
+                    both = load_tile(both, pair < 2 * HEADS, c < D, HEADS != HEADS_BLOCK, MASK_K)
+                else:
+                    both = paired[i]
+                g = tl.dot(weights, both, input_precision=PRECISION)
                 g = rstd[:, None] * ((g - along_one[:, None]) - normalized[i].to(tl.float32) * along_x[:, None])
                 c = i * BLOCK_K + columns
                 tl.store(
@@ -252,6 +260,7 @@ def differentiate_tokens(
         D=width,
         HEADS=heads,
         HEADS_BLOCK=max(8, power_of_two(heads)),
+        RELOAD=width * dtype.itemsize > 2048,
         PRECISION=dot_precision(dtype),
     )
     return sums

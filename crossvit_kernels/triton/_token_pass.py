@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ._cls_rows import load_tile, load_vector, power_of_two, row_statistics
 from ._launch import cdiv, configuration, dot_precision, launch, multiprocessors
+from ._math import product
 from ._rows import block_of
 
 MOST_SPLITS = 32
@@ -155,7 +156,7 @@ def token_pass(
                 x = tl.where((k + columns < D)[None, :], x, 0.0)
             x = x.to(DTYPE)
             normalized = normalized + (x,)
-            scores = tl.dot(x, absorbed[k // BLOCK_K], scores, input_precision=PRECISION)
+            scores = product(x, absorbed[k // BLOCK_K], scores, PRECISION)
         if SAVE:
             tl.store(
                 scores_ptr + (image * HEADS + heads)[None, :] * (patches + 1) + 1 + n[:, None],
@@ -173,7 +174,7 @@ def token_pass(
         added = ()
         for k in tl.static_range(0, D, BLOCK_K):
             z = sums[k // BLOCK_K] * shrink[None, :]
-            z = tl.dot(normalized[k // BLOCK_K].T, weights, z, input_precision=PRECISION)
+            z = product(normalized[k // BLOCK_K].T, weights, z, PRECISION)
             added = added + (z,)
         sums = added
 
@@ -262,6 +263,7 @@ def pass_default(width: int, dtype: torch.dtype) -> dict[str, int]:
     """Of token_pass: a tile stays in registers, next to a context of every head."""
     stages = 2 if width <= 768 else 1
     if dtype.itemsize == 4:
-        return {"BLOCK_N": 16, "BLOCK_K": block_of(width), "num_warps": 8, "num_stages": stages}
+        return {"BLOCK_N": 16, "BLOCK_K": block_of(width, 64), "num_warps": 8, "num_stages": stages}
     block = block_of(width, 128, 64 if width > 128 else 32)
-    return {"BLOCK_N": 32, "BLOCK_K": block, "num_warps": 4 if width <= 448 else 8, "num_stages": stages}
+    tokens = 32 if width <= 768 else 16
+    return {"BLOCK_N": tokens, "BLOCK_K": block, "num_warps": 4 if width <= 448 else 8, "num_stages": stages}

@@ -55,7 +55,7 @@ def forward(
     launch(
         cls_value,
         (cdiv(batch, rows), num_heads),
-        configuration("cls_value", width, dtype, cls_default(width, dtype)),
+        configuration("cls_value", width, dtype, cls_default(width, head, dtype)),
         context_ptr=context,
         partial_ptr=partial,
         softmax_ptr=softmax,
@@ -143,10 +143,11 @@ def backward(
         pairs = q_weight.new_empty((batch, num_heads, 2, width))
         means = probs.new_empty((batch, num_heads, 2))
         delta = probs.new_empty((batch, num_heads))
+        chosen = configuration("value_gradient", width, dtype, cls_default(width, head, dtype))
         launch(
             value_gradient,
             (tiles, num_heads),
-            configuration("value_gradient", width, dtype, cls_default(width, dtype)),
+            chosen,
             grad_out_ptr=grad_out,
             norm_weight_ptr=norm_weight,
             v_weight_ptr=v_weight,
@@ -157,6 +158,7 @@ def backward(
             delta_ptr=delta,
             weight_parts_ptr=weight_parts,
             bias_parts_ptr=bias_parts,
+            STAGES=chosen["num_stages"],
             **of_heads,
         )
         if "cls" in need:
@@ -170,7 +172,7 @@ def backward(
         launch(
             query_gradient,
             (cdiv(batch, rows), num_heads),
-            configuration("query_gradient", width, dtype, cls_default(width, dtype)),
+            configuration("query_gradient", width, dtype, cls_default(width, head, dtype)),
             partial_ptr=partial,
             sums_ptr=sums,
             norm_weight_ptr=norm_weight,

@@ -19,7 +19,7 @@ from ._cls_rows import (
     row_statistics,
 )
 from ._launch import cdiv, configuration, dot_precision, launch
-from ._math import gelu
+from ._math import gelu, product
 from ._rows import block_of
 from ._token_pass import pass_tokens
 
@@ -57,7 +57,7 @@ def fusion_projection(
             x = tl.where((c < D)[None, :], x, 0.0)
         x = gelu(affine(x, norm_weight_ptr, norm_bias_ptr, c, c < D)).to(weight_ptr.dtype.element_ty)
         weight = load_tile(weight_ptr + e[:, None] * D + c[None, :], e < E, c < D, E % BLOCK_E != 0, MASK_K)
-        out = tl.dot(x, weight.T, out, input_precision=PRECISION)
+        out = product(x, weight.T, out, PRECISION)
     out += load_vector(bias_ptr, e, e < E, 0.0)[None, :]
     tl.store(out_ptr + rows[:, None] * E + e[None, :], out, mask=valid[:, None] & (e < E)[None, :])
 
@@ -88,7 +88,7 @@ def _linear(
         e = step // chunks * BLOCK_E + tl.arange(0, BLOCK_E)
         x = load_tile(x_ptr + rows[:, None] * D + c[None, :], valid, c < D, True, D % BLOCK_K != 0)
         weight = load_tile(weight_ptr + e[:, None] * D + c[None, :], e < E, c < D, E % BLOCK_E != 0, D % BLOCK_K != 0)
-        out = tl.dot(x, weight.T, tl.where(k == 0, 0.0, out), input_precision=PRECISION)
+        out = product(x, weight.T, tl.where(k == 0, 0.0, out), PRECISION)
         if k == chunks - 1:
             at = rows[:, None] * E + e[None, :]
             inside = valid[:, None] & (e < E)[None, :]
@@ -171,7 +171,7 @@ def fusion_tail(
         y = affine(z, norm_weight_ptr, norm_bias_ptr, c, c < D).to(dtype)
         weights = v_weight_ptr + (head * HEAD + j)[:, None] * D + c[None, :]
         weight = load_tile(weights, j < HEAD, c < D, HEAD % HEAD_BLOCK != 0, MASK_K)
-        out = tl.dot(y, weight.T, tl.where(k == 0, 0.0, out), input_precision=PRECISION)
+        out = product(y, weight.T, tl.where(k == 0, 0.0, out), PRECISION)
         if k == chunks - 1:
             attended = out + load_vector(v_bias_ptr, head * HEAD + j, j < HEAD, 0.0)[None, :]
             tl.store(
@@ -251,7 +251,7 @@ def forward(
 
     # The CLS stays in float32 between the steps, whatever the model's dtype.
     projected = cls.new_empty((batch, width), dtype=torch.float32)
-    default = {"BLOCK_E": 32, **cls_default(own, dtype)}
+    default = {"BLOCK_E": 32, **cls_default(own, 1, dtype)}
     chosen = configuration("fusion_projection", own, dtype, default)
     launch(
         fusion_projection,

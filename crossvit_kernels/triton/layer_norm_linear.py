@@ -12,7 +12,7 @@ from . import _linear_tiles
 from ._gradients import input_gradient, weight_gradients
 from ._launch import Configuration, cdiv, configuration, dot_precision, launch, multiprocessors
 from ._layer_norm_backward import norm_gradients
-from ._math import gelu, gelu_derivative
+from ._math import gelu, gelu_derivative, product
 from ._norm_rows import norm_rows
 from ._rows import Rows, block_of, row_offsets, rows_of
 from ._scale import UNSCALED
@@ -133,7 +133,7 @@ def layer_norm_linear_forward(
                 columns = k * BLOCK_K + chunk
                 wanted = counts[:, None] & (columns < WIDTH)[None, :]
                 weight = tl.load(weight_at[:, None] + columns[None, :], mask=wanted, other=0.0)
-                acc = tl.dot(tiles[k], weight.T, acc, input_precision=PRECISION)
+                acc = product(tiles[k], weight.T, acc, PRECISION)
         else:
             for k in tl.range(0, WIDTH, BLOCK_K):
                 columns = k + chunk
@@ -141,7 +141,7 @@ def layer_norm_linear_forward(
                 x = tl.load(x_at[:, None] + columns[None, :], mask=exists[:, None] & inside, other=0.0)
                 y = normalized(x, first, shift, rstd, norm_weight_ptr, norm_bias_ptr, columns, WIDTH, GELU_IN)
                 weight = tl.load(weight_at[:, None] + columns[None, :], mask=counts[:, None] & inside, other=0.0)
-                acc = tl.dot(y.to(weight_ptr.dtype.element_ty), weight.T, acc, input_precision=PRECISION)
+                acc = product(y.to(weight_ptr.dtype.element_ty), weight.T, acc, PRECISION)
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + feature, mask=counts, other=0.0).to(tl.float32)[None, :]
         at = row[:, None] * features + feature[None, :]
@@ -320,9 +320,10 @@ def _configuration(rows: int, width: int, dtype: torch.dtype) -> Configuration:
         if few:
             default = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": block_k, "num_warps": 4, "num_stages": 3}
         else:
-            # Without matrix units a thread holds operands beside its part of the sum.
-            num_warps = 8 if dot_precision(dtype) == "ieee" else 4
-            default = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": block_k, "num_warps": num_warps, "num_stages": 3}
+            # Without matrix units a thread holds operands and a tile's sum beside its part of the whole.
+            ieee = dot_precision(dtype) == "ieee"
+            default = {"BLOCK_M": 64, "BLOCK_N": 32 if ieee else 64, "BLOCK_K": block_k}
+            default |= {"num_warps": 8 if ieee else 4, "num_stages": 3}
     elif few:
         default = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": block_of(width), "num_warps": 4, "num_stages": 2}
     elif width > WIDEST_HELD:

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import _linear_tiles
 from ._gradients import input_gradient, weight_gradients
 from ._launch import Configuration, cdiv, configuration, dot_precision, launch, multiprocessors
-from ._math import gelu
+from ._math import gelu, product
 from ._rows import Rows, block_of, row_offsets, rows_of
 from ._scale import SAMPLE, Scale, scale_of, scaled
 
@@ -47,7 +47,7 @@ def linear_tile(
         weight = tl.load(weight_at + k, mask=counts[:, None] & inside, other=0.0)
         if GELU:
             x = gelu(x.to(tl.float32))
-        acc = tl.dot(x.to(weight_ptr.dtype.element_ty), weight.T, acc, input_precision=PRECISION)
+        acc = product(x.to(weight_ptr.dtype.element_ty), weight.T, acc, PRECISION)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + feature, mask=counts, other=0.0).to(tl.float32)[None, :]
     return acc

@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._gradients import sum_partials
-from ._launch import Configuration, cdiv, configuration, dot_precision, launch, multiprocessors
+from ._launch import Configuration, architecture, cdiv, configuration, dot_precision, launch, multiprocessors
+from ._math import product
 from ._patches import (
     Images,
     cubic_taps,
@@ -44,7 +45,7 @@ def multiply(accs, tile, weight_ptr, first, pixel, inside, features, DEPTH: tl.c
         feature = first + t * BLOCK_N + tl.arange(0, BLOCK_N)
         wanted = (feature < features)[:, None] & inside[None, :]
         weight = tl.load(weight_ptr + feature[:, None] * DEPTH + pixel[None, :], mask=wanted, other=0.0)
-        sums = sums + (tl.dot(tile, weight.T, accs[t], input_precision=PRECISION),)
+        sums = sums + (product(tile, weight.T, accs[t], PRECISION),)
     return sums
 
 
@@ -217,7 +218,7 @@ def patch_embed_weight_gradient(
             feature = first + t * BLOCK_N + tl.arange(0, BLOCK_N)
             wanted = exists[:, None] & (feature < features)[None, :]
             grad = tl.load(grad_at[:, None] + feature[None, :], mask=wanted, other=0.0).to(COMPUTE)
-            sums = sums + (tl.dot(grad.T, patches, accs[t], input_precision=PRECISION),)
+            sums = sums + (product(grad.T, patches, accs[t], PRECISION),)
         accs = sums
         if RESIZE:  # the next tile, while the matrix units work on this one
             patches = resized_patches(
@@ -262,7 +263,7 @@ def patch_embed_images_gradient(
         grad = tl.load(grad_at[:, None] + feature[None, :], mask=exists[:, None] & counts[None, :], other=0.0)
         weight_at = weight_ptr + feature[:, None] * DEPTH + pixel[None, :]
         weight = tl.load(weight_at, mask=counts[:, None] & inside[None, :], other=0.0)
-        acc = tl.dot(grad.to(weight_ptr.dtype.element_ty), weight, acc, input_precision=PRECISION)
+        acc = product(grad.to(weight_ptr.dtype.element_ty), weight, acc, PRECISION)
     out_row = per_row * PATCH
     out_plane = lines * PATCH * out_row
     at = image * CHANNELS * out_plane + line * PATCH * out_row + column * PATCH
@@ -474,10 +475,14 @@ def _forward_configuration(features: int, dtype: torch.dtype, resize: bool) -> C
     """BLOCK_D is the most columns that a program takes."""
     name = "patch_embed_forward_resized" if resize else "patch_embed_forward"
     if dtype.itemsize == 4:
-        default = {"BLOCK_N": block_of(features, 64), "BLOCK_D": 192, "BLOCK_K": 16, "num_stages": 3}
+        default = {"BLOCK_N": block_of(features, 64), "BLOCK_D": 128 if resize else 192, "BLOCK_K": 16, "num_stages": 3}
     else:
         default = {"BLOCK_N": block_of(features), "BLOCK_D": 384, "BLOCK_K": 32, "num_stages": 4}
-    return configuration(name, features, dtype, {"BLOCK_M": 64, **default, "num_warps": 8})
+    # A thread of 16 warps has registers left for the taps of a resize beside its part of 384 columns; tcgen05, whose
+    # sums are not in registers, takes 8 at most.
+    many = resize and dtype.itemsize == 2 and features > 256 and architecture() in ("sm_80", "sm_90")
+    num_warps = 16 if many else 8
+    return configuration(name, features, dtype, {"BLOCK_M": 64, **default, "num_warps": num_warps})
 
 
 def _weight_configuration(features: int, dtype: torch.dtype, resize: bool) -> Configuration:
