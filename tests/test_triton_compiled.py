@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[1]
 
 
 class Run(NamedTuple):
-    """One `--plan` of every op at CrossViT-15's sizes, batch 256: forward and backward, as for training, and with `both`
-    also the forward of inference."""
+    """One `--plan` of every op at CrossViT-15's sizes, batch 256: forward and backward, as for training, and with
+    `both` also the forward of inference."""
 
     architecture: str
     dtype: str

@@ -94,7 +94,8 @@ def token_gradient(
     dx^_n = sum_h ds_hn u_h + p_hn dz_h         through the LayerNorm into grad_patches, for the CLS token as it is
 
     `pairs` holds, rounded, gamma u_h in row 2h and dz_h in row 2h + 1, so that one product serves both; `means` their
-    means over a row; RELOAD: they do not stay on chip from one product to the next. grad_patches_ptr, grad_normalized_ptr None: not needed.
+    means over a row. RELOAD: the pairs do not stay on chip from one product to the next. grad_patches_ptr,
+    grad_normalized_ptr None: not needed.
     """
     image = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -260,7 +261,7 @@ def differentiate_tokens(
         D=width,
         HEADS=heads,
         HEADS_BLOCK=max(8, power_of_two(heads)),
-        RELOAD=width * dtype.itemsize > 2048,
+        RELOAD=width * dtype.itemsize > 3072,
         PRECISION=dot_precision(dtype),
     )
     return sums
