@@ -69,7 +69,7 @@ def _calls(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict
     threads = torch.get_num_threads()
     for op, (branch, dtype) in itertools.product(options.op, branches):
         for backward in (False, True)[: 1 + (op != "cls_fusion")]:
-            for batch, variant in itertools.product((1, 5) if small else (1, 32, 256), VARIANTS.get(op, [{}])):
+            for batch, variant in itertools.product((5,) if small else (1, 32, 256), VARIANTS.get(op, [{}])):
                 cell = Cell(op, branch, batch, dtype, backward, threads, options.device)
                 yield f"{cell} {variant or ''}", functools.partial(_op, cell, options.kernels, variant)
     if not small:

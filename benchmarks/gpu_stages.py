@@ -12,7 +12,7 @@ from .cases import OPS
 from .stages import Stage, Verdict, by_last_line
 
 TEST_WORKERS = 14  # of pytest-xdist at most; each has a context of its own on the GPU
-TOGETHER = 180.0  # seconds for all that times nothing, side by side
+TOGETHER = 210.0  # seconds for all that times nothing, side by side
 OURS = "reference,reference-graph,triton,triton-graph"
 THEIRS = "timm-eager,timm-eager-graph"
 COMPILED = "timm-compiled,timm-compiled-graph"
@@ -46,14 +46,14 @@ def _untimed(smoke: bool, cores: int) -> list[Stage]:
             beside=True,
             judge=by_pytest,
         ),
-        _sanitizer("memcheck", smoke),
     ]
     if smoke:
-        return stages
+        return [*stages, _sanitizer("memcheck", "linear_residual")]
+    stages += [_sanitizer("memcheck", op) for op in OPS if op != "self_attention"]
     ahead = ("benchmarks.exercise", "--device", "cuda", "--sizes", "model")
     return [
         *stages,
-        replace(_sanitizer("racecheck", smoke), optional=True),
+        *(replace(_sanitizer("racecheck", op), optional=True) for op in ("cls_cross_attention", "cls_fusion")),
         Stage("compile ops", "build", _python(*ahead, "--model", "none"), TOGETHER, beside=True, optional=True),
         Stage("compile models", "build", _python(*ahead, "--op", "none"), TOGETHER, beside=True, optional=True),
     ]
@@ -114,14 +114,14 @@ def _op(op: str, weight: float) -> Stage:
     return _figures("ops", "ops", op, weight, *words)
 
 
-def _sanitizer(tool: str, smoke: bool) -> Stage:
-    """A tool of compute-sanitizer over every op at small sizes."""
+def _sanitizer(tool: str, op: str) -> Stage:
+    """A tool of compute-sanitizer over an op at small sizes."""
     program = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     flags = ["--tool", tool, "--error-exitcode", "86"]
     flags += ["--report-api-errors", "no"] if tool == "memcheck" else []  # torch's probing of the driver is no error
-    exercise = _python("benchmarks.exercise", "--device", "cuda", *(["--op", "linear_residual"] if smoke else []))
+    exercise = _python("benchmarks.exercise", "--device", "cuda", "--op", op)
     return Stage(
-        tool,
+        f"{tool} {op}",
         "sanitize",
         [program or "compute-sanitizer", *flags, "--target-processes", "application-only", *exercise],
         TOGETHER,

@@ -16,13 +16,13 @@ if not GPU:
 from crossvit_kernels import backends
 from crossvit_kernels.ops._registry import OPS
 from inputs import Random
-from numerics import AUTOCAST16, FLOAT16
+from numerics import AUTOCAST, AUTOCAST16, FLOAT16
 
 # What the interpreter cannot show: it runs one kernel at a time, and holds its state in the module.
 COMPILED_ONLY = ("test_calls_from_several_threads_do_not_meet",)
 # float16 is run through the interpreter, where bfloat16 is not to be had; a GPU compiles its kernels as bfloat16's.
 INTERPRETED = (FLOAT16, AUTOCAST16)
-# Over these lists the interpreter, which takes seconds where a GPU takes none, does without autocast.
+# Over these lists Triton does without autocast: interpreting, or compiling for each width and dtype, takes seconds.
 LISTS = {"shape", "kind", "where", "value"}
 NATIVE = [name for name in backends.BACKENDS if name != "reference" and backends.available(name)]
 
@@ -54,7 +54,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("gpu")
         elif backend in ("triton", "cuda") and GPU:
             item.add_marker("gpu")
-            if precision in INTERPRETED:
+            if precision in INTERPRETED or (precision == AUTOCAST and parameters.keys() & LISTS):
                 left_out.append(item)
         elif backend == "triton" and precision == AUTOCAST16 and parameters.keys() & LISTS:
             left_out.append(item)
