@@ -236,6 +236,7 @@ def differentiate_tokens(
     batch, heads, tokens = probs.shape
     width, dtype = patches.shape[2], pairs.dtype
     chosen, splits, tiles = plan
+    heads_block = max(8, power_of_two(heads))
     sums = probs.new_empty((batch, splits, heads, width))
     launch(
         token_gradient,
@@ -260,8 +261,8 @@ def differentiate_tokens(
         tiles=tiles,
         D=width,
         HEADS=heads,
-        HEADS_BLOCK=max(8, power_of_two(heads)),
-        RELOAD=width * dtype.itemsize > 3072,
+        HEADS_BLOCK=heads_block,
+        RELOAD=2 * heads_block * width * dtype.itemsize > 100_000,
         PRECISION=dot_precision(dtype),
     )
     return sums
