@@ -117,7 +117,7 @@ def _op(op: str, weight: float) -> Stage:
 def _sanitizer(tool: str, op: str) -> Stage:
     """A tool of compute-sanitizer over an op at small sizes."""
     program = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-    flags = ["--tool", tool, "--error-exitcode", "86"]
+    flags = ["--tool", tool, "--error-exitcode", "86", "--launch-timeout", "600"]  # until torch is imported
     flags += ["--report-api-errors", "no"] if tool == "memcheck" else []  # torch's probing of the driver is no error
     exercise = _python("benchmarks.exercise", "--device", "cuda", "--op", op)
     return Stage(

@@ -103,9 +103,11 @@ def linear(
 ) -> None:
     """Fills `out` (rows, features), and `pre` where it is given; see `linear_tiles`. Only where it `fits`."""
     features, width = weight.shape
-    last_step = (
-        "residual" if residual is not None else "linear" if not gelu else "gelu" if pre is None else "gelu_saved"
-    )
+    last_step = "residual" if residual is not None else "gelu" if gelu else "linear"
+    if pre is not None:  # its tile takes shared memory too
+        last_step += "_saved"
+    if out.dtype.itemsize == 4:  # as under autocast: a tile of the result takes twice the shared memory
+        last_step += "_wide"
     config = _configuration(last_step, features, width, weight.dtype)
     tile_m, tile_n, tile_k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
     programs = min(config["RESIDENT"] * multiprocessors(), cdiv(x.count, tile_m) * cdiv(features, tile_n))
