@@ -40,7 +40,7 @@ def throughput(rows: list[Row], path: Path) -> None:
     models, dtypes = (list(dict.fromkeys(row[key] for row in rows)) for key in ("model", "dtype"))
     names = list(dict.fromkeys(row["implementation"] for row in rows))
     several_threads = len({row["threads"] for row in rows}) > 1
-    figure = Figure(figsize=(1 + 5.2 * len(dtypes), 0.8 + 3.1 * len(models)), layout="constrained")
+    figure = Figure(figsize=(max(1 + 5.2 * len(dtypes), 8), 0.8 + 3.1 * len(models)), layout="constrained")
     axes = figure.subplots(len(models), len(dtypes), squeeze=False)
     for line, model in enumerate(models):
         for column, dtype in enumerate(dtypes):
@@ -49,7 +49,9 @@ def throughput(rows: list[Row], path: Path) -> None:
             axes[line][column].set_title(f"{model}, {dtype}", fontsize=10)
         axes[line][0].set_ylabel("images / s")
     handles = [Patch(color=COLOURS.get(name, "#000000"), label=name) for name in names]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(names), 6), frameon=False, fontsize=9)
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=min(len(names), 3 * len(dtypes)), frameon=False, fontsize=9
+    )
     first = rows[0]
     mode = "Training step" if first["mode"] == "train" else "Inference"
     threads = "" if several_threads or "driver" in first else f", {first['threads']} threads"
@@ -103,13 +105,18 @@ def ops(rows: list[Row], path: Path) -> None:
         axis.grid(axis="x", lw=0.4, alpha=0.6)
         axis.set_axisbelow(True)
     handles = [Patch(color=COLOURS.get(name, "#000000"), label=name) for name in names]
-    figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
+    figure.legend(handles=handles, loc="outside lower center", ncols=3 * len(dtypes), frameon=False, fontsize=9)
     figure.suptitle(f"Ops: {rows[0]['device']}, torch {rows[0]['versions'].get('torch', '')}", fontsize=11)
     _save(figure, path)
 
 
 def _duration(microseconds: float) -> str:
     return f"{microseconds:.3g} µs" if microseconds < 1000 else f"{microseconds / 1000:.3g} ms"
+
+
+def _count(value: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{value:.3g}" if value < 1000 else f"{float(f'{value:.3g}'):,.0f}"
 
 
 def _save(figure: Any, path: Path) -> None:
@@ -146,7 +153,7 @@ def _panel(axis: Any, rows: list[Row], names: list[str], several_threads: bool) 
             error_kw=WHISKERS,
         )
         axis.annotate(
-            f"{figures['median']:.3g}",
+            _count(figures["median"]),
             (place, figures["max"]),
             xytext=(0, 2),
             textcoords="offset points",
