@@ -17,6 +17,7 @@ from crossvit_kernels import backends
 from inputs import EXAMPLES
 
 CPU = torch.device("cpu")
+needs_cpu_kernels = pytest.mark.skipif("cpu" not in NATIVE, reason=f"no CPU kernels: {backends.reason('cpu')}")
 
 
 @pytest.fixture
@@ -65,9 +66,8 @@ def test_an_unknown_name_raises_and_lists_the_choices(name: str) -> None:
         backends.available(name)
 
 
-def test_auto_takes_the_kernels_and_leaves_other_dtypes_to_the_reference(backend: str) -> None:
-    if backend != "cpu":
-        pytest.skip("speaks of the CPU")
+@needs_cpu_kernels
+def test_auto_takes_the_kernels_and_leaves_other_dtypes_to_the_reference() -> None:
     for op in EXAMPLES:
         for dtype in (torch.float32, torch.bfloat16):
             for kernels in ("auto", "cpu"):
@@ -90,9 +90,8 @@ def test_every_backend_has_kernels_of_its_own_for_every_op(backend: str) -> None
             assert backends.serves(backend, f"{op}_backward")
 
 
-def test_a_backend_for_another_device_raises(backend: str) -> None:
-    if backend != "cpu":
-        pytest.skip("speaks of the CPU")
+@needs_cpu_kernels
+def test_a_backend_for_another_device_raises() -> None:
     given = {n: v.to("meta") if isinstance(v, torch.Tensor) else v for n, v in EXAMPLES["self_attention"]().items()}
     with pytest.raises(ValueError, match="kernels='cpu' takes tensors on cpu, got tensors on meta"):
         crossvit_kernels.self_attention(**given, kernels="cpu")
