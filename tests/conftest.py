@@ -3,6 +3,7 @@
 Without a GPU the Triton kernels run in Triton's interpreter, on CPU tensors; with one, on it.
 """
 
+import math
 import os
 from collections.abc import Iterator
 
@@ -16,14 +17,34 @@ if not GPU:
 from crossvit_kernels import backends
 from crossvit_kernels.ops._registry import OPS
 from inputs import Random
-from numerics import AUTOCAST, AUTOCAST16, FLOAT16
+from numerics import AUTOCAST, AUTOCAST16, FLOAT16, FLOAT32
 
 # What the interpreter cannot show: it runs one kernel at a time, and holds its state in the module.
 COMPILED_ONLY = ("test_calls_from_several_threads_do_not_meet",)
+# What is no different for Triton's kernels, and slow with them interpreted.
+NOT_INTERPRETED = ("test_compile_with_inductor_and_a_dynamic_batch",)
 # float16 is run through the interpreter, where bfloat16 is not to be had; a GPU compiles its kernels as bfloat16's.
 INTERPRETED = (FLOAT16, AUTOCAST16)
 # Over these lists Triton does without autocast: interpreting, or compiling for each width and dtype, takes seconds.
 LISTS = {"shape", "kind", "where", "value"}
+# Interpreting, of these tests' variants one in so many runs: every op, change, kind and factor is still met.
+EVERY = {
+    "test_opcheck": 2,
+    "test_compile_of_the_whole_graph": 2,
+    "test_activations_and_kinds_of_tokens": 2,
+    "test_kinds_of_tokens": 2,
+    "test_nonfinite_values_come_out_where_the_reference_has_them": 2,
+    "test_the_weights_of_now_are_used": 6,
+    "test_scale_and_kinds_of_tokens": 3,
+}
+LARGE = 4_000_000  # of the product of a case's sizes: from here in float16 alone, from five times that not at all
+# Resizes and shapes that take the interpreter many seconds each, where others show the same.
+SLOW = {
+    *((60, 60), (28, 28), (240, 240), (1, 1)),
+    *((1, 240, 240, 12, 32), (1, 224, 224, 16, 32)),
+    *((1, 196, 384, 6), (9, 64, 224, 7), (1, 40, 768, 12), (5, 30, 448, 7)),
+    *((2, 768), (5, 448)),
+}
 NATIVE = [name for name in backends.BACKENDS if name != "reference" and backends.available(name)]
 
 
@@ -56,13 +77,46 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("gpu")
             if precision in INTERPRETED or (precision == AUTOCAST and parameters.keys() & LISTS):
                 left_out.append(item)
-        elif backend == "triton" and precision == AUTOCAST16 and parameters.keys() & LISTS:
+        elif not _has_its_turn(item):
             left_out.append(item)
         if item.get_closest_marker("gpu") and not GPU:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
     config.hook.pytest_deselected(items=left_out)
     gone = set(left_out)
     items[:] = [item for item in items if item not in gone]
+
+
+def interpreted(backend: str) -> bool:
+    """Whether Triton's interpreter runs the backend here: a program of a grid at a time, which is slow."""
+    return backend == "triton" and not GPU
+
+
+def _has_its_turn(item: pytest.Item) -> bool:
+    """Whether the interpreter runs this case: of a test over several cases each in one precision, which takes turns,
+    so that every precision is met, in a quarter of the time. Other backends, and a GPU, run them all."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    if not interpreted(parameters.get("backend", parameters.get("kernels"))):
+        return True
+    if item.originalname in NOT_INTERPRETED or parameters.get("size", parameters.get("shape")) in SLOW:
+        return False
+    steps = []
+    for mark in item.iter_markers("parametrize"):
+        names = [name.strip() for name in mark.args[0].split(",")]
+        if names[0] not in ("kernels", "precision"):
+            here = [parameters[name] for name in names]
+            cases = [list(case) if len(names) > 1 else [case] for case in mark.args[1]]
+            steps.append(cases.index(here))
+    if not steps:
+        return True
+    every = 4 if parameters.get("image_size") == (24, 40) else EVERY.get(item.originalname, 1)
+    turn, left = divmod(sum(steps), every if len(steps) > 1 else 1)
+    if left or "precision" not in parameters:
+        return not left
+    cost = math.prod(parameters.get("shape", ())) * parameters.get("out", parameters.get("hidden", 0))
+    if cost > LARGE:
+        return parameters["precision"] == FLOAT16 and cost < 5 * LARGE
+    turns = (FLOAT32, FLOAT16) if parameters.keys() & LISTS else (FLOAT32, FLOAT16, AUTOCAST16)
+    return parameters["precision"] == turns[turn % len(turns)]
 
 
 def _computes(backend: str, precision: object) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import crossvit_kernels
 import inputs
+from conftest import interpreted
 from crossvit_kernels import backends
 from inputs import KINDS, LAYOUTS, Random
 from numerics import PRECISIONS, check
@@ -95,9 +96,18 @@ STRIDED = {"x", "residual", "qkv", "images", "patches"}
 
 
 @pytest.mark.parametrize("name", CASES)
-@settings(max_examples=16, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(data=st.data())
-def test_equals_the_reference(backend: str, name: str, data: st.DataObject) -> None:
+def test_equals_the_reference(backend: str, name: str) -> None:
+    examples = 2 if interpreted(backend) else 16
+
+    @settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(data=st.data())
+    def run(data: st.DataObject) -> None:
+        equals_the_reference(backend, name, data)
+
+    run()
+
+
+def equals_the_reference(backend: str, name: str, data: st.DataObject) -> None:
     rng = Random(data.draw(st.integers(0, 1000), label="seed"))
     values = CASES[name](data.draw, rng)
     for key in STRIDED & values.keys():

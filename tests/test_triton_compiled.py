@@ -29,9 +29,11 @@ class Run(NamedTuple):
     branches: str = "large"
     tf32: bool = False
     both: bool = False
+    autocast: bool = False
 
     def __str__(self) -> str:
-        return f"{self.architecture} {'tf32' if self.tf32 else self.dtype} {self.branches}"
+        kind = "tf32" if self.tf32 else f"autocast {self.dtype}" if self.autocast else self.dtype
+        return f"{self.architecture} {kind} {self.branches}"
 
     def rows(self, folder: Path) -> list[dict[str, Any]]:
         path = folder / f"{str(self).replace(' ', '-')}.json"
@@ -40,7 +42,11 @@ class Run(NamedTuple):
         command += ["--architecture", self.architecture, "--dtype", self.dtype, "--branch", self.branches]
         environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
-            [*command, *(["--tf32"] if self.tf32 else [])], env=environment, cwd=ROOT, capture_output=True, text=True
+            [*command, *["--tf32"] * self.tf32, *["--autocast"] * self.autocast],
+            env=environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr
         return json.loads(path.read_text())
@@ -49,6 +55,7 @@ class Run(NamedTuple):
 # The tuned table is of sm_90; elsewhere the defaults are launched. One 16-bit dtype stands for the other.
 RUNS = [
     Run("sm_90", "bfloat16", "large,small", both=True),
+    Run("sm_90", "bfloat16", autocast=True),
     Run("sm_80", "bfloat16"),
     Run("sm_100", "bfloat16"),
     Run("sm_90", "float32"),
