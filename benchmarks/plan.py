@@ -60,22 +60,25 @@ def tensor_bytes(launch: Launch) -> dict[str, int]:
     return {n: v.numel() * v.element_size() for n, v in reversed(tensors.values())}
 
 
-def arguments(cell: Cell) -> list[Any]:
-    """The op's inputs as its dispatcher op takes them, tensors without memory ("meta")."""
+def arguments(cell: Cell, autocast: bool = False) -> list[Any]:
+    """The op's inputs as its dispatcher op takes them, tensors without memory ("meta"); with `autocast` only the
+    operands of products are of the cell's dtype."""
+    matrices = [OPS[cell.op].inputs[i] for i in OPS[cell.op].matrices]
     values: dict[str, Any] = {"num_heads": HEADS, "eps": 1e-6, "gelu_in": False, "gelu_out": False}
     values["height"] = values["width"] = BRANCHES[cell.branch].image
     for name, shape in cell.shapes().items():
         if name == "patches":  # a view behind the CLS token, as in the model
             shape = (shape[0], shape[1] + 1, shape[2])
-        tensor = torch.empty(shape, dtype=cell.dtype, device="meta")
+        dtype = torch.float32 if autocast and name not in matrices else cell.dtype
+        tensor = torch.empty(shape, dtype=dtype, device="meta")
         values[name] = tensor[:, 1:] if name == "patches" else tensor
     return [values.get(name) for name in OPS[cell.op].inputs]
 
 
-def record(cell: Cell, architecture: str) -> Plan:
+def record(cell: Cell, architecture: str, autocast: bool = False) -> Plan:
     """The launches of the op's forward, or of its forward for training and its backward, on `architecture`."""
     op, module = OPS[cell.op], importlib.import_module(f"crossvit_kernels.triton.{cell.op}")
-    inputs = arguments(cell)
+    inputs = arguments(cell, autocast)
     with recording(architecture) as launches:
         result = module.forward(*inputs, cell.backward)
         flops = op.flops("triton", *inputs)
@@ -95,7 +98,7 @@ def served(op: str) -> bool:
     return op in triton_kernels.OPS
 
 
-def show(cells: Iterable[Cell], architectures: Sequence[str], json: Path | None) -> None:
+def show(cells: Iterable[Cell], architectures: Sequence[str], json: Path | None, autocast: bool = False) -> None:
     """Prints the plan of every cell, compiled for each of the architectures; with `json` also writes a row a launch."""
     plans = [(cell, architecture) for cell in cells if served(cell.op) for architecture in architectures]
     rates = f"{BANDWIDTH / 1e12:.1f} TB/s and {RATE / 1e12:.0f} TFLOP/s"
@@ -103,7 +106,7 @@ def show(cells: Iterable[Cell], architectures: Sequence[str], json: Path | None)
     print("Bytes: every tensor of a launch once; what several of its programs read comes from the L2 cache but once.")
     rows: list[dict[str, Any]] = []
     for cell, architecture in tqdm(plans, desc="compiling", unit="op", leave=False, disable=None):
-        plan = record(cell, architecture)
+        plan = record(cell, architecture, autocast)
         compiled = [compile_launch(launch, architecture) for launch in plan.launches]
         tqdm.write(_text(plan, compiled, architecture))
         rows += [_row(plan, launch, resources) for launch, resources in zip(plan.launches, compiled)]

@@ -41,13 +41,8 @@ class Run(NamedTuple):
         command += ["--both" if self.both else "--backward"]
         command += ["--architecture", self.architecture, "--dtype", self.dtype, "--branch", self.branches]
         environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(
-            [*command, *["--tf32"] * self.tf32, *["--autocast"] * self.autocast],
-            env=environment,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
+        command += ["--tf32"] * self.tf32 + ["--autocast"] * self.autocast
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return json.loads(path.read_text())
 

@@ -277,5 +277,6 @@ def gradient_default(width: int, dtype: torch.dtype) -> dict[str, int]:
     if width <= 256:
         return {"BLOCK_N": 16 if early and width > 192 else 32, "BLOCK_K": block, "num_warps": 4, "num_stages": 2}
     if width <= 448:
-        return {"BLOCK_N": 16 if early else 32, "BLOCK_K": block, "num_warps": 8, "num_stages": 2}
+        # Wider blocks leave no register for tokens of 32 bits, which come under autocast.
+        return {"BLOCK_N": 16 if early else 32, "BLOCK_K": block_of(width, 64), "num_warps": 8, "num_stages": 2}
     return {"BLOCK_N": 16, "BLOCK_K": block, "num_warps": 8, "num_stages": 1 if early or width > 768 else 2}
