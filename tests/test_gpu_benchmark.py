@@ -48,7 +48,7 @@ def test_later_stages_run_after_a_failure(tmp_path: Path) -> None:
     runner = Runner(60, tmp_path, lambda outcome: told.append(outcome.stage.name))
     outcomes = runner.run(
         [
-            stage("bad", "print('before'); raise SystemExit('why it failed')"),
+            stage("bad", "print('before', flush=True); raise SystemExit('why it failed')"),
             Stage("absent", "test", ["/nonexistent/tool"], 1),
             stage("lacking", "", missing="no such tool here"),
             stage("good", "import os; print(os.getcwd(), os.environ['WHAT'])", environment={"WHAT": "this"}),
