@@ -228,13 +228,14 @@ def _check(cell: Cell, function: Callable[..., Tensor], tensors: dict[str, Tenso
     ):
         if found.shape != true.shape:
             raise DisagreementError(f"{name} has shape {tuple(found.shape)}, the reference's {tuple(true.shape)}")
-        error, allowed = _rms(found.double() - true), AGREEMENT * _rms(same.double() - true)
-        allowed += AGREEMENT * torch.finfo(cell.dtype).eps * _rms(true)
+        error, allowed = rms(found.double() - true), AGREEMENT * rms(same.double() - true)
+        allowed += AGREEMENT * torch.finfo(cell.dtype).eps * rms(true)
         if not error <= allowed:
             raise DisagreementError(f"{name} is {error:.2g} (rms) off the float64 reference, {allowed:.2g} is allowed")
 
 
-def _rms(tensor: Tensor) -> float:
+def rms(tensor: Tensor) -> float:
+    """The root mean square of its elements."""
     return tensor.square().mean().sqrt().item()
 
 

@@ -30,6 +30,7 @@ from crossvit_kernels.triton._launch import Configuration
 
 from . import devices, timing
 from .cases import BRANCHES, OPS, Cell, inputs
+from .ops import rms
 from .plan import served
 from .session import DTYPES, counts, names
 
@@ -191,8 +192,7 @@ class Call:
         self.gradient = torch.randn_like(self.function(**first)) if cell.backward else None
 
     def _set(self, cell: Cell, seed: int) -> dict[str, Tensor]:
-        tensors = {name: t.cuda() for name, t in inputs(cell, seed).items()}
-        return {name: t.detach().requires_grad_(name in self.names) for name, t in tensors.items()}
+        return {name: t.requires_grad_(name in self.names) for name, t in inputs(cell, seed).items()}
 
     def __call__(self) -> None:
         for tensors in self.sets:
@@ -227,12 +227,8 @@ def _works(cell: Cell, kernel: str, configuration: Configuration) -> bool:
         expected = _calls[cell].results()
         with _launch.overriding(kernel, configuration):
             found = _calls[cell].results()
-        return all(_rms(a - b) <= TOLERANCE * _rms(b) for a, b in zip(found, expected))
+        return all(rms((a - b).double()) <= TOLERANCE * rms(b.double()) for a, b in zip(found, expected))
     return False
-
-
-def _rms(tensor: Tensor) -> float:
-    return tensor.double().square().mean().sqrt().item()
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             backend is not None and op in OPS and not backends.serves(backend, op)
         ):
             left_out.append(item)
-        elif backend is not None and precision is not None and not _computes(backend, precision):
+        elif backend is not None and precision is not None and not computes(backend, precision):
             if backend == "cpu":
                 left_out.append(item)
             else:
@@ -119,7 +119,7 @@ def _has_its_turn(item: pytest.Item) -> bool:
     return parameters["precision"] == turns[turn % len(turns)]
 
 
-def _computes(backend: str, precision: object) -> bool:
+def computes(backend: str, precision: object) -> bool:
     """Whether the backend's own kernels compute in this precision here."""
     return (precision.autocast or precision.inputs) in backends.dtypes(backend)
 

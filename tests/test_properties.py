@@ -8,8 +8,7 @@ from torch import Tensor
 
 import crossvit_kernels
 import inputs
-from conftest import interpreted
-from crossvit_kernels import backends
+from conftest import computes, interpreted
 from inputs import KINDS, LAYOUTS, Random
 from numerics import PRECISIONS, check
 
@@ -114,7 +113,7 @@ def equals_the_reference(backend: str, name: str, data: st.DataObject) -> None:
         layout = data.draw(layouts, label=f"layout of {key}")
         if layout is not None and isinstance(values[key], Tensor):
             values[key] = inputs.arrange(values[key], layout)
-    own = [p for p in PRECISIONS if (p.autocast or p.inputs) in backends.dtypes(backend)]
+    own = [p for p in PRECISIONS if computes(backend, p)]
     precision = data.draw(st.sampled_from(own), label="precision")
     check(
         getattr(crossvit_kernels, name),

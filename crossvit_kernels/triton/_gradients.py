@@ -7,12 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Configuration, cdiv, configuration, dot_precision, launch, multiprocessors
+from ._launch import DTYPES, Configuration, cdiv, configuration, dot_precision, launch, multiprocessors
 from ._math import gelu, gelu_derivative, product
-from ._rows import Rows, block_of, row_offsets
+from ._rows import FEW_ROWS, Rows, block_of, row_offsets
 from ._scale import Scale, scaled
-
-FEW_ROWS = 256
 
 
 @triton.jit
@@ -264,15 +262,12 @@ def weight_gradients(
         width=width if weight_needed else 0,
         features=features,
         GELU=gelu_in,
-        COMPUTE=_TRITON[dtype],
+        COMPUTE=DTYPES[dtype],
         PRECISION=dot_precision(dtype),
     )
     if pieces > 1:
         sum_partials(partial, size, grad_weight, grad_bias)
     return [g for g in (grad_weight, grad_bias) if g is not None]
-
-
-_TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @functools.cache

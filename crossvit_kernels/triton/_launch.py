@@ -15,8 +15,11 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 
 from .. import backends
+
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}  # as kernels take them
 
 TABLE = Path(__file__).with_name("tuned.json")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ._gradients import sum_partials
 from ._launch import Configuration, cdiv, configuration, launch, multiprocessors
 from ._math import gelu, gelu_derivative
-from ._rows import Rows, block_of, row_offsets
+from ._rows import Rows, block_of, optional_arguments, row_offsets
 
 
 @triton.jit
@@ -135,14 +135,13 @@ def norm_gradients(
     norm_weight, norm_bias = norm_weight.contiguous(), None if norm_bias is None else norm_bias.contiguous()
     sums = [norm_weight.new_empty(width) if needed else None for needed in needs[1:3]]
     partial = mean.new_empty((programs, 2 * width)) if needs[1] or needs[2] else None
-    add_arguments = Rows(grad, 0, 1, 1, 1).arguments("add") | {"add_ptr": None} if add is None else add.arguments("add")
     launch(
         layer_norm_backward,
         (programs,),
         config,
         grad_ptr=grad,
         **x.arguments("x"),
-        **add_arguments,
+        **optional_arguments(add, "add"),
         mean_ptr=mean,
         rstd_ptr=rstd,
         norm_weight_ptr=norm_weight,

@@ -1,20 +1,17 @@
 """Linear on many rows by GPUs that copy tiles by themselves (sm_90 on): as many programs as fit walk over the tiles of
 the result, and the copy engine fetches the next tile's operands while one is finished and stored."""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._launch import Configuration, architecture, cdiv, configuration, launch, multiprocessors
+from ._launch import DTYPES, architecture, cdiv, configuration, launch, multiprocessors
 from ._math import gelu16
-from ._rows import Rows, row_offsets
+from ._rows import FEW_ROWS, Rows, optional_arguments, row_offsets
 from ._scale import UNSCALED, Scale, scaled
 
-FEW_ROWS = 256  # up to here tiles of 16 rows are better
 _ALIGNMENT = 16  # bytes, of what the copy engine addresses
 
 
@@ -76,18 +73,26 @@ def linear_tiles(
         out_tiles.store([first_row, first_feature], acc.to(DTYPE))
 
 
-def fits(x: Rows, weight: Tensor, out: Tensor) -> bool:
-    """Whether `linear` takes these: many dense rows of 16-bit numbers, aligned, on a GPU with a copy engine."""
-    if x.count <= FEW_ROWS or weight.dtype.itemsize != 2 or x.tensor.dtype is not weight.dtype:
+def takes(rows: int, weight: Tensor, out: Tensor) -> bool:
+    """Whether `linear` takes so many dense rows of the weight's dtype: many, of 16 bits, on a GPU with a copy engine
+    that can address them."""
+    if rows <= FEW_ROWS or weight.dtype.itemsize != 2:
         return False
     if architecture() != "interpreter" and int(architecture().removeprefix("sm_")) < 90:
         return False
     features, width = weight.shape
-    stride = x.row_stride if x.tokens > 1 else x.batch_stride
-    if x.tokens > 1 and x.batch_stride != x.tokens * x.row_stride:  # rows at no one distance
+    return _aligned(2 * width, features * out.dtype.itemsize, 2 * weight.storage_offset())
+
+
+def fits(x: Rows, weight: Tensor, out: Tensor) -> bool:
+    """Whether `linear` takes these rows, as they lie."""
+    if x.tensor.dtype is not weight.dtype or x.distance is None or not takes(x.count, weight, out):
         return False
-    sizes = (2 * stride, 2 * width, features * out.dtype.itemsize, x.tensor.storage_offset() * 2)
-    return not any(int(size) % _ALIGNMENT for size in (*sizes, weight.storage_offset() * 2))
+    return _aligned(2 * x.distance, 2 * x.tensor.storage_offset())
+
+
+def _aligned(*sizes: int | torch.SymInt) -> bool:
+    return not any(int(size) % _ALIGNMENT for size in sizes)
 
 
 def linear(
@@ -108,44 +113,30 @@ def linear(
         last_step += "_saved"
     if out.dtype.itemsize == 4:  # as under autocast: a tile of the result takes twice the shared memory
         last_step += "_wide"
-    config = _configuration(last_step, features, width, weight.dtype)
+    default = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "RESIDENT": 2, "num_warps": 4, "num_stages": 3}
+    config = configuration(f"linear_tiles_{last_step}", width, weight.dtype, default)
     tile_m, tile_n, tile_k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
     programs = min(config["RESIDENT"] * multiprocessors(), cdiv(x.count, tile_m) * cdiv(features, tile_n))
-    stride = x.row_stride if x.tokens > 1 else x.batch_stride
     launch(
         linear_tiles,
         (programs,),
         config,
-        x_tiles=TensorDescriptor(x.tensor, [x.count, width], [stride, 1], [tile_m, tile_k]),
+        x_tiles=TensorDescriptor(x.tensor, [x.count, width], [x.distance, 1], [tile_m, tile_k]),
         weight_tiles=TensorDescriptor.from_tensor(weight, [tile_n, tile_k]),
         out_tiles=_tiles(out, features, tile_m, tile_n),
         pre_tiles=None if pre is None else _tiles(pre, features, tile_m, tile_n),
         bias_ptr=bias,
-        **(residual.arguments("residual") if residual is not None else _NO_RESIDUAL),
+        **optional_arguments(residual, "residual"),
         **scale.arguments(),
         rows=x.count,
         features=features,
         width=width,
         programs=programs,
         GELU=gelu,
-        DTYPE=_DTYPES[out.dtype],
+        DTYPE=DTYPES[out.dtype],
     )
-
-
-_NO_RESIDUAL: dict[str, Any] = {
-    "residual_ptr": None,
-    "residual_tokens": 1,
-    "residual_batch": 0,
-    "residual_row": 0,
-}
-_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def _tiles(tensor: Tensor, features: int, tile_m: int, tile_n: int) -> TensorDescriptor:
     rows = tensor.numel() // features
     return TensorDescriptor(tensor, [rows, features], [features, 1], [tile_m, tile_n])
-
-
-def _configuration(last_step: str, features: int, width: int, dtype: torch.dtype) -> Configuration:
-    default = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "RESIDENT": 2, "num_warps": 4, "num_stages": 3}
-    return configuration(f"linear_tiles_{last_step}", width, dtype, default)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ._launch import cdiv
 
+FEW_ROWS = 256  # up to here tiles of 16 rows are better
+
 
 class Rows(NamedTuple):
     """The rows (..., D) of a tensor: row r begins at r // tokens * batch_stride + r % tokens * row_stride."""
@@ -19,6 +21,13 @@ class Rows(NamedTuple):
     batch_stride: int
     row_stride: int
 
+    @property
+    def distance(self) -> int | None:
+        """From a row to the next, in elements, where it is the same everywhere."""
+        if self.tokens == 1:
+            return self.batch_stride
+        return self.row_stride if self.batch_stride == self.tokens * self.row_stride else None
+
     def arguments(self, name: str) -> dict[str, Tensor | int]:
         """A kernel's arguments <name>_ptr, <name>_tokens, <name>_batch and <name>_row."""
         return {
@@ -27,6 +36,13 @@ class Rows(NamedTuple):
             f"{name}_batch": self.batch_stride,
             f"{name}_row": self.row_stride,
         }
+
+
+def optional_arguments(rows: Rows | None, name: str) -> dict[str, Tensor | int | None]:
+    """`rows.arguments(name)`; of no rows a null pointer."""
+    if rows is None:
+        return {f"{name}_ptr": None, f"{name}_tokens": 1, f"{name}_batch": 0, f"{name}_row": 0}
+    return {**rows.arguments(name)}
 
 
 def rows_of(tensor: Tensor) -> Rows:

@@ -10,12 +10,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ._cls_rows import load_tile, load_vector, power_of_two, row_statistics
-from ._launch import cdiv, configuration, dot_precision, launch, multiprocessors
+from ._launch import DTYPES, cdiv, configuration, dot_precision, launch, multiprocessors
 from ._math import product
 from ._rows import block_of
 
 MOST_SPLITS = 32
-DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit

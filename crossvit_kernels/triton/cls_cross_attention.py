@@ -11,10 +11,10 @@ from ._cls_gradients import (
     weight_gradients,
 )
 from ._cls_rows import ROWS, absorb_query, cls_default, cls_value, dense, dense_rows, head_block, power_of_two
-from ._launch import cdiv, configuration, dot_precision, launch, multiprocessors
+from ._launch import DTYPES, cdiv, configuration, dot_precision, launch, multiprocessors
 from ._rows import block_of
 from ._token_gradient import differentiate_tokens, plan_tokens
-from ._token_pass import DTYPES, pass_tokens
+from ._token_pass import pass_tokens
 
 
 def forward(
@@ -50,8 +50,7 @@ def forward(
         cls, patches, norm_weight, key_query, eps, dtype, (mean, rstd, probs) if save else (None, None, None)
     )
     out = q_weight.new_empty((batch, width))
-    # With few images a program takes fewer, and all of the splits that it joins.
-    rows = ROWS if splits == 1 else min(ROWS, power_of_two(cdiv(batch * num_heads, 2 * multiprocessors())))
+    rows = images_per_program(batch, num_heads, splits)
     launch(
         cls_value,
         (cdiv(batch, rows), num_heads),
@@ -132,7 +131,7 @@ def backward(
     if to_query or "patches" in need:
         plan = plan_tokens(batch, tokens - 1, width, dtype)
         splits = plan[1]
-        rows = ROWS if splits == 1 else min(ROWS, power_of_two(cdiv(batch * num_heads, 2 * multiprocessors())))
+        rows = images_per_program(batch, num_heads, splits)
         # Rows whose sums are the norm's gradients: of every tile and head, from values and keys, and of every tile.
         from_values, from_keys = tiles * num_heads, cdiv(batch, rows) * num_heads
         weight_rows, bias_rows = from_values + from_keys + tiles, from_values + tiles
@@ -255,3 +254,8 @@ def backward(
             **first,
         )
     return [grads[name] for name in names if name in need]
+
+
+def images_per_program(batch: int, heads: int, splits: int) -> int:
+    """Of a head: a tile's; with few images, whose tokens were split, fewer, and all of the splits that it joins."""
+    return ROWS if splits == 1 else min(ROWS, power_of_two(cdiv(batch * heads, 2 * multiprocessors())))

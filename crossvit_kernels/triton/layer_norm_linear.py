@@ -14,12 +14,11 @@ from ._launch import Configuration, cdiv, configuration, dot_precision, launch, 
 from ._layer_norm_backward import norm_gradients
 from ._math import gelu, gelu_derivative, product
 from ._norm_rows import norm_rows
-from ._rows import Rows, block_of, row_offsets, rows_of
+from ._rows import FEW_ROWS, Rows, block_of, row_offsets, rows_of
 from ._scale import UNSCALED
 
 # Up to this width a 16-bit row tile stays on the multiprocessor beside two stages of the weight.
 WIDEST_HELD = 768
-FEW_ROWS = 256
 
 
 @triton.jit
@@ -205,8 +204,7 @@ def launch_forward(
     features, width = weight.shape
     bias = None if bias is None else bias.contiguous()
     kept = (mean, rstd) if mean.shape[0] else (None, None)
-    y = Rows(weight, x.count, 1, width, 0)  # its shape alone, yet
-    if _linear_tiles.fits(y, weight, out):
+    if _linear_tiles.takes(x.count, weight, out):
         # Where the copy engine feeds the product, normalising into memory beats doing so in front of it.
         y = rows_of(weight.new_empty((x.count, width)))
         norm_rows(x, norm_weight, norm_bias, eps, gelu_in, y.tensor, *kept)

@@ -11,10 +11,8 @@ from . import _linear_tiles
 from ._gradients import input_gradient, weight_gradients
 from ._launch import Configuration, cdiv, configuration, dot_precision, launch, multiprocessors
 from ._math import gelu, product
-from ._rows import Rows, block_of, row_offsets, rows_of
+from ._rows import FEW_ROWS, Rows, block_of, row_offsets, rows_of
 from ._scale import SAMPLE, Scale, scale_of, scaled
-
-FEW_ROWS = 256
 
 
 @triton.jit

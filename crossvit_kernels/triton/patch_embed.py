@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._gradients import sum_partials
-from ._launch import Configuration, architecture, cdiv, configuration, dot_precision, launch, multiprocessors
+from ._launch import DTYPES, Configuration, architecture, cdiv, configuration, dot_precision, launch, multiprocessors
 from ._math import product
 from ._patches import (
     Images,
@@ -391,7 +391,7 @@ def _weight_gradient(grad_out: Tensor, cut: Images, weight: Tensor) -> Tensor:
         tiles_per_piece=per_piece,
         TILES=tiles,
         CHUNKS=chunks,
-        COMPUTE=_TRITON[weight.dtype],
+        COMPUTE=DTYPES[weight.dtype],
         PRECISION=dot_precision(weight.dtype),
     )
     if pieces > 1:
@@ -457,9 +457,6 @@ def _batch_sums(
     if sums is not None:
         sum_partials(sums[1:], features, grad_bias, None)
     return [g for g in grads if g is not None]
-
-
-_TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @functools.cache
