@@ -1,0 +1,75 @@
+// Element types: conversions to float and back, packed pairs, and the choice of a template's types at run time.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "types.h"
+
+namespace crossvit::cuda {
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <class T>
+__device__ __forceinline__ T from_float(float x) {
+  if constexpr (sizeof(T) == 4) {
+    return x;
+  } else if constexpr (__is_same(T, __half)) {
+    return __float2half_rn(x);
+  } else {
+    return __float2bfloat16_rn(x);
+  }
+}
+
+// Two 16-bit numbers as an operand register of a matrix instruction, the first in the low half.
+template <class T>
+__device__ __forceinline__ std::uint32_t pack(float low, float high) {
+  std::uint32_t packed;
+  if constexpr (__is_same(T, __half)) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    memcpy(&packed, &pair, 4);
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    memcpy(&packed, &pair, 4);
+  }
+  return packed;
+}
+
+// Sixteen bytes of elements, moved at once.
+template <class T>
+struct alignas(16) Chunk {
+  static constexpr int kSize = 16 / sizeof(T);
+  T at[kSize];
+};
+
+// An element of a vector whose type is known at run time only (LayerNorm's weight and bias, biases: read once a tile).
+__device__ __forceinline__ float load(const void* data, Type type, std::int64_t i) {
+  if (type == Type::float32) return static_cast<const float*>(data)[i];
+  if (type == Type::float16) return to_float(static_cast<const __half*>(data)[i]);
+  return to_float(static_cast<const __nv_bfloat16*>(data)[i]);
+}
+
+__device__ __forceinline__ void store(void* data, Type type, std::int64_t i, float value) {
+  if (type == Type::float32) {
+    static_cast<float*>(data)[i] = value;
+  } else if (type == Type::float16) {
+    static_cast<__half*>(data)[i] = __float2half_rn(value);
+  } else {
+    static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(value);
+  }
+}
+
+// f(element of the type): f([](auto example) { using T = decltype(example); ... }).
+template <class F>
+decltype(auto) with_type(Type type, F&& f) {
+  if (type == Type::float32) return f(float());
+  if (type == Type::float16) return f(__half());
+  return f(__nv_bfloat16());
+}
+
+}  // namespace crossvit::cuda
