@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/ops.h"
+#include "schemas.h"
 
 namespace crossvit {
 
@@ -103,46 +104,19 @@ TORCH_LIBRARY(crossvit_kernels_cpu, m) {
   const auto op = [&m](const char* schema, auto function) {
     m.def(schema, torch::dispatch(c10::DispatchKey::CPU, function));
   };
-  op("layer_norm_linear(Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor weight, Tensor? bias, float eps, "
-     "bool gelu_in, bool gelu_out, bool save) -> (Tensor out, Tensor mean, Tensor rstd, Tensor pre)",
-     TORCH_FN(layer_norm_linear));
-  op("layer_norm_linear_backward(Tensor grad_out, Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor weight, "
-     "Tensor mean, Tensor rstd, Tensor pre, bool gelu_in, bool gelu_out, bool[] needs) -> Tensor[]",
-     TORCH_FN(layer_norm_linear_backward));
-  op("linear_residual(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor? scale) -> Tensor",
-     TORCH_FN(linear_residual));
-  op("linear_residual_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor? bias, Tensor? scale, bool[] needs) "
-     "-> Tensor[]",
-     TORCH_FN(linear_residual_backward));
-  op("layer_norm_mlp(Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, "
-     "float eps, Tensor? scale, bool save) -> (Tensor out, Tensor mean, Tensor rstd, Tensor pre)",
-     TORCH_FN(layer_norm_mlp));
-  op("layer_norm_mlp_backward(Tensor grad_out, Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor w1, Tensor w2, "
-     "Tensor? b2, Tensor? scale, Tensor mean, Tensor rstd, Tensor pre, bool[] needs) -> Tensor[]",
-     TORCH_FN(layer_norm_mlp_backward));
-  op("cls_cross_attention(Tensor cls, Tensor patches, Tensor norm_weight, Tensor? norm_bias, Tensor q_weight, "
-     "Tensor? q_bias, Tensor k_weight, Tensor v_weight, Tensor? v_bias, int num_heads, float eps, bool save) -> "
-     "(Tensor out, "
-     "Tensor mean, Tensor rstd, Tensor probs, Tensor context, Tensor query, Tensor key_query)",
-     TORCH_FN(cls_cross_attention));
-  op("cls_cross_attention_backward(Tensor grad_out, Tensor cls, Tensor patches, Tensor norm_weight, Tensor? norm_bias, "
-     "Tensor q_weight, Tensor k_weight, Tensor v_weight, Tensor mean, Tensor rstd, Tensor probs, Tensor context, "
-     "Tensor query, Tensor key_query, int num_heads, bool[] needs) -> Tensor[]",
-     TORCH_FN(cls_cross_attention_backward));
-  op("cls_fusion(Tensor cls, Tensor patches, Tensor proj_norm_weight, Tensor? proj_norm_bias, Tensor proj_weight, "
-     "Tensor? proj_bias, Tensor norm_weight, Tensor? norm_bias, Tensor q_weight, Tensor? q_bias, Tensor k_weight, "
-     "Tensor v_weight, Tensor? v_bias, Tensor out_weight, Tensor? out_bias, Tensor revert_norm_weight, "
-     "Tensor? revert_norm_bias, Tensor revert_weight, Tensor? revert_bias, int num_heads, float eps) -> Tensor",
-     TORCH_FN(cls_fusion));
-  op("self_attention(Tensor qkv, int num_heads, bool save) -> (Tensor out, Tensor lse)", TORCH_FN(self_attention));
-  op("self_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, int num_heads) -> Tensor",
-     TORCH_FN(self_attention_backward));
-  op("patch_embed(Tensor images, Tensor weight, Tensor? bias, Tensor cls_token, Tensor pos_embed, int height, "
-     "int width) -> Tensor",
-     TORCH_FN(patch_embed));
-  op("patch_embed_backward(Tensor grad_out, Tensor images, Tensor weight, Tensor? bias, Tensor cls_token, "
-     "Tensor pos_embed, int height, int width, bool[] needs) -> Tensor[]",
-     TORCH_FN(patch_embed_backward));
+  op(schema::layer_norm_linear, TORCH_FN(layer_norm_linear));
+  op(schema::layer_norm_linear_backward, TORCH_FN(layer_norm_linear_backward));
+  op(schema::linear_residual, TORCH_FN(linear_residual));
+  op(schema::linear_residual_backward, TORCH_FN(linear_residual_backward));
+  op(schema::layer_norm_mlp, TORCH_FN(layer_norm_mlp));
+  op(schema::layer_norm_mlp_backward, TORCH_FN(layer_norm_mlp_backward));
+  op(schema::cls_cross_attention, TORCH_FN(cls_cross_attention));
+  op(schema::cls_cross_attention_backward, TORCH_FN(cls_cross_attention_backward));
+  op(schema::cls_fusion, TORCH_FN(cls_fusion));
+  op(schema::self_attention, TORCH_FN(self_attention));
+  op(schema::self_attention_backward, TORCH_FN(self_attention_backward));
+  op(schema::patch_embed, TORCH_FN(patch_embed));
+  op(schema::patch_embed_backward, TORCH_FN(patch_embed_backward));
 }
 
 PYBIND11_MODULE(_C, m) {

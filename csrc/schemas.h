@@ -1,0 +1,59 @@
+// The schemas of the native ops, the same in every namespace that has them: crossvit_kernels_cpu, crossvit_kernels_cuda.
+#pragma once
+
+namespace crossvit::schema {
+
+inline constexpr const char* layer_norm_linear =
+    "layer_norm_linear(Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor weight, Tensor? bias, float eps, "
+    "bool gelu_in, bool gelu_out, bool save) -> (Tensor out, Tensor mean, Tensor rstd, Tensor pre)";
+
+inline constexpr const char* layer_norm_linear_backward =
+    "layer_norm_linear_backward(Tensor grad_out, Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor weight, "
+    "Tensor mean, Tensor rstd, Tensor pre, bool gelu_in, bool gelu_out, bool[] needs) -> Tensor[]";
+
+inline constexpr const char* linear_residual =
+    "linear_residual(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor? scale) -> Tensor";
+
+inline constexpr const char* linear_residual_backward =
+    "linear_residual_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor? bias, Tensor? scale, bool[] "
+    "needs) -> Tensor[]";
+
+inline constexpr const char* layer_norm_mlp =
+    "layer_norm_mlp(Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor w1, Tensor? b1, Tensor w2, Tensor? "
+    "b2, float eps, Tensor? scale, bool save) -> (Tensor out, Tensor mean, Tensor rstd, Tensor pre)";
+
+inline constexpr const char* layer_norm_mlp_backward =
+    "layer_norm_mlp_backward(Tensor grad_out, Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor w1, Tensor "
+    "w2, Tensor? b2, Tensor? scale, Tensor mean, Tensor rstd, Tensor pre, bool[] needs) -> Tensor[]";
+
+inline constexpr const char* cls_cross_attention =
+    "cls_cross_attention(Tensor cls, Tensor patches, Tensor norm_weight, Tensor? norm_bias, Tensor q_weight, "
+    "Tensor? q_bias, Tensor k_weight, Tensor v_weight, Tensor? v_bias, int num_heads, float eps, bool save) -> "
+    "(Tensor out, Tensor mean, Tensor rstd, Tensor probs, Tensor context, Tensor query, Tensor key_query)";
+
+inline constexpr const char* cls_cross_attention_backward =
+    "cls_cross_attention_backward(Tensor grad_out, Tensor cls, Tensor patches, Tensor norm_weight, Tensor? "
+    "norm_bias, Tensor q_weight, Tensor k_weight, Tensor v_weight, Tensor mean, Tensor rstd, Tensor probs, "
+    "Tensor context, Tensor query, Tensor key_query, int num_heads, bool[] needs) -> Tensor[]";
+
+inline constexpr const char* cls_fusion =
+    "cls_fusion(Tensor cls, Tensor patches, Tensor proj_norm_weight, Tensor? proj_norm_bias, Tensor proj_weight, "
+    "Tensor? proj_bias, Tensor norm_weight, Tensor? norm_bias, Tensor q_weight, Tensor? q_bias, Tensor k_weight, "
+    "Tensor v_weight, Tensor? v_bias, Tensor out_weight, Tensor? out_bias, Tensor revert_norm_weight, Tensor? "
+    "revert_norm_bias, Tensor revert_weight, Tensor? revert_bias, int num_heads, float eps) -> Tensor";
+
+inline constexpr const char* self_attention =
+    "self_attention(Tensor qkv, int num_heads, bool save) -> (Tensor out, Tensor lse)";
+
+inline constexpr const char* self_attention_backward =
+    "self_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, int num_heads) -> Tensor";
+
+inline constexpr const char* patch_embed =
+    "patch_embed(Tensor images, Tensor weight, Tensor? bias, Tensor cls_token, Tensor pos_embed, int height, int "
+    "width) -> Tensor";
+
+inline constexpr const char* patch_embed_backward =
+    "patch_embed_backward(Tensor grad_out, Tensor images, Tensor weight, Tensor? bias, Tensor cls_token, Tensor "
+    "pos_embed, int height, int width, bool[] needs) -> Tensor[]";
+
+}  // namespace crossvit::schema
