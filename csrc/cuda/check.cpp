@@ -77,4 +77,18 @@ RowTensor::RowTensor(const Tensor& t) : tensor(t), width(t.size(-1)), type(type_
   aligned = aligned_to_16(tensor);
 }
 
+Rows RowTensor::rows() const {
+  Rows result;
+  result.data = const_cast<void*>(tensor.const_data_ptr());
+  result.type = type;
+  result.aligned = aligned;
+  result.row_stride = stride;
+  if (inner < count) {
+    TORCH_CHECK(count < std::int64_t{1} << 32, "a view of ", count, " rows with two strides; make it contiguous");
+    result.tokens = static_cast<std::uint32_t>(inner);
+    result.batch_stride = outer_stride;
+  }
+  return result;
+}
+
 }  // namespace crossvit::cuda

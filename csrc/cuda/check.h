@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <optional>
 
+#include "cuda/rows.h"
 #include "cuda/types.h"
 #include "schemas.h"
 
@@ -60,6 +61,7 @@ struct RowTensor {
   explicit RowTensor(const Tensor& t);
   const void* data() const { return tensor.const_data_ptr(); }
   void* mutable_data() const { return tensor.mutable_data_ptr(); }
+  Rows rows() const;  // as kernels take them; the memory has to outlive the launch call only
 };
 
 // Defines an op of crossvit_kernels_cuda. Each <op>.cpp does it for its own functions:
