@@ -1,4 +1,4 @@
-"""The CPU emulation that CUDA kernels are tested in, tested itself: a right kernel passes, and each planted fault is seen.
+"""The CPU emulation that CUDA kernels are tested in, tested itself: a right kernel passes, each planted fault is seen.
 
 tests/cuda_emulation/faults.cu is compiled plainly, with the portable switching of stacks, and with sanitizers.
 """
@@ -75,7 +75,9 @@ def test_the_sanitizer_sees_accesses_outside_memory(faults: tuple[str, Path]) ->
     _, program = faults
     outside = run(program, "outside_global")
     assert outside.returncode != 0
-    assert "heap-buffer-overflow" in outside.stderr and "faults.cu" in outside.stderr
+    assert "heap-buffer-overflow" in outside.stderr
+    assert "faults.cu" in outside.stderr
     shared = run(program)
     assert shared.returncode != 0
-    assert "use-after-poison" in shared.stderr and "faults.cu" in shared.stderr
+    assert "use-after-poison" in shared.stderr
+    assert "faults.cu" in shared.stderr
