@@ -1,5 +1,5 @@
 # Every target sets up what it needs: .venv with torch and all tools on the first call, the C++ extension whenever csrc changed.
-# Needs python3 (3.11 to 3.13, with venv and headers), g++ 12 or newer, make, and a network the first time.
+# Needs python3 (3.11 to 3.13, with venv and headers), g++ 12 or newer, make, and a network the first time; nvcc for CUDA.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -8,7 +8,7 @@ SHELL := /bin/bash
 
 BIN := .venv/bin
 PYTHON := $(BIN)/python
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CPP := $(shell find csrc tests/cuda_emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2> /dev/null)
 TOOLS := .venv/.tools
 EXTENSION := crossvit_kernels/_build.json
 PACKAGE := .venv/.package
@@ -38,7 +38,7 @@ format:  $(PACKAGE)  ## Rewrite the sources as ruff and clang-format want them
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-build: $(PACKAGE)  ## The environment and the C++ extension
+build: $(PACKAGE)  ## The environment, the C++ extension and the CUDA kernels
 
 # A package of its own in build/sanitize, with its own objects, tested from there: the one in use stays as it is.
 SANITIZED := build/sanitize
@@ -55,7 +55,7 @@ sanitize: $(PACKAGE)  ## The op tests on an extension compiled with -fsanitize=a
 		tests/test_instruction_sets.py $(OP_TESTS:%=tests/test_%.py)
 
 clean:  ## Remove what was built; .venv stays
-	rm -rf build dist *.egg-info crossvit_kernels/_C.*.so crossvit_kernels/_build.json
+	rm -rf build dist *.egg-info crossvit_kernels/*.so crossvit_kernels/_build.json
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
@@ -69,7 +69,7 @@ $(TOOLS): | $(PYTHON)
 	$(PYTHON) -m pip install -q --disable-pip-version-check 'torch>=2.11' torchvision 'setuptools>=77' wheel ninja pybind11
 	touch $@
 
-$(EXTENSION): $(TOOLS) setup.py $(CPP)
+$(EXTENSION): $(TOOLS) setup.py csrc/build_cuda.py $(CPP)
 	$(PYTHON) setup.py -q build_ext --inplace
 
 $(PACKAGE): pyproject.toml | $(EXTENSION)

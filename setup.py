@@ -1,12 +1,12 @@
-"""Builds the extension module ``crossvit_kernels._C``; everything else about the package is in pyproject.toml.
+"""Builds the extension module ``crossvit_kernels._C`` and the CUDA kernels; the rest is in pyproject.toml.
 
 ``csrc/bindings.cpp`` and ``csrc/cpu/*.cpp`` see torch and are compiled once, for the baseline CPU. ``csrc/cpu/isa.cpp``
 sees no torch header and is compiled once per instruction set that the compiler knows, each time into an object of its
-own; which one runs is chosen at run time. Beside the module goes ``_build.json``: what was built, against which torch,
-or why nothing was.
+own; which one runs is chosen at run time. Beside the module go the CUDA kernels (``csrc/build_cuda.py``) and
+``_build.json``: what was built, against which torch, or why it was not.
 
 Environment: ``CXX`` the compiler, ``MAX_JOBS`` the number of compilations at once, ``CROSSVIT_KERNELS_SANITIZE`` a
-value for ``-fsanitize=``.
+value for ``-fsanitize=``, and those of ``csrc/build_cuda.py``.
 """
 
 import fcntl
@@ -44,6 +44,9 @@ os.environ["PATH"] += os.pathsep + os.path.dirname(sys.executable)
 
 CSRC = Path("csrc")
 ISA_SOURCE = CSRC / "cpu" / "isa.cpp"
+sys.path.insert(0, str(CSRC))
+import build_cuda  # noqa: E402
+
 INCLUDE_DIRS = [str(CSRC.resolve())]  # absolute, since ninja runs elsewhere
 SANITIZE = os.environ.get("CROSSVIT_KERNELS_SANITIZE", "")
 
@@ -132,12 +135,16 @@ class BuildKernels(BuildExtension):
     def build_extensions(self) -> None:
         (extension,) = self.extensions
         reason = missing()
-        if reason is None:
-            try:
-                super().build_extensions()
-            except Exception as error:  # ninja's, distutils' and torch's failures share no class
-                reason = f"the C++ sources did not compile on {platform.machine()} ({error})"
         module = Path(self.build_lib, self.get_ext_filename(extension.name))
+        cuda = build_cuda.Build(cxx(), reason, COMMON_FLAGS, SANITIZE, Path(self.build_temp), module.parent)
+        workers = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
+        with ThreadPoolExecutor(workers) as self.pool:
+            cuda.start(self.pool, workers)
+            if reason is None:
+                try:
+                    super().build_extensions()
+                except Exception as error:  # ninja's, distutils' and torch's failures share no class
+                    reason = f"the C++ sources did not compile on {platform.machine()} ({error})"
         if reason is not None:
             if "build_ext" in self.distribution.commands:  # the extension was asked for by name, not as part of a whole
                 sys.exit(f"crossvit-kernels: {reason}")
@@ -151,6 +158,7 @@ class BuildKernels(BuildExtension):
             "instruction_sets": [] if reason else self.instruction_sets,
             "sanitize": SANITIZE,
             "missing": reason,
+            **cuda.finish(),
         }
         module.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(module.with_name("_build.json"), (json.dumps(record, indent=2) + "\n").encode())
@@ -172,21 +180,30 @@ class BuildKernels(BuildExtension):
             )
             return compiled
 
-        workers = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
-        with ThreadPoolExecutor(workers if self.use_ninja else 1) as pool:
-            ext.extra_objects = list(pool.map(compile_for, self.instruction_sets))
+        if self.use_ninja:
+            ext.extra_objects = list(self.pool.map(compile_for, self.instruction_sets))
+        else:
+            ext.extra_objects = [compile_for(name) for name in self.instruction_sets]
         ext.extra_compile_args["cxx"] += [f"-DCROSSVIT_HAVE_{name.upper()}" for name in self.instruction_sets]
         super().build_extension(ext)
 
     def copy_extensions_to_source(self) -> None:
         (extension,) = self.extensions
-        built = Path(self.build_lib, self.get_ext_filename(extension.name))
+        module = Path(self.build_lib, self.get_ext_filename(extension.name))
         here = Path("crossvit_kernels")
-        if built.exists():
-            write_atomically(here / built.name, built.read_bytes(), 0o755)
-        else:
-            (here / built.name).unlink(missing_ok=True)
-        write_atomically(here / "_build.json", built.with_name("_build.json").read_bytes())
+        for name in (module.name, build_cuda.CUDA_LIBRARY, build_cuda.EMULATION_LIBRARY):
+            built = module.with_name(name)
+            if built.exists():
+                write_atomically(here / name, built.read_bytes(), 0o755)
+            else:
+                (here / name).unlink(missing_ok=True)
+        write_atomically(here / "_build.json", module.with_name("_build.json").read_bytes())
+
+    def get_source_files(self) -> list[str]:
+        """For sdist, what is compiled beyond the extension's own sources."""
+        folders = (build_cuda.SOURCES, build_cuda.EMULATION)
+        others = [str(path) for folder in folders for path in sorted(folder.rglob("*.*")) if path.suffix != ".pyc"]
+        return sorted({*super().get_source_files(), *others})
 
 
 extension = CppExtension(

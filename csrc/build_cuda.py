@@ -1,0 +1,253 @@
+"""How setup.py builds the CUDA kernels; imported by it, by path.
+
+Two plain libraries, loaded with torch.ops.load_library and each whole in itself:
+
+    _cuda.so        csrc/cuda/*.cpp by the C++ compiler, csrc/cuda/*.cu by nvcc, CUDA's runtime inside
+    _emulation.so   the same objects of *.cpp; *.cu as C++ over the headers of tests/cuda_emulation; its runtime
+
+A file is compiled when what it is made of has changed: beside an object lies a record of the command and of the
+contents of every file that the compiler read.
+
+Environment: ``CROSSVIT_KERNELS_CUDA`` 0 leaves _cuda.so out, 1 makes its absence an error; ``TORCH_CUDA_ARCH_LIST``
+what it is compiled for, as torch's extensions take it ("8.0;9.0+PTX"); ``CUDA_HOME`` where nvcc is, if not on the PATH.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.cpp_extension import include_paths, library_paths
+
+SOURCES = Path("csrc", "cuda")
+EMULATION = Path("tests", "cuda_emulation")
+CUDA_LIBRARY, EMULATION_LIBRARY = "_cuda.so", "_emulation.so"
+
+# Code for these, and PTX of the last for what comes after it.
+ARCHITECTURES = "8.0;9.0;10.0+PTX"
+OLDEST = 80
+NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+# Kernels keep their visibility, by which the emulation finds their names.
+EMULATION_FLAGS = ["-O2", "-std=c++20", "-fPIC", "-g0"]
+
+
+class NotBuiltError(Exception):
+    """Why a library cannot be there, in words."""
+
+
+def architectures(text: str) -> list[str]:
+    """What TORCH_CUDA_ARCH_LIST asks for, in nvcc's names, ascending: sm_90 is code, compute_90 PTX. What is older than
+    the kernels need is left out."""
+    found = []
+    for entry in re.split(r"[;\s]+", text.strip("; \t\n")):
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
+        if match is None:
+            raise NotBuiltError(f"TORCH_CUDA_ARCH_LIST: expected entries like 8.0, 9.0a or 10.0+PTX, got {entry!r}")
+        major, minor, suffix, ptx = match.groups()
+        if int(major + minor) >= OLDEST:
+            found += [f"sm_{major}{minor}{suffix}", *([f"compute_{major}{minor}{suffix}"] if ptx else [])]
+    if not found:
+        raise NotBuiltError(f"TORCH_CUDA_ARCH_LIST={text!r} names nothing from 8.0 on, which the kernels need")
+    return sorted(set(found), key=lambda name: (name.startswith("compute"), int(re.sub(r"\D", "", name)), name))
+
+
+def gencode(names: Iterable[str]) -> list[str]:
+    """nvcc's flags for what `architectures` gave."""
+    return [f"-gencode=arch=compute_{name.partition('_')[2]},code={name}" for name in names]
+
+
+def find_nvcc() -> str:
+    """nvcc of CUDA_HOME, of the PATH, or of where CUDA installs itself."""
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    places = [*(os.path.join(home, "bin") for home in homes if home), os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    for place in places:
+        if (found := shutil.which("nvcc", path=place)) is not None:
+            return found
+    raise NotBuiltError("nvcc was not found (install CUDA's compiler, or name its folder in CUDA_HOME)")
+
+
+def nvcc_version(nvcc: str) -> str:
+    """Such as 13.0.88."""
+    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
+    match = re.search(r"\bV(\d+\.\d+\.\d+)", told.stdout)
+    if told.returncode or match is None:
+        raise NotBuiltError(f"{nvcc} --version fails: {told.stderr.strip() or told.stdout.strip()}")
+    return match[1]
+
+
+def digest(path: str) -> str | None:
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError:
+        return None
+
+
+def files_read(depfile: Path) -> list[str]:
+    """The prerequisites that a compiler wrote down for make."""
+    _, _, names = depfile.read_text().replace("\\\n", " ").partition(": ")
+    return [name.replace("\\ ", " ") for name in re.split(r"(?<!\\)\s+", names.strip())]
+
+
+def make(
+    output: Path, command: list[str], compiler: str, inputs: Sequence[Path] = (), free: Sequence[str] = ()
+) -> Path:
+    """Runs the command, to which -o output is added, unless its result is there. It reads `inputs`, or what it writes
+    down itself; the flags `free` do not change what comes out, `compiler` names who does it."""
+    record, depfile = output.with_suffix(".json"), output.with_suffix(".d")
+    key = [compiler, *command]
+    try:
+        last = json.loads(record.read_text())
+        if output.exists() and last["key"] == key and all(digest(p) == d for p, d in last["read"].items()):
+            return output
+    except (OSError, ValueError, KeyError):
+        pass
+    output.parent.mkdir(parents=True, exist_ok=True)
+    record.unlink(missing_ok=True)
+    written_down = [] if inputs else ["-MMD", "-MF", str(depfile)]
+    done = subprocess.run(
+        [*command, *free, *written_down, "-o", str(output)], capture_output=True, text=True, check=False
+    )
+    said = done.stderr + done.stdout
+    if said.strip():
+        print(said, file=sys.stderr)
+    if done.returncode:
+        lines = said.strip().splitlines() or [f"{command[0]} ended with {done.returncode}"]
+        first = next((line for line in lines if "error" in line.lower()), lines[-1])
+        raise NotBuiltError(f"it did not compile ({first.strip()})")
+    read = map(str, inputs) if inputs else files_read(depfile)
+    record.write_text(json.dumps({"key": key, "read": {path: digest(path) for path in read}}))
+    return output
+
+
+class Build:
+    """The jobs of both libraries on one pool of threads; `finish` waits for them.
+
+    cxx       the C++ compiler's command line, None where there is none, with the reason in `lacking`
+    flags     with which torch's sources are compiled; `sanitize` is -fsanitize's value
+    folder    for objects, `package` for the libraries
+    """
+
+    def __init__(
+        self, cxx: list[str], lacking: str | None, flags: list[str], sanitize: str, folder: Path, package: Path
+    ) -> None:
+        self.cxx, self.lacking, self.sanitize = cxx, lacking, sanitize
+        self.folder, self.package = folder / "cuda", package
+        self.flags = [*flags, "-fPIC", "-Icsrc", *(f"-isystem{path}" for path in include_paths())]
+        self.kernels, self.sources = sorted(SOURCES.glob("*.cu")), sorted(SOURCES.glob("*.cpp"))
+        self.cuda: dict[str, Any] = {"nvcc": None, "architectures": [], "missing": None}
+        self.emulation: dict[str, Any] = {"missing": None}
+        self.asked = os.environ.get("CROSSVIT_KERNELS_CUDA", "")
+        if self.asked not in ("", "0", "1"):
+            sys.exit(f"crossvit-kernels: the variable CROSSVIT_KERNELS_CUDA: expected 0 or 1, got {self.asked!r}")
+
+    def start(self, pool: ThreadPoolExecutor, workers: int) -> None:
+        """Hands every job to the pool."""
+        self.workers = workers
+        self.host: list[Future] = []
+        self.device: list[Future] = []
+        self.emulated: list[Future] = []
+        try:
+            self._cuda_possible()
+        except NotBuiltError as why:
+            self.cuda["missing"] = str(why)
+        if self.lacking is not None:
+            self.emulation["missing"] = self.lacking
+        elif not EMULATION.is_dir():
+            self.emulation["missing"] = f"{EMULATION} is not in the source tree"
+        if self.cuda["missing"] is None:
+            self.device = [pool.submit(self._by_nvcc, path) for path in self.kernels]
+        if self.emulation["missing"] is None:
+            runtime = sorted(EMULATION.glob("*.cpp"))
+            self.emulated = [pool.submit(self._emulated, path) for path in (*self.kernels, *runtime)]
+        if self.device or self.emulated:
+            self.host = [pool.submit(self._by_cxx, path) for path in self.sources]
+
+    def finish(self) -> dict[str, Any]:
+        """Links what was compiled; the entries of _build.json."""
+        for record, jobs, name, link in (
+            (self.cuda, self.device, CUDA_LIBRARY, self._link_cuda),
+            (self.emulation, self.emulated, EMULATION_LIBRARY, self._link_emulation),
+        ):
+            library = self.package / name
+            if record["missing"] is None:
+                try:
+                    objects = [job.result() for job in (*jobs, *self.host)]
+                    data = link(self.folder / name, objects).read_bytes()
+                    self.package.mkdir(parents=True, exist_ok=True)
+                    library.write_bytes(data)
+                except NotBuiltError as why:
+                    record["missing"] = str(why)
+            if record["missing"] is not None:
+                library.unlink(missing_ok=True)
+                if "compile" in record["missing"]:
+                    print(f"crossvit-kernels: without {name}: {record['missing']}", file=sys.stderr)
+        if self.cuda["missing"] is not None:
+            self.cuda["architectures"] = []
+            if self.asked == "1":
+                sys.exit(f"crossvit-kernels: CROSSVIT_KERNELS_CUDA=1, but {self.cuda['missing']}")
+        return {"cuda": self.cuda, "emulation": self.emulation}
+
+    def _cuda_possible(self) -> None:
+        if self.asked == "0":
+            raise NotBuiltError("CROSSVIT_KERNELS_CUDA=0 left it out")
+        if self.sanitize:
+            raise NotBuiltError("sanitizers look at the emulation")
+        if torch.version.cuda is None:
+            raise NotBuiltError("this torch was built without CUDA")
+        self.nvcc = find_nvcc()
+        self.cuda["nvcc"] = version = nvcc_version(self.nvcc)
+        if version.partition(".")[0] != torch.version.cuda.partition(".")[0]:
+            raise NotBuiltError(f"{self.nvcc} is of CUDA {version}, this torch of CUDA {torch.version.cuda}")
+        self.cuda["architectures"] = architectures(os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES)
+        if self.lacking is not None:
+            raise NotBuiltError(self.lacking)
+
+    def _by_cxx(self, source: Path) -> Path:
+        return self._make(source, "host", [*self.cxx, *self.flags, "-c", str(source)])
+
+    def _by_nvcc(self, source: Path) -> Path:
+        threads = str(-(-self.workers // len(self.kernels)))
+        host = next((part for part in self.cxx if "ccache" not in part), self.cxx[0])
+        flags = ["-ccbin", host, *NVCC_FLAGS, "-Icsrc", *gencode(self.cuda["architectures"])]
+        return self._make(
+            source,
+            "nvcc",
+            [self.nvcc, *flags, "-c", str(source)],
+            compiler=self.cuda["nvcc"],
+            free=["--threads", threads, "--split-compile", threads],
+        )
+
+    def _emulated(self, source: Path) -> Path:
+        flags = [f for f in self.flags if f.startswith(("-fsanitize", "-fno-sanitize", "-fno-omit"))]
+        flags += ["-g", "-O1"] if flags else []
+        includes = [f"-I{EMULATION / 'include'}", f"-I{EMULATION}", "-Icsrc"]
+        command = [*self.cxx, *EMULATION_FLAGS, *flags, "-fopenmp", *includes, "-x", "c++", "-c", str(source)]
+        return self._make(source, "emulated", command)
+
+    def _make(self, source: Path, kind: str, command: list[str], compiler: str = "", free: Sequence[str] = ()) -> Path:
+        try:
+            return make(self.folder / kind / f"{source.stem}.o", command, compiler, free=free)
+        except NotBuiltError as why:
+            raise NotBuiltError(f"{source}: {why}") from None
+
+    def _libraries(self) -> list[str]:
+        return [*(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu", "-ltorch"]
+
+    def _link_cuda(self, output: Path, objects: list[Path]) -> Path:
+        command = [self.nvcc, "-shared", "-cudart", "static", *gencode(self.cuda["architectures"])]
+        command += ["-Xlinker", "--exclude-libs=ALL", *map(str, objects), *self._libraries()]
+        return make(output, command, self.cuda["nvcc"], inputs=objects)
+
+    def _link_emulation(self, output: Path, objects: list[Path]) -> Path:
+        # Not linked to libgomp: see setup.py.
+        sanitize = [f"-fsanitize={self.sanitize}"] if self.sanitize else []
+        command = [*self.cxx, "-shared", "-Wl,-Bsymbolic", *sanitize, *map(str, objects), *self._libraries(), "-ldl"]
+        return make(output, command, "", inputs=objects)
