@@ -1,6 +1,7 @@
 """What the tests share: a seeded generator, the backends of this machine, and fresh memory that holds NaN.
 
-Without a GPU the Triton kernels run in Triton's interpreter, on CPU tensors; with one, on it.
+Without a GPU the Triton kernels run in Triton's interpreter and the CUDA kernels in the emulation, on CPU tensors; with
+one, on it.
 """
 
 import math
@@ -13,21 +14,27 @@ import torch
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
+    os.environ.setdefault("CROSSVIT_KERNELS_EMULATE", "1")
 
 from crossvit_kernels import backends
 from crossvit_kernels.ops._registry import OPS
 from inputs import Random
-from numerics import AUTOCAST, AUTOCAST16, FLOAT16, FLOAT32
+from numerics import AUTOCAST, AUTOCAST16, BFLOAT16, FLOAT16, FLOAT32, PRECISIONS
 
 # What the interpreter cannot show: it runs one kernel at a time, and holds its state in the module.
 COMPILED_ONLY = ("test_calls_from_several_threads_do_not_meet",)
-# What is no different for Triton's kernels, and slow with them interpreted.
+# What is no different for a GPU's kernels, and slow without one.
 NOT_INTERPRETED = ("test_compile_with_inductor_and_a_dynamic_batch",)
 # float16 is run through the interpreter, where bfloat16 is not to be had; a GPU compiles its kernels as bfloat16's.
 INTERPRETED = (FLOAT16, AUTOCAST16)
 # Over these lists Triton does without autocast: interpreting, or compiling for each width and dtype, takes seconds.
 LISTS = {"shape", "kind", "where", "value"}
-# Interpreting, of these tests' variants one in so many runs: every op, change, kind and factor is still met.
+# Without a GPU a test over several cases runs each in one of these precisions: over the lists, and over other cases.
+TURNS = {
+    "triton": ((FLOAT32, FLOAT16), (FLOAT32, FLOAT16, AUTOCAST16)),
+    "cuda": ((FLOAT32, BFLOAT16, FLOAT16, AUTOCAST), PRECISIONS),
+}
+# And of these tests' variants one in so many runs: every op, change, kind and factor is still met.
 EVERY = {
     "test_opcheck": 2,
     "test_compile_of_the_whole_graph": 2,
@@ -75,7 +82,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("gpu")
         elif backend in ("triton", "cuda") and GPU:
             item.add_marker("gpu")
-            if precision in INTERPRETED or (precision == AUTOCAST and parameters.keys() & LISTS):
+            # nvcc has compiled every dtype beforehand; Triton would now, for seconds each.
+            if backend == "triton" and (
+                precision in INTERPRETED or (precision == AUTOCAST and parameters.keys() & LISTS)
+            ):
                 left_out.append(item)
         elif not _has_its_turn(item):
             left_out.append(item)
@@ -87,15 +97,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def interpreted(backend: str) -> bool:
-    """Whether Triton's interpreter runs the backend here: a program of a grid at a time, which is slow."""
-    return backend == "triton" and not GPU
+    """Whether the backend runs here without the GPU that it is for, which is slow: in Triton's interpreter or the
+    emulation."""
+    return backend in TURNS and not GPU
 
 
 def _has_its_turn(item: pytest.Item) -> bool:
-    """Whether the interpreter runs this case: of a test over several cases each in one precision, which takes turns,
-    so that every precision is met, in a quarter of the time. Other backends, and a GPU, run them all."""
+    """Whether this case runs without a GPU: of a test over several cases each in one precision, which takes turns,
+    so that every precision is met, in a fraction of the time. Other backends, and a GPU, run them all."""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    if not interpreted(parameters.get("backend", parameters.get("kernels"))):
+    backend = parameters.get("backend", parameters.get("kernels"))
+    if not interpreted(backend):
         return True
     if item.originalname in NOT_INTERPRETED or parameters.get("size", parameters.get("shape")) in SLOW:
         return False
@@ -115,7 +127,7 @@ def _has_its_turn(item: pytest.Item) -> bool:
     cost = math.prod(parameters.get("shape", ())) * parameters.get("out", parameters.get("hidden", 0))
     if cost > LARGE:
         return parameters["precision"] == FLOAT16 and cost < 5 * LARGE
-    turns = (FLOAT32, FLOAT16) if parameters.keys() & LISTS else (FLOAT32, FLOAT16, AUTOCAST16)
+    turns = TURNS[backend][0 if parameters.keys() & LISTS else 1]
     return parameters["precision"] == turns[turn % len(turns)]
 
 

@@ -1,25 +1,35 @@
-"""The C++ kernels, called with the arguments of the dispatcher ops."""
+"""The kernels of C++ and CUDA, called with the arguments of the dispatcher ops."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
-from .. import backends
 
-
-def native_kernel(name: str, given: list[str], strided: Iterable[str]) -> Callable:
-    """Calls crossvit_kernels_cpu::<name>, which picks its arguments from those called `given` by their names.
+def native_kernel(backend: str, name: str, given: list[str], strided: Iterable[str]) -> Callable:
+    """Calls crossvit_kernels_<backend>::<name>, which picks its arguments from those called `given` by their names. It
+    is looked up by the first call, since a library may be loaded late.
 
     The tensors called `strided` may lie in memory as they like, as far as two leading strides and contiguous rows can
     say; others are made contiguous.
     """
-    if not backends.serves("cpu", name):
-        return lambda *args: None  # never called: resolve() does not answer "cpu"
-    native = getattr(torch.ops.crossvit_kernels_cpu, name).default
-    arguments = [(given.index(a.name), "Tensor" in str(a.type), a.name in strided) for a in native._schema.arguments]
+    strided = frozenset(strided)
+    native: Any = None
+    arguments: list[tuple[int, bool, bool]] = []
+    single = False
+
+    def look_up() -> None:
+        nonlocal native, arguments, single
+        found = getattr(getattr(torch.ops, f"crossvit_kernels_{backend}"), name).default
+        schema = found._schema
+        arguments = [(given.index(a.name), "Tensor" in str(a.type), a.name in strided) for a in schema.arguments]
+        # A backward's only gradient, not in a list.
+        single = name.endswith("_backward") and str(schema.returns[0].type) == "Tensor"
+        native = found  # last: another thread may be about to call it
 
     def run(*args: Any) -> Any:
+        if native is None:
+            look_up()
         values = []
         for i, is_tensor, may_be_strided in arguments:
             value = args[i]
@@ -31,10 +41,6 @@ def native_kernel(name: str, given: list[str], strided: Iterable[str]) -> Callab
             ):
                 value = value.contiguous()
             values.append(value)
-        return native(*values)
+        return [native(*values)] if single else native(*values)
 
-    if (
-        name.endswith("_backward") and str(native._schema.returns[0].type) == "Tensor"
-    ):  # an only gradient, not in a list
-        return lambda *args: [run(*args)]
     return run

@@ -104,8 +104,8 @@ class Op:
         self.op = self._define(name, f"{inputs}, bool save, str kernels", returns, self.run, self._fake)
         self.forwards: dict[str, Callable] = {
             "reference": self._run_reference,
-            "cpu": native_kernel(name, [*self.inputs, "save"], activations),
             "triton": triton_kernel(name, "forward"),
+            **{b: native_kernel(b, name, [*self.inputs, "save"], activations) for b in ("cpu", "cuda")},
         }
         for device in ("CPU", "CUDA"):
             LIBRARY.impl(name, self._autocast(device.lower()), f"Autocast{device}")
@@ -128,8 +128,8 @@ class Op:
             order = ["grad_out", *(self.inputs[i] for i in self.kept), *names, "needs"]
             self.backwards: dict[str, Callable] = {
                 "reference": self._differentiate_reference,
-                "cpu": native_kernel(f"{name}_backward", order, {"grad_out", *activations}),
                 "triton": triton_kernel(name, "backward"),
+                **{b: native_kernel(b, f"{name}_backward", order, {"grad_out", *activations}) for b in ("cpu", "cuda")},
             }
             for device in ("CPU", "CUDA"):  # a backward that runs inside the region computes as the one outside
                 LIBRARY.impl(f"{name}_backward", self._without_autocast, f"Autocast{device}")
