@@ -89,7 +89,6 @@ pybind11::dict build_info() {
   info["torch_version"] = TORCH_VERSION;
   info["compiler"] = __VERSION__;
   info["instruction_sets"] = sets;
-  info["cuda_architectures"] = std::vector<std::string>{};
   return info;
 }
 
@@ -123,7 +122,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled kernels of crossvit_kernels: what was built, and which instruction set runs.";
   crossvit::choose_instruction_set();
   m.def("build_info", &crossvit::build_info,
-        "torch version, compiler, instruction sets and CUDA architectures of the build");
+        "torch version, compiler and instruction sets of the build");
   m.def("cpu_instruction_set", [] { return std::string(crossvit::active().name); }, "the instruction set in force");
   m.def("set_instruction_set", &crossvit::set_instruction_set, pybind11::arg("name"),
         "Use another compiled instruction set; ValueError if it was not compiled in or this CPU lacks it.");

@@ -33,6 +33,7 @@ CUDA_LIBRARY, EMULATION_LIBRARY = "_cuda.so", "_emulation.so"
 
 # Code for these, and PTX of the last for what comes after it.
 ARCHITECTURES = "8.0;9.0;10.0+PTX"
+USUAL_PLACE = "/usr/local/cuda/bin"
 OLDEST = 80
 NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 # Kernels keep their visibility, by which the emulation finds their names.
@@ -67,7 +68,7 @@ def gencode(names: Iterable[str]) -> list[str]:
 def find_nvcc() -> str:
     """nvcc of CUDA_HOME, of the PATH, or of where CUDA installs itself."""
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
-    places = [*(os.path.join(home, "bin") for home in homes if home), os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    places = [*(os.path.join(home, "bin") for home in homes if home), os.environ.get("PATH", ""), USUAL_PLACE]
     for place in places:
         if (found := shutil.which("nvcc", path=place)) is not None:
             return found
@@ -187,7 +188,7 @@ class Build:
                     record["missing"] = str(why)
             if record["missing"] is not None:
                 library.unlink(missing_ok=True)
-                if "compile" in record["missing"]:
+                if "did not compile" in record["missing"]:
                     print(f"crossvit-kernels: without {name}: {record['missing']}", file=sys.stderr)
         if self.cuda["missing"] is not None:
             self.cuda["architectures"] = []

@@ -107,7 +107,7 @@ def _has_its_turn(item: pytest.Item) -> bool:
     so that every precision is met, in a fraction of the time. Other backends, and a GPU, run them all."""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     backend = parameters.get("backend", parameters.get("kernels"))
-    if not interpreted(backend):
+    if not interpreted(backend) or (backend == "cuda" and os.environ.get("CROSSVIT_TESTS_ALL")):
         return True
     if item.originalname in NOT_INTERPRETED or parameters.get("size", parameters.get("shape")) in SLOW:
         return False

@@ -131,6 +131,53 @@ def test_report_lists_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
         assert (backends.reason(name) or "available") in line
 
 
+def test_report_names_architectures_and_what_auto_was_measured_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = {"cuda": {"architectures": ["sm_80", "compute_90"], "nvcc": "13.0.88", "missing": None}}
+    monkeypatch.setattr(backends, "_read_record", lambda what: (record, None))
+    monkeypatch.setattr(backends, "_cuda_ops", lambda: ["cls_fusion", "patch_embed"])
+    monkeypatch.setattr(backends, "_environment", lambda: "auto")
+    monkeypatch.setitem(backends._MEASURED, "patch_embed", ("cuda", "an H100, bfloat16"))
+    text = backends.report()
+    assert "(built for sm_80, compute_90 by nvcc 13.0.88: cls_fusion, patch_embed)" in text
+    assert "on a GPU, cls_fusion: triton, unmeasured against cuda" in text
+    assert "on a GPU, patch_embed: cuda, an H100, bfloat16" in text
+
+
+def test_on_a_gpu_auto_takes_what_measured_faster_and_else_triton(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setenv("CROSSVIT_KERNELS", "")
+    fresh.setattr(backends, "reason", lambda name: None)
+    fresh.setattr(backends, "serves", lambda name, op: True)
+    fresh.setitem(backends._MEASURED, "patch_embed", ("cuda", "an H100"))
+    gpu = torch.device("cuda", 0)
+    assert backends.resolve("auto", gpu, torch.float16, "patch_embed") == "cuda"
+    assert backends.resolve("auto", gpu, torch.float16, "linear_residual") == "triton"
+    fresh.setattr(backends, "_resolved", {})
+    fresh.setattr(backends, "reason", lambda name: "absent" if name == "cuda" else None)
+    assert backends.resolve("auto", gpu, torch.float16, "patch_embed") == "triton"
+
+
+@pytest.mark.parametrize(
+    "built, capability, fits",
+    [
+        (["sm_80", "sm_90"], (9, 0), True),
+        (["sm_80"], (8, 6), True),
+        (["sm_86"], (8, 0), False),
+        (["sm_80"], (9, 0), False),
+        (["sm_90", "compute_90"], (12, 0), True),
+        (["sm_90a"], (9, 0), True),
+        (["compute_90a"], (10, 0), False),
+    ],
+)
+def test_architectures_that_a_gpu_can_run(
+    built: list[str], capability: tuple[int, int], fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    why = backends._not_built_for(built)
+    assert (why is None) == fits
+    if why is not None:
+        assert f"compute capability {capability[0]}.{capability[1]}" in why
+
+
 # How the extension is found, or not
 
 RECORD = {"torch": str(torch.__version__), "abi": sysconfig.get_config_var("SOABI"), "missing": None}

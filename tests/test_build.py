@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,15 @@ def setup_py(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The names that setup.py defines, without its call of setuptools.setup."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("PATH", os.environ["PATH"])  # setup.py adds to it
-    monkeypatch.delenv("CROSSVIT_KERNELS_SANITIZE", raising=False)
+    for name in (
+        "CROSSVIT_KERNELS_SANITIZE",
+        "CROSSVIT_KERNELS_CUDA",
+        "TORCH_CUDA_ARCH_LIST",
+        "CUDA_HOME",
+        "CUDA_PATH",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
     return runpy.run_path("setup.py")
 
@@ -66,7 +75,6 @@ def test_build_info_agrees_with_the_record_and_with_torch() -> None:
     assert str(torch.__version__).startswith(info["torch_version"])
     assert record["torch"] == str(torch.__version__)
     assert record["missing"] is None
-    assert info["cuda_architectures"] == []
     assert _C.cpu_instruction_set() in info["instruction_sets"]
 
 
@@ -172,6 +180,8 @@ def test_without_a_compiler_it_still_installs(tmp_path: Path, command: str) -> N
         assert (built / "backends.py").is_file()
         assert (built / "py.typed").is_file()
         assert record["instruction_sets"] == []
+        for part in (record, record["cuda"], record["emulation"]):
+            assert part["missing"]
         assert "no-such-compiler" in record["missing"]
 
 
@@ -207,6 +217,188 @@ def test_nothing_is_compiled_for_this_machine_alone_or_with_loose_arithmetic(set
     ]
     assert not [flag for flag in baseline if flag.startswith("-m")]
     assert extension.extra_link_args == []
+
+
+# The CUDA kernels, in a tree of one small kernel, with a compiler in nvcc's place that hands on to the C++ compiler
+
+NVCC = """#!{python}
+import os, subprocess, sys
+if sys.argv[1] == "--version":
+    print("Cuda compilation tools, release x, V{version}")
+    sys.exit()
+words, kept = iter(sys.argv[1:]), []
+for word in words:
+    if word in ("-ccbin", "-Xcompiler", "--threads", "--split-compile", "-cudart", "-Xlinker"):
+        next(words)
+    elif word == "-shared" or word.startswith(("-std", "-I", "-L", "-l", "-MM")):
+        kept.append(word)
+    elif word.endswith(".cu"):
+        kept += ["-x", "c++", word]
+    elif not word.startswith(("-gencode", "-O", "--expt")):
+        kept.append(word)
+open("log", "a").write(" ".join(sys.argv[1:]) + chr(10))
+sys.exit(subprocess.run(["{cxx}", "-fPIC", *kept]).returncode)
+"""
+TREE = {
+    "csrc/cuda/scale.cu": '#include <cuda_runtime.h>\n#include "cuda/scale.h"\n__global__ void scale() {}\n',
+    "csrc/cuda/other.cu": "#include <cuda_runtime.h>\n__global__ void other() {}\n",
+    "csrc/cuda/scale.h": "",
+    "csrc/cuda/scale.cpp": "int scale_of_torch() { return 1; }\n",
+    "csrc/cuda_runtime.h": "#define __global__\n",
+    "tests/cuda_emulation/include/cuda_runtime.h": "#define __global__\n",
+    "tests/cuda_emulation/runtime.cpp": "int emulation() { return 1; }\n",
+}
+
+
+@pytest.fixture
+def build(setup_py: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """build() builds the small tree in the current folder and returns what it says of it; build.cuda is the module."""
+    module = setup_py["build_cuda"]
+    for name, text in TREE.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    cxx = shutil.which(os.environ.get("CXX", "c++"))
+    version = f"{torch.version.cuda or '13.0'}.1"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").write_text(NVCC.format(python=sys.executable, version=version, cxx=cxx))
+    (tmp_path / "bin" / "nvcc").chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.version, "cuda", torch.version.cuda or "13.0")
+    monkeypatch.setattr(module, "USUAL_PLACE", str(tmp_path / "nowhere"))
+
+    def run() -> dict[str, Any]:
+        libraries = module.Build([cxx], None, ["-O0"], "", Path("build"), Path("package"))
+        with ThreadPoolExecutor(2) as pool:
+            libraries.start(pool, 2)
+        return libraries.finish()
+
+    run.module = module
+    return run
+
+
+def built_libraries() -> set[str]:
+    return {path.name for path in Path("package").glob("*.so")}
+
+
+@source_tree
+@compiler
+def test_both_libraries_are_built_and_only_what_changed_again(build: Any) -> None:
+    record = build()
+    assert record["cuda"]["missing"] is record["emulation"]["missing"] is None
+    assert record["cuda"]["architectures"] == ["sm_80", "sm_90", "sm_100", "compute_100"]
+    assert record["cuda"]["nvcc"].startswith(torch.version.cuda)
+    assert built_libraries() == {"_cuda.so", "_emulation.so"}
+    before = {path: path.stat().st_mtime_ns for path in Path("build").rglob("*.o")}
+    assert len(before) == 2 + 3 + 1
+    os.utime("csrc/cuda/scale.h")
+    build()
+    assert before == {path: path.stat().st_mtime_ns for path in Path("build").rglob("*.o")}
+    Path("csrc/cuda/scale.h").write_text("inline int changed;")
+    build()
+    changed = {str(path.relative_to("build/cuda")) for path in before if path.stat().st_mtime_ns != before[path]}
+    assert changed == {"nvcc/scale.o", "emulated/scale.o"}
+
+
+@source_tree
+@compiler
+def test_without_cuda_the_emulation_is_there_still(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    build()
+    monkeypatch.setenv("CROSSVIT_KERNELS_CUDA", "0")
+    record = build()
+    assert record == {
+        "cuda": {"nvcc": None, "architectures": [], "missing": "CROSSVIT_KERNELS_CUDA=0 left it out"},
+        "emulation": {"missing": None},
+    }
+    assert built_libraries() == {"_emulation.so"}
+
+
+def no_nvcc(monkeypatch: pytest.MonkeyPatch) -> str:
+    tools = Path("bin", "of the C++ compiler").resolve()
+    tools.mkdir()
+    for name in ("as", "ld"):
+        (tools / name).symlink_to(str(shutil.which(name)))
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    monkeypatch.setenv("PATH", str(tools))
+    return "nvcc was not found"
+
+
+def no_cuda_in_torch(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    return "this torch was built without CUDA"
+
+
+def another_cuda(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(torch.version, "cuda", "99.1")
+    return "this torch of CUDA 99.1"
+
+
+def no_such_architecture(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Ampere")
+    return "expected entries like 8.0, 9.0a or 10.0+PTX, got 'Ampere'"
+
+
+def does_not_compile(monkeypatch: pytest.MonkeyPatch) -> str:
+    Path("csrc/cuda/broken.cu").write_text("#include <cuda_runtime.h>\n__global__ void broken() { undeclared(); }\n")
+    return "csrc/cuda/broken.cu: it did not compile (csrc/cuda/broken.cu:2:28: error: "
+
+
+@source_tree
+@compiler
+@pytest.mark.parametrize(
+    "spoil", [no_nvcc, no_cuda_in_torch, another_cuda, no_such_architecture, does_not_compile], ids=lambda f: f.__name__
+)
+def test_what_keeps_cuda_out_is_said_and_an_error_where_it_was_asked_for(
+    build: Any, spoil: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = spoil(monkeypatch)
+    record = build()
+    assert expected in record["cuda"]["missing"]
+    assert record["cuda"]["architectures"] == []
+    assert built_libraries() == (set() if spoil is does_not_compile else {"_emulation.so"})
+    monkeypatch.setenv("CROSSVIT_KERNELS_CUDA", "1")
+    with pytest.raises(SystemExit, match=re.escape("CROSSVIT_KERNELS_CUDA=1, but ")) as raised:
+        build()
+    assert expected in str(raised.value)
+
+
+@source_tree
+def test_an_unknown_choice_of_cuda_is_named(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CROSSVIT_KERNELS_CUDA", "yes")
+    with pytest.raises(SystemExit, match="CROSSVIT_KERNELS_CUDA: expected 0 or 1, got 'yes'"):
+        build()
+
+
+@source_tree
+def test_architectures_are_what_the_list_says(setup_py: dict[str, Any]) -> None:
+    module = setup_py["build_cuda"]
+    for text, expected in {
+        "8.0;9.0+PTX": ["sm_80", "sm_90", "compute_90"],
+        "9.0a": ["sm_90a"],
+        " 12.0 8.6 10.0+PTX": ["sm_86", "sm_100", "sm_120", "compute_100"],
+        "7.5 8.0": ["sm_80"],
+    }.items():
+        assert module.architectures(text) == expected
+    assert module.gencode(["sm_90a", "compute_90"]) == [
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_90,code=compute_90",
+    ]
+    for text in ("7.5", "7.0+PTX 7.5"):
+        with pytest.raises(module.NotBuiltError, match=r"names nothing from 8\.0 on"):
+            module.architectures(text)
+
+
+def test_what_this_build_is_made_of() -> None:
+    """Here nvcc's absence is told as a skip; an emulation or kernels that did not compile fail."""
+    record = json.loads((PACKAGE / "_build.json").read_text())
+    if (ROOT / "tests" / "cuda_emulation").is_dir() and record["missing"] is None:
+        assert record["emulation"]["missing"] is None
+    if record["cuda"]["missing"] is None:
+        assert record["cuda"]["architectures"]
+        assert (PACKAGE / "_cuda.so").is_file()
+    else:
+        assert "did not compile" not in record["cuda"]["missing"]
+        pytest.skip(f"no CUDA kernels in this build: {record['cuda']['missing']}")
 
 
 def test_models_and_ops_need_torch_alone() -> None:
