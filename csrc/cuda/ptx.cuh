@@ -30,6 +30,12 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, int
                : "memory");
 }
 
+// cp.async of 8 bytes, both addresses multiples of 8, through L1; the first `bytes` (0 to 8) as above.
+__device__ __forceinline__ void copy_async_8(void* shared, const void* global, int bytes = 8) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;\n" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+               : "memory");
+}
+
 // Closes the group of this thread's copies since the last commit; it may be empty.
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 

@@ -15,6 +15,9 @@ inline unsigned char* shared_memory() { return emulation::shared_memory(); }
 inline void copy_async(void* shared, const void* global, int bytes = 16) {
   emulation::copy_async(shared, global, bytes, 16);
 }
+inline void copy_async_8(void* shared, const void* global, int bytes = 8) {
+  emulation::copy_async(shared, global, bytes, 8);
+}
 inline void commit_copies() { emulation::commit_copies(); }
 template <int kPending>
 void wait_copies() {

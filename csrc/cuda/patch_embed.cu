@@ -1,0 +1,235 @@
+// patch_embed: a block cuts out its patches, step by step of their pixels, and multiplies them with the weight of all its
+// columns; bias, positions and the CLS tokens' rows come behind the product.
+#include "cuda/patch_embed.h"
+
+#include <cuda/ptx.cuh>
+
+#include <algorithm>
+
+#include "cuda/launch.cuh"
+#include "cuda/patch_gather.cuh"
+#include "cuda/tile.cuh"
+#include "cuda/tile_load.cuh"
+
+namespace crossvit::cuda {
+
+namespace {
+
+template <class Product_, int kDepth_, int kStages_, int kBlocks_>
+struct ForwardTile {
+  using Product = Product_;
+  using T = Product::T;
+  static constexpr int kDepth = kDepth_;  // pixels of a step
+  static constexpr int kStages = kStages_;
+  static constexpr int kBlocks = kBlocks_;  // on a multiprocessor
+  static constexpr int kStride = k_stride<T>(kDepth);
+  static constexpr int kStage = (Product::kRows + Product::kColumns) * kStride;  // elements
+  static constexpr int kShared = kStages * kStage * static_cast<int>(sizeof(T)) +
+                                 Product::kRows * static_cast<int>(sizeof(PatchRow) + sizeof(uint2)) +
+                                 Product::kColumns * 4;
+  static_assert(Product::template kStaging<T> <= kStages * kStage);
+};
+
+// Elements of a vector from i on, as floats; those from `count` on are zero.
+template <int kSize>
+__device__ __forceinline__ void load_floats(float (&to)[kSize], const Vector& from, std::int64_t i, int count,
+                                            bool aligned) {
+  if (aligned && count >= kSize) {
+    if (from.type == Type::float32) {
+#pragma unroll
+      for (int e = 0; e < kSize; e += 4) {
+        const float4 four = __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(from.data) + i + e));
+        to[e] = four.x, to[e + 1] = four.y, to[e + 2] = four.z, to[e + 3] = four.w;
+      }
+      return;
+    }
+    if constexpr (kSize == 8) {
+      if (from.type == Type::float16) {
+        const auto chunk = *reinterpret_cast<const Chunk<__half>*>(static_cast<const __half*>(from.data) + i);
+#pragma unroll
+        for (int e = 0; e < 8; e++) to[e] = to_float(chunk.at[e]);
+      } else {
+        const auto chunk =
+            *reinterpret_cast<const Chunk<__nv_bfloat16>*>(static_cast<const __nv_bfloat16*>(from.data) + i);
+#pragma unroll
+        for (int e = 0; e < 8; e++) to[e] = to_float(chunk.at[e]);
+      }
+      return;
+    }
+  }
+#pragma unroll
+  for (int e = 0; e < kSize; e++) to[e] = e < count ? load(from.data, from.type, i + e) : 0.0f;
+}
+
+template <class O, int kSize>
+__device__ __forceinline__ void store_floats(O* to, const float (&value)[kSize], int count, bool aligned) {
+#pragma unroll
+  for (int first = 0; first < kSize; first += Chunk<O>::kSize) {
+    Chunk<O> chunk;
+#pragma unroll
+    for (int e = 0; e < Chunk<O>::kSize; e++) {
+      if (first + e < kSize) chunk.at[e] = from_float<O>(value[first + e]);
+    }
+    store_chunk(to, first, count, aligned, chunk);
+  }
+}
+
+template <class Tile>
+__global__ void __launch_bounds__(Tile::Product::kThreads, Tile::kBlocks)
+    patch_embed_kernel(const PatchEmbedArgs args) {
+  using Product = Tile::Product;
+  using T = Tile::T;
+  using Patches = PatchTile<T, Product::kRows, Tile::kDepth, Product::kThreads>;
+  constexpr int kRows = Product::kRows, kColumns = Product::kColumns, kThreads = Product::kThreads;
+  constexpr int kStages = Tile::kStages, kStride = Tile::kStride, kDepth = Tile::kDepth;
+  const PatchImages& images = args.images;
+
+  T* stages = reinterpret_cast<T*>(ptx::shared_memory());
+  PatchRow* rows = reinterpret_cast<PatchRow*>(stages + kStages * Tile::kStage);
+  uint2* tokens = reinterpret_cast<uint2*>(rows + kRows);  // (row of out, row of position) of each patch
+  float* bias = reinterpret_cast<float*>(tokens + kRows);
+
+  // Blocks of the same patches follow each other, so that the pixels come from L2 but once.
+  const unsigned column_tiles = (args.features + kColumns - 1) / kColumns;
+  const unsigned row_tile = blockIdx.x / column_tiles;
+  const std::uint32_t m = row_tile * kRows;
+  const int column = static_cast<int>(blockIdx.x - row_tile * column_tiles) * kColumns;
+
+  for (int r = threadIdx.x; r < kRows; r += kThreads) {
+    rows[r] = patch_row(images, m + r, args.patches);
+    const std::uint32_t image = (m + r) / images.per_image, n = m + r - image * images.per_image;
+    tokens[r] = make_uint2(m + r + image + 1, n + 1);
+  }
+  for (int c = threadIdx.x; c < kColumns; c += kThreads) {
+    bias[c] =
+        args.bias.data != nullptr && column + c < args.features ? load(args.bias.data, args.bias.type, column + c) : 0;
+  }
+  __syncthreads();
+
+  Product sum;
+  sum.clear();
+  const bool asynchronous = Patches::asynchronous(images);
+  const int steps = (images.depth + kDepth - 1) / kDepth;
+  const bool fills_first = threadIdx.x / 32 % 2 == 0;
+  int stage = 0, next = 0;
+#pragma unroll 1
+  for (int step = 1 - kStages; step < steps; step++) {
+    if (step >= 0) {
+      ptx::wait_copies<kStages - 2>();
+      __syncthreads();  // this step's operands are there, and everyone has left the buffer that is filled next
+    }
+    T* filled = stages + next * Tile::kStage;
+    const int k = (step + kStages - 1) * kDepth, end = min(images.depth, k + kDepth);
+    if (k < images.depth) {
+      load_tile<T, kColumns, kDepth, kThreads>(filled + kRows * kStride, kStride, args.weight, column, args.features, k,
+                                               end);
+      if (asynchronous) Patches::copy(filled, kStride, images, rows, k, end);
+    }
+    ptx::commit_copies();
+    // Half of the warps cut out patches while the others multiply.
+#pragma unroll 1
+    for (int part = 0; part < 2; part++) {
+      if ((part == 0) == fills_first) {
+        if (!asynchronous && k < images.depth) Patches::fill(filled, kStride, images, rows, k, end);
+      } else if (step >= 0) {
+        const T* a = stages + stage * Tile::kStage;
+        const T* b = a + kRows * kStride;
+        const int depth = images.depth - step * kDepth;
+        if constexpr (sizeof(T) == 4) {
+          sum.template multiply<kDepth>(a, kStride, b, kStride);
+        } else {
+#pragma unroll
+          for (int d = 0; d < kDepth; d += Product::kStep) {
+            if (d < depth) sum.template multiply<Product::kStep>(a + d, kStride, b + d, kStride);
+          }
+        }
+      }
+    }
+    if (step >= 0) stage = stage + 1 == kStages ? 0 : stage + 1;
+    next = next + 1 == kStages ? 0 : next + 1;
+  }
+
+  sum.for_each([&](int, int c, float& v0, float& v1) {
+    v0 += bias[c];
+    v1 += bias[c + 1];
+  });
+  __syncthreads();
+  const int features = args.features;
+  sum.template for_each_chunk<T>(stages, [&](int r, int c, const Chunk<T>& chunk) {
+    c += column;
+    if (m + r >= args.patches || c >= features) return;
+    const uint2 token = tokens[r];
+    float value[Chunk<T>::kSize];
+    load_floats(value, args.position, static_cast<std::int64_t>(token.y) * features + c, features - c, args.aligned);
+#pragma unroll
+    for (int e = 0; e < Chunk<T>::kSize; e++) value[e] += to_float(chunk.at[e]);
+    const std::int64_t at = static_cast<std::int64_t>(token.x) * features + c;
+    if (sizeof(T) == 4 || args.out_type == Type::float32) {
+      store_floats(static_cast<float*>(args.out) + at, value, features - c, args.aligned);
+    } else {
+      store_floats(static_cast<T*>(args.out) + at, value, features - c, args.aligned);
+    }
+  });
+
+  // The row before an image's first patch is its CLS token's.
+  std::uint32_t first = (images.per_image - m % images.per_image) % images.per_image;
+#pragma unroll 1
+  for (; first < kRows && m + first < args.patches; first += images.per_image) {
+    const std::int64_t at = static_cast<std::int64_t>(tokens[first].x - 1) * features;
+    for (int c = column + static_cast<int>(threadIdx.x); c < min(column + kColumns, features); c += kThreads) {
+      store(args.out, args.out_type, at + c,
+            load(args.cls.data, args.cls.type, c) + load(args.position.data, args.position.type, c));
+    }
+  }
+}
+
+template <class Tile>
+Error run(const PatchEmbedArgs& args, Stream stream) {
+  using Product = Tile::Product;
+  const unsigned row_tiles = (args.patches + Product::kRows - 1) / Product::kRows;
+  const unsigned column_tiles = (args.features + Product::kColumns - 1) / Product::kColumns;
+  return launch(patch_embed_kernel<Tile>, dim3(row_tiles * column_tiles), Product::kThreads, Tile::kShared, stream,
+                args);
+}
+
+// Of column tiles of 128, 192, 256 and 384: that with the least work of the busiest multiprocessor, where cutting out the
+// patches once costs as much as 64 columns, and an interpolation twice that.
+int columns_of_tile(const PatchEmbedArgs& args, int rows, std::initializer_list<int> widths) {
+  const std::int64_t row_tiles = (args.patches + rows - 1) / rows, processors = multiprocessors();
+  const int gather = args.images.resize ? 128 : 64;
+  std::int64_t least = 0;
+  int best = 0;
+  for (const int width : widths) {
+    const std::int64_t tiles = row_tiles * ((args.features + width - 1) / width);
+    const std::int64_t cost = (tiles + processors - 1) / processors * (width + gather);
+    if (best == 0 || cost < least) best = width, least = cost;
+  }
+  return best;
+}
+
+template <class T>
+Error run16(const PatchEmbedArgs& args, Stream stream) {
+  switch (columns_of_tile(args, 64, {384, 256, 192, 128})) {
+    case 384: return run<ForwardTile<Product<T, false, 2, 8, 2, 6>, 64, 2, 1>>(args, stream);
+    case 256: return run<ForwardTile<Product<T, false, 2, 4, 2, 8>, 64, 2, 1>>(args, stream);
+    case 192: return run<ForwardTile<Product<T, false, 2, 4, 2, 6>, 64, 3, 2>>(args, stream);
+    default: return run<ForwardTile<Product<T, false, 2, 4, 2, 4>, 64, 3, 2>>(args, stream);
+  }
+}
+
+template <bool kTf32>
+Error run32(const PatchEmbedArgs& args, Stream stream) {
+  if (columns_of_tile(args, 64, {192, 128}) == 192)
+    return run<ForwardTile<Product<float, kTf32, 2, 4, 2, 6>, 32, 3, 1>>(args, stream);
+  return run<ForwardTile<Product<float, kTf32, 2, 4, 2, 4>, 32, 3, 1>>(args, stream);
+}
+
+}  // namespace
+
+Error launch_patch_embed(const PatchEmbedArgs& args, Stream stream) {
+  if (args.weight.type == Type::float16) return run16<__half>(args, stream);
+  if (args.weight.type == Type::bfloat16) return run16<__nv_bfloat16>(args, stream);
+  return args.tf32 ? run32<true>(args, stream) : run32<false>(args, stream);
+}
+
+}  // namespace crossvit::cuda
