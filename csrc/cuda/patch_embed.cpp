@@ -15,10 +15,12 @@ struct Images {
   PatchImages images;
   std::int64_t patches;
 
-  // Those of a third type, neither float32 nor the weight's, become float32.
+  // To be read beside the weight; images of a third type, neither float32 nor the weight's, become float32.
   Images(const Tensor& given, const Tensor& weight, std::int64_t height, std::int64_t width)
-      : tensor(given.scalar_type() == weight.scalar_type() ? given : given.to(at::kFloat)) {
-    const std::int64_t patch = weight.size(3);
+      : Images(given.scalar_type() == weight.scalar_type() ? given : given.to(at::kFloat), weight.size(3), height,
+               width) {}
+
+  Images(Tensor given, std::int64_t patch, std::int64_t height, std::int64_t width) : tensor(std::move(given)) {
     images.data = tensor.const_data_ptr();
     images.type = type_of(tensor);
     images.batch_stride = tensor.stride(0);
@@ -54,6 +56,9 @@ struct Images {
   }
 };
 
+// The weight (D, C, P, P) as the matrix (D, C * P * P).
+Tensor as_matrix(const Tensor& weight) { return weight.contiguous().view({weight.size(0), -1}); }
+
 }  // namespace
 
 Tensor patch_embed(const Tensor& images, const Tensor& weight, const OptionalTensor& bias, const Tensor& cls_token,
@@ -61,7 +66,7 @@ Tensor patch_embed(const Tensor& images, const Tensor& weight, const OptionalTen
   const DeviceGuard guard(images.device());
   const Images cut(images, weight, height, width);
   const std::int64_t features = weight.size(0);
-  const Tensor matrix = weight.contiguous().view({features, -1});
+  const Tensor matrix = as_matrix(weight);
   const Tensor cls = cls_token.contiguous(), position = pos_embed.contiguous();
   const auto dtype =
       c10::promoteTypes(c10::promoteTypes(weight.scalar_type(), cls.scalar_type()), position.scalar_type());
@@ -84,9 +89,146 @@ Tensor patch_embed(const Tensor& images, const Tensor& weight, const OptionalTen
   return out;
 }
 
+namespace {
+
+Tensor images_gradient(const RowTensor& grad, const Tensor& images, const Tensor& weight, std::int64_t height,
+                       std::int64_t width) {
+  const bool resize = images.size(2) != height || images.size(3) != width;
+  const std::int64_t planes = images.size(0) * images.size(1);
+  // Of the resized images, where there are any.
+  Tensor pixels =
+      empty({images.size(0), images.size(1), height, width}, resize ? at::kFloat : images.scalar_type(), images);
+  PatchImagesGradientArgs args;
+  const Images cut(pixels, weight.size(3), height, width);
+  args.out = cut.images;
+  args.patches = static_cast<std::uint32_t>(cut.patches);
+  args.features = static_cast<int>(weight.size(0));
+  args.grad = grad.rows();
+  const Tensor matrix = as_matrix(weight);
+  args.weight = RowTensor(matrix).rows();
+  args.tf32 = allow_tf32();
+  check(launch_patch_images_gradient(args, stream_of(images)), "patch_images_gradient");
+  const auto resize_back = [&](const Tensor& out, std::int64_t outer, std::int64_t size, std::int64_t resized,
+                               std::int64_t inner) {
+    ResizeGradientArgs axis;
+    axis.grad = static_cast<const float*>(pixels.const_data_ptr());
+    axis.out = out.mutable_data_ptr();
+    axis.out_type = type_of(out);
+    axis.outer = outer;
+    axis.size = static_cast<int>(size);
+    axis.resized = static_cast<int>(resized);
+    axis.inner = static_cast<int>(inner);
+    check(launch_resize_gradient(axis, stream_of(images)), "resize_gradient");
+    pixels = out;
+  };
+  if (resize) {
+    resize_back(empty_f32({images.size(0), images.size(1), images.size(2), width}, images), planes, images.size(2),
+                height, width);
+    resize_back(empty(images.sizes(), images.scalar_type(), images), planes * images.size(2), images.size(3), width, 1);
+  }
+  return pixels;
+}
+
+Tensor weight_gradient(const RowTensor& grad, const Tensor& images, const Tensor& weight, std::int64_t height,
+                       std::int64_t width) {
+  const Images cut(images, weight, height, width);
+  PatchWeightGradientArgs args;
+  args.images = cut.images;
+  args.patches = static_cast<std::uint32_t>(cut.patches);
+  args.features = static_cast<int>(weight.size(0));
+  args.grad = grad.rows();
+  args.type = type_of(weight);
+  args.tf32 = allow_tf32();
+  args.pieces = patch_weight_gradient_pieces(args);
+  const Tensor result = empty(weight.sizes(), weight.scalar_type(), weight);
+  const bool whole = args.pieces == 1 && weight.scalar_type() == at::kFloat;  // nothing is left to add or to round
+  const Tensor partial = whole ? result : empty_f32({args.pieces, weight.numel()}, weight);
+  args.partial = static_cast<float*>(partial.mutable_data_ptr());
+  check(launch_patch_weight_gradient(args, stream_of(images)), "patch_weight_gradient");
+  if (whole) return result;
+  MatrixSumArgs sum;
+  sum.matrices = vector_of(partial);
+  sum.aligned = weight.numel() % 4 == 0;
+  sum.count = args.pieces;
+  sum.stride = sum.width = weight.numel();
+  sum.rows = 1;
+  sum.all = result.mutable_data_ptr();
+  sum.all_type = type_of(result);
+  check(launch_matrix_sum(sum, stream_of(images)), "matrix_sum");
+  return result;
+}
+
+// The gradients of bias, cls_token and pos_embed, those that are needed: sums over the batch, and for the bias over patches.
+void append_sums(const Tensor& grad_out, const OptionalTensor& bias, const Tensor& weight, const Tensor& cls_token,
+                 const Tensor& pos_embed, bool needs_bias, bool needs_cls, bool needs_position,
+                 std::vector<Tensor>& result) {
+  const std::int64_t tokens = grad_out.size(1), features = grad_out.size(2);
+  const auto four_together = [&](std::int64_t elements) { return elements % 4 == 0; };
+  MatrixSumArgs args;
+  args.matrices = {grad_out.const_data_ptr(), type_of(grad_out)};
+  args.count = grad_out.size(0);
+  args.stride = grad_out.stride(0);
+  args.rows = needs_bias || needs_position ? tokens : 1;
+  args.row_stride = grad_out.stride(1);
+  args.width = args.first_size = features;
+  args.aligned = reinterpret_cast<std::uintptr_t>(grad_out.const_data_ptr()) % (4 * grad_out.itemsize()) == 0 &&
+                 four_together(features) && four_together(args.stride) && four_together(args.row_stride);
+  Tensor sums;
+  if (needs_bias) {
+    result.push_back(empty({features}, bias ? bias->scalar_type() : weight.scalar_type(), grad_out));
+    sums = empty_f32({tokens, features}, grad_out);
+    args.sums = static_cast<float*>(sums.mutable_data_ptr());
+  }
+  const Tensor grad_bias = needs_bias ? result.back() : Tensor();
+  if (needs_cls) {
+    result.push_back(empty(cls_token.sizes(), cls_token.scalar_type(), grad_out));
+    args.first = result.back().mutable_data_ptr();
+    args.first_type = type_of(cls_token);
+  }
+  if (needs_position) {
+    result.push_back(empty(pos_embed.sizes(), pos_embed.scalar_type(), grad_out));
+    args.all = result.back().mutable_data_ptr();
+    args.all_type = type_of(pos_embed);
+  }
+  check(launch_matrix_sum(args, stream_of(grad_out)), "matrix_sum");
+  if (!needs_bias) return;
+  MatrixSumArgs over;
+  over.matrices = {args.sums + features, Type::float32};
+  over.aligned = four_together(features);
+  over.count = tokens - 1;
+  over.stride = over.width = features;
+  over.rows = 1;
+  over.all = grad_bias.mutable_data_ptr();
+  over.all_type = type_of(grad_bias);
+  check(launch_matrix_sum(over, stream_of(grad_out)), "matrix_sum");
+}
+
+}  // namespace
+
+std::vector<Tensor> patch_embed_backward(const Tensor& grad_out, const Tensor& images, const Tensor& weight,
+                                         const OptionalTensor& bias, const Tensor& cls_token, const Tensor& pos_embed,
+                                         int64_t height, int64_t width, Needs needs) {
+  const DeviceGuard guard(images.device());
+  const Tensor dense = dense_rows(grad_out);
+  std::vector<Tensor> result;
+  if (needs.get(0) || needs.get(1)) {
+    // A matrix operand: of the weight's type, or float32.
+    const Tensor patches = dense.narrow(1, 1, dense.size(1) - 1);
+    const bool fits = patches.scalar_type() == weight.scalar_type() || patches.scalar_type() == at::kFloat;
+    const RowTensor grad(fits ? patches : patches.to(at::kFloat));
+    if (needs.get(0)) result.push_back(images_gradient(grad, images, weight, height, width));
+    if (needs.get(1)) result.push_back(weight_gradient(grad, images, weight, height, width));
+  }
+  if (needs.get(2) || needs.get(3) || needs.get(4)) {
+    append_sums(dense, bias, weight, cls_token, pos_embed, needs.get(2), needs.get(3), needs.get(4), result);
+  }
+  return result;
+}
+
 }  // namespace crossvit::cuda
 
 TORCH_LIBRARY_FRAGMENT(crossvit_kernels_cuda, m) {
   using namespace crossvit;
   cuda::define(m, schema::patch_embed, TORCH_FN(cuda::patch_embed));
+  cuda::define(m, schema::patch_embed_backward, TORCH_FN(cuda::patch_embed_backward));
 }

@@ -39,4 +39,51 @@ struct PatchEmbedArgs {
 };
 Error launch_patch_embed(const PatchEmbedArgs& args, Stream stream);
 
+// grad^T patches, (features, depth), in `pieces` parts of the patches that are still to be added: (pieces, features, depth).
+struct PatchWeightGradientArgs {
+  PatchImages images;
+  std::uint32_t patches = 0;
+  int features = 0;
+  Rows grad;                  // (patches, features), of the matrix operand's type or float32
+  Type type = Type::float32;  // of the matrix operands
+  bool tf32 = false;
+  float* partial = nullptr;
+  int pieces = 1;  // what patch_weight_gradient_pieces() says
+};
+int patch_weight_gradient_pieces(const PatchWeightGradientArgs& args);
+Error launch_patch_weight_gradient(const PatchWeightGradientArgs& args, Stream stream);
+
+// grad weight, every pixel to its place in `out`: contiguous images (batch, channels, height, width) of whole patches.
+struct PatchImagesGradientArgs {
+  PatchImages out;
+  std::uint32_t patches = 0;
+  int features = 0;
+  Rows grad;    // (patches, features), of the weight's type or float32
+  Rows weight;  // (features, depth)
+  bool tf32 = false;
+};
+Error launch_patch_images_gradient(const PatchImagesGradientArgs& args, Stream stream);
+
+// The gradient of a bicubic resize along an axis: grad (outer, resized, inner), float32, to out (outer, size, inner).
+struct ResizeGradientArgs {
+  const float* grad = nullptr;
+  void* out = nullptr;
+  Type out_type = Type::float32;
+  std::int64_t outer = 0;
+  int size = 0, resized = 0, inner = 0;
+};
+Error launch_resize_gradient(const ResizeGradientArgs& args, Stream stream);
+
+// The sum of `count` matrices (rows, width) of any type: row r of matrix i begins at i * stride + r * row_stride. To those
+// of all, first (its first `first_size` elements) and sums that are not null.
+struct MatrixSumArgs {
+  Vector matrices;
+  bool aligned = false;  // four elements lie together and are aligned to their size, wherever they begin
+  std::int64_t count = 0, stride = 0, rows = 0, row_stride = 0, width = 0, first_size = 0;
+  void *all = nullptr, *first = nullptr;
+  Type all_type = Type::float32, first_type = Type::float32;
+  float* sums = nullptr;
+};
+Error launch_matrix_sum(const MatrixSumArgs& args, Stream stream);
+
 }  // namespace crossvit::cuda

@@ -1,0 +1,119 @@
+// The gradient of patch_embed's images: the product of the gradient and the weight, whose every element is a pixel, since
+// patches do not overlap.
+#include <cuda/ptx.cuh>
+
+#include "cuda/convert_load.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/patch_embed.h"
+#include "cuda/patch_gather.cuh"
+#include "cuda/tile.cuh"
+
+namespace crossvit::cuda {
+
+namespace {
+
+template <class Product_, int kDepth_, int kStages_>
+struct PixelTile {
+  using Product = Product_;
+  using T = Product::T;
+  static constexpr int kDepth = kDepth_;  // features of a step
+  static constexpr int kStages = kStages_;
+  static constexpr int kGradStride = k_stride<T>(kDepth);
+  static constexpr int kWeightStride = transposed_stride(Product::kColumns);
+  static constexpr int kStage = Product::kRows * kGradStride + kDepth * kWeightStride;  // elements
+  static constexpr int kShared =
+      kStages * kStage * static_cast<int>(sizeof(T)) + Product::kRows * static_cast<int>(sizeof(PatchRow));
+  static_assert(Product::template kStaging<float> * 4 <= kStages * kStage * static_cast<int>(sizeof(T)));
+};
+
+// Four pixels of a patch, the first of which is pixel k.
+template <class X>
+__device__ __forceinline__ void store_pixels(const PatchImages& out, std::int64_t at, int k, const Chunk<float>& four) {
+  X* to = static_cast<X*>(const_cast<void*>(out.data)) + at;
+  const auto offset = [&](int i) {
+    const Pixel pixel = pixel_of(out, i);
+    return pixel.channel * out.channel_stride + pixel.y * out.row_stride + pixel.x;
+  };
+  if (out.piece != 0) {  // k is a multiple of 4, and so is the patch
+    struct alignas(4 * sizeof(X)) Four {
+      X at[4];
+    };
+    *reinterpret_cast<Four*>(to + offset(k)) = {from_float<X>(four.at[0]), from_float<X>(four.at[1]),
+                                                from_float<X>(four.at[2]), from_float<X>(four.at[3])};
+  } else {
+#pragma unroll 1
+    for (int e = 0; e < 4; e++) {
+      const float value = e < 2 ? (e == 0 ? four.at[0] : four.at[1]) : (e == 2 ? four.at[2] : four.at[3]);
+      if (k + e < out.depth) to[offset(k + e)] = from_float<X>(value);
+    }
+  }
+}
+
+template <class Tile>
+__global__ void __launch_bounds__(Tile::Product::kThreads)
+    patch_images_gradient_kernel(const PatchImagesGradientArgs args) {
+  using Product = Tile::Product;
+  using T = Tile::T;
+  constexpr int kRows = Product::kRows, kColumns = Product::kColumns, kThreads = Product::kThreads;
+  constexpr int kStages = Tile::kStages, kDepth = Tile::kDepth;
+  const PatchImages& out = args.out;
+
+  T* stages = reinterpret_cast<T*>(ptx::shared_memory());
+  PatchRow* rows = reinterpret_cast<PatchRow*>(stages + kStages * Tile::kStage);
+
+  const unsigned column_tiles = (out.depth + kColumns - 1) / kColumns, row_tile = blockIdx.x / column_tiles;
+  const std::uint32_t m = row_tile * kRows;
+  const int pixel = static_cast<int>(blockIdx.x - row_tile * column_tiles) * kColumns;
+  for (int r = threadIdx.x; r < kRows; r += kThreads) rows[r] = patch_row(out, m + r, args.patches);
+
+  Product sum;
+  sum.clear();
+  const int steps = (args.features + kDepth - 1) / kDepth;
+  const auto load = [&](int stage, int step) {
+    T* grad = stages + stage * Tile::kStage;
+    load_tile_as<T, kRows, kDepth, kThreads>(grad, Tile::kGradStride, args.grad, m, args.patches, step * kDepth,
+                                             args.features);
+    load_tile<T, kDepth, kColumns, kThreads>(grad + kRows * Tile::kGradStride, Tile::kWeightStride, args.weight,
+                                             step * kDepth, args.features, pixel, out.depth);
+  };
+  Ring<kStages>::start(steps, load);
+  Ring<kStages>::run(steps, load, [&](int stage, int) {
+    const T* grad = stages + stage * Tile::kStage;
+    sum.template multiply<kDepth, false, true>(grad, Tile::kGradStride, grad + kRows * Tile::kGradStride,
+                                               Tile::kWeightStride);
+  });
+
+  __syncthreads();
+  sum.template for_each_chunk<float>(reinterpret_cast<float*>(stages), [&](int r, int c, const Chunk<float>& four) {
+    const std::int64_t at = rows[r].at;
+    if (at < 0 || pixel + c >= out.depth) return;
+    if (out.type == Type::float32) {
+      store_pixels<float>(out, at, pixel + c, four);
+    } else if (out.type == Type::float16) {
+      store_pixels<__half>(out, at, pixel + c, four);
+    } else {
+      store_pixels<__nv_bfloat16>(out, at, pixel + c, four);
+    }
+  });
+}
+
+template <class Tile>
+Error run(const PatchImagesGradientArgs& args, Stream stream) {
+  using Product = Tile::Product;
+  const unsigned row_tiles = (args.patches + Product::kRows - 1) / Product::kRows;
+  const unsigned column_tiles = (args.out.depth + Product::kColumns - 1) / Product::kColumns;
+  return launch(patch_images_gradient_kernel<Tile>, dim3(row_tiles * column_tiles), Product::kThreads, Tile::kShared,
+                stream, args);
+}
+
+}  // namespace
+
+Error launch_patch_images_gradient(const PatchImagesGradientArgs& args, Stream stream) {
+  if (args.weight.type == Type::float16) return run<PixelTile<Product<__half, false, 2, 4, 4, 4>, 32, 4>>(args, stream);
+  if (args.weight.type == Type::bfloat16)
+    return run<PixelTile<Product<__nv_bfloat16, false, 2, 4, 4, 4>, 32, 4>>(args, stream);
+  if (args.tf32) return run<PixelTile<Product<float, true, 2, 4, 2, 4>, 16, 4>>(args, stream);
+  return run<PixelTile<Product<float, false, 2, 4, 2, 4>, 16, 4>>(args, stream);
+}
+
+}  // namespace crossvit::cuda

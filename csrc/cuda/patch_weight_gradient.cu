@@ -1,0 +1,152 @@
+// The gradient of patch_embed's weight: the product of the gradient's columns and the pixels of the patches, summed over
+// patches. A block takes a part of the weight and a piece of the patches, which it cuts out again.
+#include <cuda/ptx.cuh>
+
+#include <algorithm>
+
+#include "cuda/convert_load.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/patch_embed.h"
+#include "cuda/patch_gather.cuh"
+#include "cuda/tile.cuh"
+
+namespace crossvit::cuda {
+
+namespace {
+
+template <class Product_, int kDepth_, int kStages_>
+struct GradientTile {
+  using Product = Product_;
+  using T = Product::T;
+  static constexpr int kDepth = kDepth_;  // patches of a step
+  static constexpr int kStages = kStages_;
+  static constexpr int kGradStride = transposed_stride(Product::kRows);
+  static constexpr int kPixelStride = transposed_stride(Product::kColumns);
+  static constexpr int kStage = kDepth * (kGradStride + kPixelStride);  // elements
+  static constexpr int kShared =
+      kStages * (kStage * static_cast<int>(sizeof(T)) + kDepth * static_cast<int>(sizeof(PatchRow)));
+  static_assert(Product::template kStaging<float> * 4 <= kStages * kStage * static_cast<int>(sizeof(T)));
+};
+
+template <class Tile>
+__global__ void __launch_bounds__(Tile::Product::kThreads)
+    patch_weight_gradient_kernel(const PatchWeightGradientArgs args) {
+  using Product = Tile::Product;
+  using T = Tile::T;
+  constexpr int kRows = Product::kRows, kColumns = Product::kColumns, kThreads = Product::kThreads;
+  constexpr int kStages = Tile::kStages, kDepth = Tile::kDepth;
+  using Patches = PatchTile<T, kDepth, kColumns, kThreads>;
+  const PatchImages& images = args.images;
+
+  T* stages = reinterpret_cast<T*>(ptx::shared_memory());
+  PatchRow* rows = reinterpret_cast<PatchRow*>(stages + kStages * Tile::kStage);  // kDepth of each stage
+
+  // Blocks of the same patches follow each other.
+  const unsigned column_tiles = (images.depth + kColumns - 1) / kColumns;
+  const unsigned row_tiles = (args.features + kRows - 1) / kRows, tiles = row_tiles * column_tiles;
+  const unsigned piece = blockIdx.x / tiles, tile = blockIdx.x - piece * tiles, row_tile = tile / column_tiles;
+  const int feature = static_cast<int>(row_tile) * kRows;
+  const int pixel = static_cast<int>(tile - row_tile * column_tiles) * kColumns;
+
+  const std::int64_t all_steps = (static_cast<std::int64_t>(args.patches) + kDepth - 1) / kDepth;
+  const std::int64_t first_step = all_steps * piece / args.pieces;
+  const int steps = static_cast<int>(all_steps * (piece + 1) / args.pieces - first_step);
+  const auto find_rows = [&](int step) {
+    if (threadIdx.x < kDepth) {
+      rows[step % kStages * kDepth + threadIdx.x] =
+          patch_row(images, static_cast<std::uint32_t>((first_step + step) * kDepth) + threadIdx.x, args.patches);
+    }
+  };
+  const bool asynchronous = Patches::asynchronous(images);
+
+#pragma unroll 1
+  for (int step = 0; step < kStages; step++) find_rows(step);
+  __syncthreads();
+
+  Product sum;
+  sum.clear();
+  int stage = 0, next = 0;
+#pragma unroll 1
+  for (int step = 1 - kStages; step < steps; step++) {
+    if (step >= 0) {
+      ptx::wait_copies<kStages - 2>();
+      __syncthreads();  // this step's operands are there, and everyone has left the buffer that is filled next
+    }
+    const int ahead = step + kStages - 1;
+    if (ahead < steps) {
+      T* grad = stages + next * Tile::kStage;
+      T* pixels = grad + kDepth * Tile::kGradStride;
+      load_tile_as<T, kDepth, kRows, kThreads>(grad, Tile::kGradStride, args.grad, (first_step + ahead) * kDepth,
+                                               args.patches, feature, args.features);
+      const PatchRow* found = rows + next * kDepth;
+      if (asynchronous) {
+        Patches::copy(pixels, Tile::kPixelStride, images, found, pixel, images.depth);
+      } else {
+        Patches::fill(pixels, Tile::kPixelStride, images, found, pixel, images.depth);
+      }
+    }
+    ptx::commit_copies();
+    next = next + 1 == kStages ? 0 : next + 1;
+    if (step < 0) continue;
+    find_rows(step + kStages);  // in the place of this step's, which have been used; read behind the next barrier
+    const T* grad = stages + stage * Tile::kStage;
+    sum.template multiply<kDepth, true, true>(grad, Tile::kGradStride, grad + kDepth * Tile::kGradStride,
+                                              Tile::kPixelStride);
+    stage = stage + 1 == kStages ? 0 : stage + 1;
+  }
+
+  __syncthreads();
+  float* partial = args.partial + static_cast<std::int64_t>(piece) * args.features * images.depth;
+  sum.template for_each_chunk<float>(reinterpret_cast<float*>(stages), [&](int r, int c, const Chunk<float>& chunk) {
+    if (feature + r < args.features) {
+      store_chunk(partial + static_cast<std::int64_t>(feature + r) * images.depth, pixel + c, images.depth,
+                  images.depth % 4 == 0, chunk);
+    }
+  });
+}
+
+template <class Tile>
+std::int64_t tiles_of(const PatchWeightGradientArgs& args) {
+  using Product = Tile::Product;
+  return static_cast<std::int64_t>((args.features + Product::kRows - 1) / Product::kRows) *
+         ((args.images.depth + Product::kColumns - 1) / Product::kColumns);
+}
+
+// f(tile's type as a value)
+template <class T, class F>
+auto with_tile16(const PatchWeightGradientArgs& args, F&& f) {
+  // The narrow tile where that saves more products than cutting out the patches again costs.
+  const int gather = args.images.resize ? 256 : 64;
+  const int wide = (args.features + 191) / 192 * (192 + gather), narrow = (args.features + 95) / 96 * (96 + gather);
+  if (narrow < wide) return f(GradientTile<Product<T, false, 2, 4, 3, 4>, 32, 4>());
+  return f(GradientTile<Product<T, false, 2, 4, 6, 4>, 32, 4>());
+}
+
+template <class F>
+auto with_tile(const PatchWeightGradientArgs& args, F&& f) {
+  if (args.type == Type::float16) return with_tile16<__half>(args, f);
+  if (args.type == Type::bfloat16) return with_tile16<__nv_bfloat16>(args, f);
+  if (args.tf32) return f(GradientTile<Product<float, true, 2, 4, 3, 4>, 16, 4>());
+  return f(GradientTile<Product<float, false, 2, 4, 3, 4>, 16, 4>());
+}
+
+}  // namespace
+
+int patch_weight_gradient_pieces(const PatchWeightGradientArgs& args) {
+  return with_tile(args, [&](auto tile) {
+    using Tile = decltype(tile);
+    const std::int64_t steps = (static_cast<std::int64_t>(args.patches) + Tile::kDepth - 1) / Tile::kDepth;
+    const std::int64_t pieces = std::min(multiprocessors() / tiles_of<Tile>(args), steps / 4);
+    return static_cast<int>(std::max<std::int64_t>(pieces, 1));
+  });
+}
+
+Error launch_patch_weight_gradient(const PatchWeightGradientArgs& args, Stream stream) {
+  return with_tile(args, [&](auto tile) {
+    using Tile = decltype(tile);
+    return launch(patch_weight_gradient_kernel<Tile>, dim3(static_cast<unsigned>(tiles_of<Tile>(args) * args.pieces)),
+                  Tile::Product::kThreads, Tile::kShared, stream, args);
+  });
+}
+
+}  // namespace crossvit::cuda
