@@ -48,15 +48,23 @@ struct Product {
   // at[i][j][2 h + c] is row i * 16 + h * 8 + group, column j * 8 + 2 * pair + c of the warp's part.
   float at[kM][kN][4];
 
-  __device__ __forceinline__ void clear() {
+  // Every sum of a column begins with f(column), called for this thread's columns of the tile.
+  template <class F>
+  __device__ __forceinline__ void fill(F&& f) {
+    const int column = warp_column() + static_cast<int>(threadIdx.x) % 4 * 2;
 #pragma unroll
-    for (int i = 0; i < kM; i++) {
+    for (int j = 0; j < kN; j++) {
+      const float first = f(column + j * 8), second = f(column + j * 8 + 1);
 #pragma unroll
-      for (int j = 0; j < kN; j++) {
-#pragma unroll
-        for (int e = 0; e < 4; e++) at[i][j][e] = 0;
+      for (int i = 0; i < kM; i++) {
+        at[i][j][0] = at[i][j][2] = first;
+        at[i][j][1] = at[i][j][3] = second;
       }
     }
+  }
+
+  __device__ __forceinline__ void clear() {
+    fill([](int) { return 0.0f; });
   }
 
   // The first row and column of this warp's part of the tile.
@@ -120,11 +128,25 @@ struct Product {
   // `staging` holds kStaging<S> elements that nobody else uses meanwhile; warps do not wait for each other.
   template <class S, class F>
   __device__ __forceinline__ void for_each_chunk(S* staging, F&& f) const {
-    constexpr int kStride = kN * 8 + 8, kPerRow = kN * 8 / Chunk<S>::kSize;
+    for_each_chunk(
+        staging, [](int, int) { return 0; },
+        [&](int row, int column, const Chunk<S>& chunk, int) { f(row, column, chunk); });
+  }
+
+  // f(row, column, chunk, before(row, column)); before() may load what f needs, it is called for several chunks ahead.
+  template <class S, class Before, class F>
+  __device__ __forceinline__ void for_each_chunk(S* staging, Before&& before, F&& f) const {
+    constexpr int kStride = kN * 8 + 8, kPerRow = kN * 8 / Chunk<S>::kSize, kChunks = (16 * kPerRow + 31) / 32;
     const int lane = threadIdx.x % 32, group = lane / 4, pair = lane % 4;
     staging += static_cast<int>(threadIdx.x) / 32 * (16 * kStride);
 #pragma unroll
     for (int i = 0; i < kM; i++) {
+      decltype(before(0, 0)) given[kChunks];
+#pragma unroll
+      for (int c = 0; c < kChunks; c++) {
+        const int row = (c * 32 + lane) / kPerRow, column = (c * 32 + lane) % kPerRow * Chunk<S>::kSize;
+        if (16 * kPerRow % 32 == 0 || row < 16) given[c] = before(warp_row() + i * 16 + row, warp_column() + column);
+      }
       __syncwarp();
 #pragma unroll
       for (int j = 0; j < kN; j++) {
@@ -140,11 +162,11 @@ struct Product {
       }
       __syncwarp();
 #pragma unroll
-      for (int c = 0; c < (16 * kPerRow + 31) / 32; c++) {
-        const int index = c * 32 + lane, row = index / kPerRow, column = index % kPerRow * Chunk<S>::kSize;
+      for (int c = 0; c < kChunks; c++) {
+        const int row = (c * 32 + lane) / kPerRow, column = (c * 32 + lane) % kPerRow * Chunk<S>::kSize;
         if (16 * kPerRow % 32 == 0 || row < 16) {
           f(warp_row() + i * 16 + row, warp_column() + column,
-            *reinterpret_cast<const Chunk<S>*>(staging + row * kStride + column));
+            *reinterpret_cast<const Chunk<S>*>(staging + row * kStride + column), given[c]);
         }
       }
     }

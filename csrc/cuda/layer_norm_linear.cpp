@@ -1,0 +1,149 @@
+// layer_norm_linear on a GPU: arguments, memory and the order of its launches.
+#include "cuda/layer_norm_linear.h"
+
+#include "cuda/linear_ops.h"
+
+namespace crossvit::cuda {
+
+namespace {
+
+float* float_data(const Tensor& t) { return t.numel() ? t.mutable_data_ptr<float>() : nullptr; }
+
+Norm norm_of(const Tensor& weight, const OptionalTensor& bias, double eps) {
+  return {vector_of(weight), vector_of(bias), static_cast<float>(eps)};
+}
+
+int width_of(std::int64_t size) {
+  TORCH_CHECK(size < std::int64_t{1} << 30, "rows of ", size, " elements");
+  return static_cast<int>(size);
+}
+
+}  // namespace
+
+void layer_norm_linear_forward(const Tensor& x, const Tensor& norm_weight, const OptionalTensor& norm_bias,
+                               const Tensor& weight, const OptionalTensor& bias, double eps, bool gelu_in,
+                               bool gelu_out, const Tensor& out, const Tensor& mean, const Tensor& rstd,
+                               const Tensor& pre) {
+  const RowTensor in(x), matrix(weight), to(out);
+  LayerNormLinearArgs args{};
+  args.type = matrix.type;
+  args.tf32 = matrix.type == Type::float32 && allow_tf32();
+  args.x = in.rows();
+  args.weight = matrix.rows();
+  args.rows = in.count;
+  args.width = width_of(in.width);
+  args.features = width_of(matrix.count);
+  args.norm = norm_of(norm_weight, norm_bias, eps);
+  args.bias = vector_of(bias);
+  args.gelu_in = gelu_in;
+  args.gelu_out = gelu_out;
+  args.out = to.rows();
+  if (pre.numel()) args.pre = RowTensor(pre).rows();
+  args.mean = float_data(mean);
+  args.rstd = float_data(rstd);
+  Tensor normalized;
+  if (layer_norm_linear_in_two(args)) {
+    normalized = empty({in.count, in.width}, weight.scalar_type(), x);
+    args.normalized = RowTensor(normalized).rows();
+  }
+  check(launch_layer_norm_linear(args, stream_of(x)), "layer_norm_linear");
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_linear(const Tensor& x, const Tensor& norm_weight,
+                                                             const OptionalTensor& norm_bias, const Tensor& weight,
+                                                             const OptionalTensor& bias, double eps, bool gelu_in,
+                                                             bool gelu_out, bool save) {
+  const DeviceGuard guard(x.device());
+  const std::int64_t rows = x.numel() / x.size(-1), features = weight.size(0);
+  auto shape = x.sizes().vec();
+  shape.back() = features;
+  const Tensor out = empty(shape, weight.scalar_type(), x);
+  const Tensor mean = empty_f32({save ? rows : 0}, x), rstd = empty_f32({save ? rows : 0}, x);
+  const Tensor pre = empty({save && gelu_out ? rows : 0, features}, weight.scalar_type(), x);
+  layer_norm_linear_forward(x, norm_weight, norm_bias, weight, bias, eps, gelu_in, gelu_out, out, mean, rstd, pre);
+  return {out, mean, rstd, pre};
+}
+
+std::vector<Tensor> layer_norm_linear_gradients(const RowTensor& grad, const Tensor& x, const Tensor& norm_weight,
+                                                const OptionalTensor& norm_bias, const Tensor& weight,
+                                                at::ScalarType bias_dtype, const Tensor& mean, const Tensor& rstd,
+                                                bool gelu_in, const bool (&needs)[5], const OptionalTensor& add) {
+  const RowTensor in(x);
+  const Stream stream = stream_of(x);
+  std::vector<Tensor> result;
+  // What the weight's gradient multiplies is written once, rather than made again by each of its blocks.
+  Tensor normalized;
+  if (needs[3]) normalized = empty({in.count, in.width}, weight.scalar_type(), x);
+  if (needs[0] || needs[1] || needs[2]) {
+    const Tensor grad_normalized = input_gradient(grad, weight, {}, {});
+    LayerNormBackwardArgs args{};
+    args.type = type_of(weight);
+    args.grad = RowTensor(grad_normalized).rows();
+    args.x = in.rows();
+    RowTensor added;
+    if (add) {
+      added = RowTensor(add->to(x.scalar_type()));
+      args.add = added.rows();
+    }
+    args.rows = in.count;
+    args.width = width_of(in.width);
+    args.mean = mean.const_data_ptr<float>();
+    args.rstd = rstd.const_data_ptr<float>();
+    args.norm = norm_of(norm_weight, norm_bias, 0);
+    args.gelu = gelu_in;
+    if (needs[3]) args.y = RowTensor(normalized).rows();
+    if (needs[0]) {
+      result.push_back(empty(x.sizes(), x.scalar_type(), x));
+      args.grad_x = RowTensor(result.back()).rows();
+    }
+    if (needs[1]) {
+      result.push_back(empty({in.width}, norm_weight.scalar_type(), x));
+      args.grad_weight = result.back().mutable_data_ptr();
+      args.grad_weight_type = type_of(norm_weight);
+    }
+    if (needs[2]) {
+      result.push_back(empty({in.width}, norm_bias->scalar_type(), x));
+      args.grad_bias = result.back().mutable_data_ptr();
+      args.grad_bias_type = type_of(*norm_bias);
+    }
+    Tensor partial;
+    if (needs[1] || needs[2]) {
+      partial = empty_f32({layer_norm_backward_partial(args.rows, args.width)}, x);
+      args.partial = float_data(partial);
+    }
+    check(layer_norm_backward(args, stream), "layer_norm_linear_backward");
+  } else if (needs[3]) {
+    LayerNormLinearArgs args{};
+    args.type = type_of(weight);
+    args.x = in.rows();
+    args.rows = in.count;
+    args.width = width_of(in.width);
+    args.norm = norm_of(norm_weight, norm_bias, 0);
+    args.gelu_in = gelu_in;
+    args.mean = float_data(mean);
+    args.rstd = float_data(rstd);
+    args.normalized = RowTensor(normalized).rows();
+    check(layer_norm_rows(args, /*given=*/true, stream), "layer_norm_linear_backward");
+  }
+  weight_gradients(grad, normalized, weight, bias_dtype, needs[3], needs[4], result);
+  return result;
+}
+
+std::vector<Tensor> layer_norm_linear_backward(const Tensor& grad_out, const Tensor& x, const Tensor& norm_weight,
+                                               const OptionalTensor& norm_bias, const Tensor& weight,
+                                               const Tensor& mean, const Tensor& rstd, const Tensor& pre, bool gelu_in,
+                                               bool gelu_out, Needs needs) {
+  const DeviceGuard guard(x.device());
+  const RowTensor grad =
+      product_gradient(grad_out, {}, gelu_out ? OptionalTensor(pre) : OptionalTensor(), weight.scalar_type());
+  return layer_norm_linear_gradients(grad, x, norm_weight, norm_bias, weight, weight.scalar_type(), mean, rstd, gelu_in,
+                                     {needs.get(0), needs.get(1), needs.get(2), needs.get(3), needs.get(4)}, {});
+}
+
+}  // namespace crossvit::cuda
+
+TORCH_LIBRARY_FRAGMENT(crossvit_kernels_cuda, m) {
+  crossvit::cuda::define(m, crossvit::schema::layer_norm_linear, TORCH_FN(crossvit::cuda::layer_norm_linear));
+  crossvit::cuda::define(m, crossvit::schema::layer_norm_linear_backward,
+                         TORCH_FN(crossvit::cuda::layer_norm_linear_backward));
+}

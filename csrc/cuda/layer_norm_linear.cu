@@ -1,0 +1,321 @@
+// layer_norm_linear: a block normalises a tile of rows in shared memory and multiplies it by column tiles of the weight, one
+// behind the other through one ring, so that the copies for the next tile run under the last steps of this one.
+#include "cuda/layer_norm_linear.h"
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/launch.cuh"
+#include "cuda/linear.h"
+#include "cuda/math.cuh"
+#include "cuda/norm.cuh"
+#include "cuda/quad.cuh"
+#include "cuda/tile.cuh"
+#include "cuda/tile_load.cuh"
+
+namespace crossvit::cuda {
+namespace {
+
+// Shared memory of a block: the normalised rows, the ring, and what is either LayerNorm's parameters or staged results.
+template <class P_, int kDepth_, int kStages_>
+struct Fused {
+  using P = P_;
+  using T = typename P::T;
+  static constexpr int kDepth = kDepth_, kStages = kStages_;
+  static constexpr int kWeightStride = k_stride<T>(kDepth), kStage = P::kColumns * kWeightStride;
+  __host__ __device__ static int x_stride(int width) { return k_stride<T>((width + kDepth - 1) / kDepth * kDepth); }
+  static std::size_t shared(int width) {
+    const std::size_t staging = std::max(P::template kStaging<T> * sizeof(T), 2 * width * sizeof(float));
+    return (static_cast<std::size_t>(P::kRows) * x_stride(width) + kStages * kStage) * sizeof(T) + staging;
+  }
+};
+
+// Normalises the rows of the tile in place; those of float32 beside 16-bit operands are read from memory.
+template <class F>
+__device__ __forceinline__ void normalize_tile(const LayerNormLinearArgs& p, typename F::T* tile, const float* affine,
+                                               std::int64_t row0, bool in_place, bool saves) {
+  using T = typename F::T;
+  constexpr int kSize = Chunk<T>::kSize, kRowsAtOnce = F::P::kWarps * 32 / kLanesPerRow;
+  const int stride = F::x_stride(p.width), depth = (p.width + F::kDepth - 1) / F::kDepth * F::kDepth;
+  const int lane = threadIdx.x % kLanesPerRow;
+#pragma unroll 1
+  for (int r = threadIdx.x / kLanesPerRow; r < F::P::kRows; r += kRowsAtOnce) {
+    T* row = tile + r * stride;
+    const float* from = row_of<const float>(p.x, min(row0 + r, p.rows - 1));
+    const auto read = [&](int column, float (&v)[kSize]) {
+      if (in_place) {
+        const Chunk<T> chunk = *reinterpret_cast<const Chunk<T>*>(row + column);
+#pragma unroll
+        for (int e = 0; e < kSize; e++) v[e] = to_float(chunk.at[e]);
+      } else {
+#pragma unroll
+        for (int q = 0; q < kSize / 4; q++) {
+          const Four<float> four = load_four(from, column + q * 4, p.width, p.x.aligned);
+#pragma unroll
+          for (int e = 0; e < 4; e++) v[q * 4 + e] = four.at[e];
+        }
+      }
+    };
+    const RowStatistics statistics =
+        row_statistics<kSize>(p.width, p.norm.eps, in_place ? to_float(row[0]) : from[0], read);
+    if (saves && lane == 0 && row0 + r < p.rows) {
+      p.mean[row0 + r] = statistics.first + statistics.shift;
+      p.rstd[row0 + r] = statistics.rstd;
+    }
+    for (int column = lane * kSize; column < depth; column += kLanesPerRow * kSize) {
+      Chunk<T> chunk;
+      float v[kSize] = {};
+      if (column < p.width) read(column, v);
+#pragma unroll
+      for (int e = 0; e < kSize; e++) {
+        if (column + e < p.width) {
+          v[e] = (v[e] - statistics.first - statistics.shift) * statistics.rstd;
+          v[e] = fmaf(v[e], affine[column + e], affine[p.width + column + e]);
+          if (p.gelu_in) v[e] = gelu<T>(v[e]);
+        } else {
+          v[e] = 0;
+        }
+        chunk.at[e] = from_float<T>(v[e]);
+      }
+      *reinterpret_cast<Chunk<T>*>(row + column) = chunk;
+    }
+  }
+}
+
+// Block b has row tile b / splits and, of the column tiles, part b % splits: tiles_per_block of them.
+template <class F>
+__global__ void __launch_bounds__(F::P::kThreads)
+    fused_kernel(const LayerNormLinearArgs p, int splits, int tiles_per_block) {
+  using P = typename F::P;
+  using T = typename F::T;
+  const int x_stride = F::x_stride(p.width), steps_per_tile = (p.width + F::kDepth - 1) / F::kDepth;
+  T* x = reinterpret_cast<T*>(ptx::shared_memory());
+  T* ring = x + P::kRows * x_stride;
+  T* staging = ring + F::kStages * F::kStage;
+  float* affine = reinterpret_cast<float*>(staging);
+  const std::int64_t row = static_cast<std::int64_t>(blockIdx.x / splits) * P::kRows;
+  const int part = static_cast<int>(blockIdx.x % splits);
+  const int column_tiles = (p.features + P::kColumns - 1) / P::kColumns;
+  const int tile0 = part * tiles_per_block, tiles = min(tiles_per_block, column_tiles - tile0);
+  const int steps = tiles * steps_per_tile;
+
+  const bool in_place = p.x.type == p.type;
+  if (in_place) {
+    for (int column = 0; column < p.width; column += F::kDepth)
+      load_tile<T, P::kRows, F::kDepth, P::kThreads>(x + column, x_stride, p.x, row, p.rows, column, p.width);
+  }
+  ptx::commit_copies();
+  int load_tile_index = tile0, load_k = 0;  // what the ring fetches next
+  const auto load_step = [&](int stage, int) {
+    load_tile<T, P::kColumns, F::kDepth, P::kThreads>(ring + stage * F::kStage, F::kWeightStride, p.weight,
+                                                      load_tile_index * P::kColumns, p.features, load_k * F::kDepth,
+                                                      p.width);
+    if (++load_k == steps_per_tile) load_k = 0, load_tile_index++;
+  };
+  Ring<F::kStages>::start(steps, load_step);
+  load_affine(affine, p.width, p.norm.weight, p.norm.bias);
+  ptx::wait_copies<F::kStages - 1>();
+  __syncthreads();
+  normalize_tile<F>(p, x, affine, row, in_place, p.mean && part == 0);
+
+  P sum;
+  int column = tile0 * P::kColumns, k = 0;
+  const auto begin = [&]() {
+    sum.fill([&](int c) {
+      return p.bias.data && column + c < p.features ? load(p.bias.data, p.bias.type, column + c) : 0.0f;
+    });
+  };
+  const auto store = [&](const Rows& out) {
+    sum.for_each_chunk(staging, [&](int r, int c, const Chunk<T>& chunk) {
+      if (row + r < p.rows)
+        store_chunk(static_cast<T*>(out.data) + (row + r) * out.row_stride, column + c, p.features, out.aligned, chunk);
+    });
+  };
+  begin();
+  Ring<F::kStages>::run(steps, load_step, [&](int stage, int) {
+    sum.template multiply<F::kDepth>(x + k * F::kDepth, x_stride, ring + stage * F::kStage, F::kWeightStride);
+    if (++k == steps_per_tile) {
+      if (p.pre.data) store(p.pre);
+      if (p.gelu_out) sum.for_each([](int, int, float& v0, float& v1) { v0 = gelu<T>(v0), v1 = gelu<T>(v1); });
+      store(p.out);
+      k = 0;
+      column += P::kColumns;
+      begin();
+    }
+  });
+}
+
+constexpr int kNormThreads = 128, kNormRows = kNormThreads / kLanesPerRow;
+
+// y = act(LayerNorm(x)) to memory, for products that are not fused. X is x's type.
+template <class T, class X>
+__global__ void __launch_bounds__(kNormThreads) norm_rows_kernel(const LayerNormLinearArgs p, bool given, bool staged) {
+  float* affine = reinterpret_cast<float*>(ptx::shared_memory());
+  if (staged) load_affine(affine, p.width, p.norm.weight, p.norm.bias);
+  __syncthreads();
+  const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * kNormRows + threadIdx.x / kLanesPerRow;
+  const X* from = row_of<const X>(p.x, min(row, p.rows - 1));
+  const auto read = [&](int column, float (&v)[4]) {
+    const Quad quad = to_quad(load_four(from, column, p.width, p.x.aligned));
+#pragma unroll
+    for (int e = 0; e < 4; e++) v[e] = quad.at[e];
+  };
+  RowStatistics statistics;
+  if (given) {
+    statistics = {p.mean[min(row, p.rows - 1)], 0.0f, p.rstd[min(row, p.rows - 1)]};
+  } else {
+    statistics = row_statistics<4>(p.width, p.norm.eps, to_float(from[0]), read);
+  }
+  if (row >= p.rows) return;
+  const int lane = threadIdx.x % kLanesPerRow;
+  if (p.mean && !given && lane == 0) {
+    p.mean[row] = statistics.first + statistics.shift;
+    p.rstd[row] = statistics.rstd;
+  }
+#pragma unroll 4
+  for (int column = lane * 4; column < p.width; column += kLanesPerRow * 4) {
+    Quad v;
+    read(column, v.at);
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      const int c = min(column + e, p.width - 1);
+      const Vector &weight = p.norm.weight, &bias = p.norm.bias;
+      const float factor = staged ? affine[c] : load(weight.data, weight.type, c);
+      const float offset = staged ? affine[p.width + c] : bias.data ? load(bias.data, bias.type, c) : 0.0f;
+      v.at[e] = fmaf((v.at[e] - statistics.first - statistics.shift) * statistics.rstd, factor, offset);
+      if (p.gelu_in) v.at[e] = gelu<T>(v.at[e]);
+    }
+    store_four(row_of<T>(p.normalized, row), column, p.width, p.normalized.aligned, v);
+  }
+}
+
+template <class T>
+Error launch_norm_rows(const LayerNormLinearArgs& args, bool given, Stream stream) {
+  const dim3 grid(static_cast<unsigned>((args.rows + kNormRows - 1) / kNormRows));
+  const std::size_t affine = 2 * sizeof(float) * args.width;
+  const bool staged = affine <= 48 * 1024;
+  const std::size_t shared = staged ? affine : 0;
+  if (args.x.type == args.type)
+    return launch(norm_rows_kernel<T, T>, grid, kNormThreads, shared, stream, args, given, staged);
+  return launch(norm_rows_kernel<T, float>, grid, kNormThreads, shared, stream, args, given, staged);
+}
+
+// The tiles of the fused kernel: for few rows; for a multiprocessor's worth; and the large ones, which read the weight
+// seldom, two blocks beside each other where rows are narrow, one twice as wide else.
+template <class T, bool kTf32>
+using Few = Fused<Product<T, kTf32, 1, 4, 1, 1>, sizeof(T) == 2 ? 64 : 32, 4>;
+template <class T>
+using Medium = Fused<Product<T, false, 2, 2, 2, 4>, 64, 3>;
+template <class T>
+using Large = Fused<Product<T, false, 2, 2, 4, 8>, 32, 3>;
+template <class T>
+using Wide = Fused<Product<T, false, 2, 4, 4, 8>, 32, 3>;
+
+struct Plan {
+  enum Kind { few, medium, large, wide, in_two } kind = in_two;
+  int splits = 1, tiles_per_block = 1;
+};
+
+int shared_limit() {
+  int device = 0, bytes = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes;
+}
+
+// The plan of the least estimated time. Unit: one multiply-add of a multiprocessor whose matrix units are busy; `slower`
+// says how much of that a tile's instructions and reads of shared memory leave, normalising an element costs kNormalize,
+// getting a block started kStart.
+Plan plan_of(const LayerNormLinearArgs& args) {
+  if (args.type == Type::float32 && args.rows > 256) return {};
+  const std::int64_t processors = multiprocessors(), limit = shared_limit();
+  constexpr double kNormalize = 500, kStart = 4e6;
+  struct Candidate {
+    Plan::Kind kind;
+    int rows, columns, most_resident;
+    double slower;
+    std::size_t shared;
+  };
+  using H = __half;
+  const bool wide = args.type == Type::float32;
+  const Candidate candidates[] = {
+      {Plan::few, 16, 32, 6, 6, wide ? Few<float, false>::shared(args.width) : Few<H, false>::shared(args.width)},
+      {Plan::medium, 64, 64, 4, 1.8, Medium<H>::shared(args.width)},
+      {Plan::large, 128, 128, 3, 1.1, Large<H>::shared(args.width)},
+      {Plan::wide, 128, 256, 1, 1.0, Wide<H>::shared(args.width)},
+  };
+  const double width = args.width;
+  Plan best;
+  double least = 0;
+  if (args.rows > 256) {  // two launches: the rows through memory, then tiles of 128 x 128
+    const std::int64_t tiles = ((args.rows + 127) / 128) * ((args.features + 127) / 128);
+    least = 2 * kStart + args.rows * width / processors * 2 * kNormalize +
+            (tiles + 2 * processors - 1) / (2 * processors) * 2 * (1.1 * 128 * 128 * width + kStart / 2);
+  }
+  for (const Candidate& c : candidates) {
+    if (static_cast<std::int64_t>(c.shared) > limit || (wide && c.kind != Plan::few)) continue;
+    const std::int64_t resident = std::min<std::int64_t>(c.most_resident, (limit + 1024) / (c.shared + 1024));
+    const std::int64_t row_tiles = (args.rows + c.rows - 1) / c.rows;
+    const int column_tiles = (args.features + c.columns - 1) / c.columns;
+    for (int splits = 1; splits <= column_tiles; splits++) {
+      const int tiles = (column_tiles + splits - 1) / splits;
+      if ((column_tiles + tiles - 1) / tiles != splits) continue;
+      const std::int64_t blocks = row_tiles * splits;
+      const std::int64_t together = std::min(resident, (blocks + processors - 1) / processors);
+      const std::int64_t waves = (blocks + processors * together - 1) / (processors * together);
+      const double block = c.rows * width * (kNormalize + c.slower * c.columns * tiles);
+      const double time = waves * (kStart + together * block);
+      if (least == 0 || time < least) least = time, best = {c.kind, splits, tiles};
+    }
+  }
+  return best;
+}
+
+template <class F>
+Error launch_fused(const LayerNormLinearArgs& args, const Plan& plan, Stream stream) {
+  const std::int64_t blocks = (args.rows + F::P::kRows - 1) / F::P::kRows * plan.splits;
+  return launch(fused_kernel<F>, dim3(static_cast<unsigned>(blocks)), F::P::kThreads, F::shared(args.width), stream,
+                args, plan.splits, plan.tiles_per_block);
+}
+
+template <class T>
+Error launch16(const LayerNormLinearArgs& args, const Plan& plan, Stream stream) {
+  if (plan.kind == Plan::few) return launch_fused<Few<T, false>>(args, plan, stream);
+  if (plan.kind == Plan::medium) return launch_fused<Medium<T>>(args, plan, stream);
+  if (plan.kind == Plan::large) return launch_fused<Large<T>>(args, plan, stream);
+  return launch_fused<Wide<T>>(args, plan, stream);
+}
+
+}  // namespace
+
+bool layer_norm_linear_in_two(const LayerNormLinearArgs& args) { return plan_of(args).kind == Plan::in_two; }
+
+Error layer_norm_rows(const LayerNormLinearArgs& args, bool given, Stream stream) {
+  return with_type(args.type, [&](auto example) { return launch_norm_rows<decltype(example)>(args, given, stream); });
+}
+
+Error launch_layer_norm_linear(const LayerNormLinearArgs& args, Stream stream) {
+  if (!args.normalized.data) {
+    const Plan plan = plan_of(args);
+    if (args.type == Type::float16) return launch16<__half>(args, plan, stream);
+    if (args.type == Type::bfloat16) return launch16<__nv_bfloat16>(args, plan, stream);
+    return args.tf32 ? launch_fused<Few<float, true>>(args, plan, stream)
+                     : launch_fused<Few<float, false>>(args, plan, stream);
+  }
+  if (const Error error = layer_norm_rows(args, false, stream)) return error;
+  LinearArgs product{};
+  product.type = args.type;
+  product.tf32 = args.tf32;
+  product.x = args.normalized;
+  product.weight = args.weight;
+  product.rows = args.rows;
+  product.depth = args.width;
+  product.columns = args.features;
+  product.epilogue.bias = args.bias;
+  product.epilogue.pre = args.pre;
+  product.epilogue.gelu = args.gelu_out;
+  product.epilogue.out = args.out;
+  return linear(product, stream);
+}
+
+}  // namespace crossvit::cuda

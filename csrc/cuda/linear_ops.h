@@ -1,0 +1,51 @@
+// The torch side of what layer_norm_linear, linear_residual and layer_norm_mlp share.
+#pragma once
+
+#include <vector>
+
+#include "cuda/check.h"
+#include "cuda/layer_norm_linear.h"
+#include "cuda/linear.h"
+
+namespace crossvit::cuda {
+
+// A scale (B, 1, ..., 1) with the dimensions of x or per channel, for the rows of x; owns a contiguous copy if it needs one.
+struct ScaleTensor {
+  Tensor tensor;
+  Scale scale;
+  ScaleTensor() = default;
+  ScaleTensor(const OptionalTensor& t, const Tensor& x);
+};
+
+// out (..., E) = residual + scale * Linear(x), residual of out's dtype; without a residual Linear(x).
+void linear_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
+                    const Scale& scale, const Tensor& out);
+
+// What layer_norm_linear computes, into `out` and, if they have rows, mean, rstd and pre.
+void layer_norm_linear_forward(const Tensor& x, const Tensor& norm_weight, const OptionalTensor& norm_bias,
+                               const Tensor& weight, const OptionalTensor& bias, double eps, bool gelu_in,
+                               bool gelu_out, const Tensor& out, const Tensor& mean, const Tensor& rstd,
+                               const Tensor& pre);
+
+// scale * grad_out * gelu'(pre) in this dtype; grad_out itself where that is all. `pre` is optional.
+RowTensor product_gradient(const Tensor& grad_out, const Scale& scale, const OptionalTensor& pre, at::ScalarType dtype);
+
+// grad weight, (rows, D); where the Linear's input was gelu(pre) the gradient of pre, and `activated` becomes the input.
+Tensor input_gradient(const RowTensor& grad, const Tensor& weight, const OptionalTensor& pre,
+                      const OptionalTensor& activated);
+
+// Appends those of the gradients of a Linear's weight and bias that are wanted; x is the Linear's input.
+void weight_gradients(const RowTensor& grad, const Tensor& x, const Tensor& weight, at::ScalarType bias_dtype,
+                      bool weight_wanted, bool bias_wanted, std::vector<Tensor>& result);
+
+// Of layer_norm_linear's five gradients those that are needed, from that of the Linear's output; `add` is added to x's.
+std::vector<Tensor> layer_norm_linear_gradients(const RowTensor& grad, const Tensor& x, const Tensor& norm_weight,
+                                                const OptionalTensor& norm_bias, const Tensor& weight,
+                                                at::ScalarType bias_dtype, const Tensor& mean, const Tensor& rstd,
+                                                bool gelu_in, const bool (&needs)[5], const OptionalTensor& add);
+
+// The gradient of `scale` in residual + scale * Linear(x).
+Tensor scale_gradient(const Tensor& grad_out, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                      const Tensor& scale, Scale::Kind kind);
+
+}  // namespace crossvit::cuda
