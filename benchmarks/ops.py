@@ -95,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         torch.backends.cuda.matmul.allow_tf32 = options.tf32
         cells = list(dict.fromkeys(replace(cell, backward=cell.backward and cell.op != "cls_fusion") for cell in cells))
-        plan.show(cells, options.architecture, options.json, options.autocast)
+        kernels = [name for name in options.kernels if name in ("triton", "cuda")] or ["triton", "cuda"]
+        plan.show(cells, options.architecture, options.json, options.autocast, kernels)
         return 0
     candidates = {cell: [*options.kernels, *(peer for peer in options.peers if _has(cell, peer))] for cell in cells}
     results: list[Result] = []
@@ -133,7 +134,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--backward", action="store_true", help="time forward and backward together")
     parser.add_argument("--both", action="store_true", help="time the forward alone, then with the backward")
     parser.add_argument("--branch", type=names(list(BRANCHES)), default=list(BRANCHES), help=", ".join(BRANCHES))
-    parser.add_argument("--plan", action="store_true", help="what the Triton kernels will do on a GPU, without one")
+    parser.add_argument("--plan", action="store_true", help="what the GPU kernels will do, without a GPU")
     parser.add_argument("--autocast", action="store_true", help="of --plan: inputs as under autocast to the dtype")
     parser.add_argument("--tf32", action="store_true", help="of --plan: float32 products in TF32")
     parser.add_argument("--architecture", type=names(ARCHITECTURES, ARCHITECTURES), default=["sm_90"], help="of --plan")

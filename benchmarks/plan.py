@@ -1,16 +1,17 @@
-"""What the Triton kernels of an op will do on a GPU, from shapes and compiled code alone: computed, not measured.
+"""What the GPU kernels of an op will do, from shapes and compiled code alone: computed, not measured.
 
-python -m benchmarks.ops --plan [--op all] [--batch 256] [--dtype bfloat16] [--backward] [--architecture sm_90]
+python -m benchmarks.ops --plan [--kernels triton,cuda] [--op all] [--batch 256] [--dtype bfloat16] [--backward]
+    [--architecture sm_90]
 
 For each op and size: its launches with their grids, registers, shared memory and occupancy; the bytes of every tensor
-that a launch takes, each counted once; the floating-point operations; and the time that a GPU which copies BANDWIDTH
-and multiplies RATE cannot beat.
+that a launch takes (of the CUDA kernels: a call takes, gives and needs in between), each counted once; the
+floating-point operations; and the time that a GPU which copies BANDWIDTH and multiplies RATE cannot beat.
 """
 
 import dataclasses
 import importlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ from torch import Tensor
 from tqdm import tqdm
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from crossvit_kernels import backends
 from crossvit_kernels import triton as triton_kernels
 from crossvit_kernels.ops._registry import OPS
 from crossvit_kernels.triton._launch import Launch, recording
 
-from . import timing
+from . import cuda_plan, timing
 from .cases import BRANCHES, HEADS, Cell
 from .compiled import Resources, compile_launch
 from .session import dtype_name
@@ -47,10 +49,10 @@ class Plan:
         """Bytes of all tensors of all launches, one that several launches take counted for each."""
         return sum(size for launch in self.launches for size in tensor_bytes(launch).values())
 
-    @property
-    def least_seconds(self) -> float:
-        """What a GPU of BANDWIDTH and RATE could not beat."""
-        return max(self.moved / BANDWIDTH, self.flops / (RATE * _RATE_OF_WIDTH[self.cell.dtype.itemsize]))
+
+def least_seconds(cell: Cell, moved: int, flops: int) -> float:
+    """What a GPU of BANDWIDTH and RATE could not beat."""
+    return max(moved / BANDWIDTH, flops / (RATE * _RATE_OF_WIDTH[cell.dtype.itemsize]))
 
 
 def tensor_bytes(launch: Launch) -> dict[str, int]:
@@ -60,7 +62,7 @@ def tensor_bytes(launch: Launch) -> dict[str, int]:
     return {n: v.numel() * v.element_size() for n, v in reversed(tensors.values())}
 
 
-def arguments(cell: Cell, autocast: bool = False) -> list[Any]:
+def arguments(cell: Cell, autocast: bool = False, device: str = "meta") -> list[Any]:
     """The op's inputs as its dispatcher op takes them, tensors without memory ("meta"); with `autocast` only the
     operands of products are of the cell's dtype."""
     matrices = [OPS[cell.op].inputs[i] for i in OPS[cell.op].matrices]
@@ -70,7 +72,7 @@ def arguments(cell: Cell, autocast: bool = False) -> list[Any]:
         if name == "patches":  # a view behind the CLS token, as in the model
             shape = (shape[0], shape[1] + 1, shape[2])
         dtype = torch.float32 if autocast and name not in matrices else cell.dtype
-        tensor = torch.empty(shape, dtype=dtype, device="meta")
+        tensor = torch.empty(shape, dtype=dtype, device=device)
         values[name] = tensor[:, 1:] if name == "patches" else tensor
     return [values.get(name) for name in OPS[cell.op].inputs]
 
@@ -93,38 +95,87 @@ def record(cell: Cell, architecture: str, autocast: bool = False) -> Plan:
     return Plan(cell, launches, flops)
 
 
-def served(op: str) -> bool:
-    """Whether Triton has kernels for `op`; torch's own attention serves self_attention."""
-    return op in triton_kernels.OPS
+def served(op: str, kernels: str = "triton") -> bool:
+    """Whether there are such kernels for `op`; torch's own attention serves self_attention on a GPU."""
+    return op in triton_kernels.OPS if kernels == "triton" else backends.serves(kernels, op)
 
 
-def show(cells: Iterable[Cell], architectures: Sequence[str], json: Path | None, autocast: bool = False) -> None:
+def show(
+    cells: Sequence[Cell],
+    architectures: Sequence[str],
+    json: Path | None,
+    autocast: bool = False,
+    kernels: Sequence[str] = ("triton", "cuda"),
+) -> None:
     """Prints the plan of every cell, compiled for each of the architectures; with `json` also writes a row a launch."""
-    plans = [(cell, architecture) for cell in cells if served(cell.op) for architecture in architectures]
+    if "cuda" in kernels and (why := cuda_plan.missing()) is not None:
+        print(f"No plan of the CUDA kernels: {why}")
+        kernels = [name for name in kernels if name != "cuda"]
+    plans = [
+        (name, cell, architecture)
+        for cell in cells
+        for architecture in architectures
+        for name in kernels
+        if served(cell.op, name)
+    ]
     rates = f"{BANDWIDTH / 1e12:.1f} TB/s and {RATE / 1e12:.0f} TFLOP/s"
     print(f"Computed from shapes and compiled code, not measured; the least time is at {rates}.")
     print("Bytes: every tensor of a launch once; what several of its programs read comes from the L2 cache but once.")
     rows: list[dict[str, Any]] = []
-    for cell, architecture in tqdm(plans, desc="compiling", unit="op", leave=False, disable=None):
-        plan = record(cell, architecture, autocast)
-        compiled = [compile_launch(launch, architecture) for launch in plan.launches]
-        tqdm.write(_text(plan, compiled, architecture))
-        rows += [_row(plan, launch, resources) for launch, resources in zip(plan.launches, compiled)]
+    for name, cell, architecture in tqdm(plans, desc="compiling", unit="op", leave=False, disable=None):
+        if name == "cuda":
+            rows += _cuda(cell, architecture, autocast)
+        else:
+            plan = record(cell, architecture, autocast)
+            compiled = [compile_launch(launch, architecture) for launch in plan.launches]
+            tqdm.write(_text(plan, compiled, architecture))
+            rows += [_row(plan, launch, resources) for launch, resources in zip(plan.launches, compiled)]
         if json is not None:
             timing.write_json(json, rows)
 
 
+def _cuda(cell: Cell, architecture: str, autocast: bool) -> list[dict[str, Any]]:
+    """Prints the plan of the CUDA kernels; its rows, a launch each."""
+    op, inputs = OPS[cell.op], arguments(cell, autocast, "cpu")
+    call = cuda_plan.call(cell, inputs)
+    flops = op.flops("cuda", *inputs)
+    if cell.backward:
+        tensors = [op.inputs[i] for i in op.kept if i in op.tensors]
+        assert op.backward_flops is not None
+        flops += op.backward_flops("cuda", {name: name in cell.differentiable() for name in tensors}, *inputs)
+    # What a call makes for itself is written once and read once.
+    moved = sum(call.tensors.values()) + 2 * call.scratch
+    lines = [_head("cuda", cell, architecture, len(call.launches), moved, flops)]
+    rows = []
+    for launch in call.launches:
+        resources = cuda_plan.resources(launch, architecture)
+        lines.append(_resources(launch.name, launch.grid, resources))
+        rows.append(
+            _common("cuda", cell, launch.name, launch.grid, resources)
+            | {"bytes": call.tensors, "scratch": call.scratch, "moved": moved, "precision": None}
+        )
+    tensors = ", ".join(f"{name} {_size(size)}" for name, size in call.tensors.items())
+    tqdm.write("\n".join([*lines, f"      {tensors}; in between {_size(call.scratch)}"]))
+    return rows
+
+
 def _row(plan: Plan, launch: Launch, resources: Resources) -> dict[str, Any]:
-    return {
-        "op": plan.cell.op,
-        "branch": plan.cell.branch,
-        "batch": plan.cell.batch,
-        "dtype": dtype_name(plan.cell.dtype),
-        "mode": plan.cell.mode,
-        "kernel": launch.name,
-        "grid": launch.grid,
+    return _common("triton", plan.cell, launch.name, launch.grid, resources) | {
         "bytes": tensor_bytes(launch),
         "precision": launch.arguments.get("PRECISION"),
+    }
+
+
+def _common(kernels: str, cell: Cell, kernel: str, grid: tuple[int, ...], resources: Resources) -> dict[str, Any]:
+    return {
+        "kernels": kernels,
+        "op": cell.op,
+        "branch": cell.branch,
+        "batch": cell.batch,
+        "dtype": dtype_name(cell.dtype),
+        "mode": cell.mode,
+        "kernel": kernel,
+        "grid": grid,
         **dataclasses.asdict(resources),
         "blocks_per_multiprocessor": resources.blocks_per_multiprocessor,
         "occupancy": resources.occupancy,
@@ -133,24 +184,32 @@ def _row(plan: Plan, launch: Launch, resources: Resources) -> dict[str, Any]:
 
 
 def _text(plan: Plan, compiled: Sequence[Resources], architecture: str) -> str:
-    cell, branch = plan.cell, BRANCHES[plan.cell.branch]
-    head = (
-        f"\n{cell.op}, {cell.branch} branch ({branch.tokens} × {branch.width}), batch {cell.batch}, "
-        f"{dtype_name(cell.dtype)}, {cell.mode}, {architecture}: {len(plan.launches)} launches, "
-        f"{plan.moved / 1e6:.2f} MB, {plan.flops / 1e9:.2f} GFLOP, at least {1e6 * plan.least_seconds:.1f} µs"
-    )
+    head = _head("triton", plan.cell, architecture, len(plan.launches), plan.moved, plan.flops)
     return "\n".join([head, *map(_line, plan.launches, compiled)])
 
 
+def _head(kernels: str, cell: Cell, architecture: str, launches: int, moved: int, flops: int) -> str:
+    branch = BRANCHES[cell.branch]
+    return (
+        f"\n{kernels}: {cell.op}, {cell.branch} branch ({branch.tokens} × {branch.width}), batch {cell.batch}, "
+        f"{dtype_name(cell.dtype)}, {cell.mode}, {architecture}: {launches} launches, {moved / 1e6:.2f} MB, "
+        f"{flops / 1e9:.2f} GFLOP, at least {1e6 * least_seconds(cell, moved, flops):.1f} µs"
+    )
+
+
 def _line(launch: Launch, resources: Resources) -> str:
-    grid = " × ".join(map(str, launch.grid))
-    matrix = ", ".join(f"{count} {name}" for name, count in resources.matrix.items() if count) or "no matrix units"
     names = {name: re.sub("_(ptr|tiles)$", "", name) for name in launch.arguments}
     moved = ", ".join(f"{names[name]} {_size(size)}" for name, size in tensor_bytes(launch).items())
+    return f"{_resources(launch.name, launch.grid, resources)}\n      {moved}"
+
+
+def _resources(kernel: str, grid: tuple[int, ...], resources: Resources) -> str:
+    matrix = ", ".join(f"{count} {name}" for name, count in resources.matrix.items() if count) or "no matrix units"
     spills = f", {resources.stack} B OF STACK" if resources.stack else ", no spills"
+    blocks = " × ".join(map(str, grid))
     return (
-        f"  {launch.name}: grid {grid}, {32 * resources.num_warps} threads, {resources.registers} registers{spills}, "
-        f"{resources.shared / 1024:.0f} KB shared, occupancy {resources.occupancy:.0%}, {matrix}\n      {moved}"
+        f"  {kernel}: grid {blocks}, {32 * resources.num_warps} threads, {resources.registers} registers{spills}, "
+        f"{resources.shared / 1024:.0f} KB shared, occupancy {resources.occupancy:.0%}, {matrix}"
     )
 
 

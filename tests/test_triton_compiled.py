@@ -37,7 +37,8 @@ class Run(NamedTuple):
 
     def rows(self, folder: Path) -> list[dict[str, Any]]:
         path = folder / f"{str(self).replace(' ', '-')}.json"
-        command = [sys.executable, "-m", "benchmarks.ops", "--plan", "--batch", "256", "--json", str(path)]
+        command = [sys.executable, "-m", "benchmarks.ops", "--plan", "--kernels", "triton", "--batch", "256"]
+        command += ["--json", str(path)]
         command += ["--both" if self.both else "--backward"]
         command += ["--architecture", self.architecture, "--dtype", self.dtype, "--branch", self.branches]
         environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
