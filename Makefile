@@ -14,7 +14,7 @@ EXTENSION := crossvit_kernels/_build.json
 PACKAGE := .venv/.package
 
 help:  ## This list
-	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 16
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 20
 
 bench: $(PACKAGE)  ## CrossViT-9 and 15-dagger against timm, torch.compile, ONNX Runtime and OpenVINO: table, JSON, plot (10 minutes)
 	$(PYTHON) -m benchmarks.throughput --model crossvit_9_240,crossvit_15_dagger_240 --batch 1,8 --dtype float32,bfloat16 \
@@ -40,10 +40,13 @@ format:  $(PACKAGE)  ## Rewrite the sources as ruff and clang-format want them
 
 build: $(PACKAGE)  ## The environment, the C++ extension and the CUDA kernels
 
+cuda-report: $(PACKAGE)  ## Registers, memory, spills and instructions of every CUDA kernel, per architecture (JSON=FILE)
+	$(PYTHON) -m benchmarks.cuda_report $(if $(JSON),--json $(JSON))
+
 # A package of its own in build/sanitize, with its own objects, tested from there: the one in use stays as it is.
 SANITIZED := build/sanitize
 OP_TESTS := layer_norm_linear layer_norm_mlp linear_residual self_attention patch_embed cls_cross_attention cls_fusion
-sanitize: $(PACKAGE)  ## The op tests on an extension compiled with -fsanitize=address,undefined
+sanitize: $(PACKAGE)  ## The op tests on C++ and emulated CUDA kernels compiled with -fsanitize=address,undefined
 	rm -rf $(SANITIZED)
 	CROSSVIT_KERNELS_SANITIZE=address,undefined $(PYTHON) setup.py -q \
 		build_py --build-lib $(SANITIZED) build_ext --build-lib $(SANITIZED)
@@ -51,7 +54,7 @@ sanitize: $(PACKAGE)  ## The op tests on an extension compiled with -fsanitize=a
 	cd $(SANITIZED) && \
 	export LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 && \
-	$(CURDIR)/$(PYTHON) -m pytest --durations=5 -k "cpu or test_rule" \
+	$(CURDIR)/$(PYTHON) -m pytest --durations=5 -k "cpu or cuda or test_rule" \
 		tests/test_instruction_sets.py $(OP_TESTS:%=tests/test_%.py)
 
 clean:  ## Remove what was built; .venv stays
@@ -59,7 +62,7 @@ clean:  ## Remove what was built; .venv stays
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-.PHONY: help bench gpu test check format build sanitize clean
+.PHONY: help bench gpu test check format build cuda-report sanitize clean
 
 $(PYTHON):
 	python3 -m venv .venv

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from crossvit_kernels import backends
 from crossvit_kernels.ops._registry import OPS
@@ -83,8 +84,7 @@ def recording(run: bool = False) -> Iterator[list[Launch]]:
 def call(cell: Cell, inputs: list[Any], run: bool = False) -> Call:
     """The op's forward, or its forward for training and its backward."""
     op = OPS[cell.op]
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile, recording(run) as launches:
+    with _Allocations() as allocated, recording(run) as launches:
         result = op.forwards["cuda"](*inputs, cell.backward)
         out, *saved = result if isinstance(result, tuple) else (result,)
         given = dict(zip(op.inputs, inputs)) | {"out": out} | dict(zip(op.saved, saved))
@@ -98,8 +98,24 @@ def call(cell: Cell, inputs: list[Any], run: bool = False) -> Call:
             given |= {"grad out": grad_out} | dict(zip(names, gradients))
     bytes_of = {n: t.numel() * t.element_size() for n, t in given.items() if isinstance(t, Tensor) and t.numel()}
     made = [n for n in bytes_of if n not in op.inputs]
-    allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
-    return Call(launches, bytes_of, max(0, allocated - sum(bytes_of[n] for n in made)))
+    return Call(launches, bytes_of, max(0, allocated.bytes - sum(bytes_of[n] for n in made)))
+
+
+class _Allocations(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made inside, by the native ops too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "crossvit_kernels_cuda":
+            with self:  # what the op calls is seen; the op itself would be again
+                return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if "empty" in func.name() or "zeros" in func.name():
+            self.bytes += result.numel() * result.element_size()
+        return result
 
 
 @functools.cache

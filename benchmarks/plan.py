@@ -97,7 +97,7 @@ def record(cell: Cell, architecture: str, autocast: bool = False) -> Plan:
 
 def served(op: str, kernels: str = "triton") -> bool:
     """Whether there are such kernels for `op`; torch's own attention serves self_attention on a GPU."""
-    return op in triton_kernels.OPS if kernels == "triton" else backends.serves(kernels, op)
+    return op in triton_kernels.SERVED if kernels == "triton" else backends.serves(kernels, op)
 
 
 def show(
@@ -116,7 +116,7 @@ def show(
         for cell in cells
         for architecture in architectures
         for name in kernels
-        if served(cell.op, name)
+        if served(cell.op, name) and (not cell.backward or served(f"{cell.op}_backward", name))
     ]
     rates = f"{BANDWIDTH / 1e12:.1f} TB/s and {RATE / 1e12:.0f} TFLOP/s"
     print(f"Computed from shapes and compiled code, not measured; the least time is at {rates}.")

@@ -1,0 +1,108 @@
+"""Every CUDA kernel as nvcc compiled it for every architecture of this build: read from the library, without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import crossvit_kernels
+from benchmarks import cuda_report
+from benchmarks.compiled import SHARED_LIMIT
+from crossvit_kernels import backends
+
+ROOT = Path(__file__).parents[1]
+RECORD = json.loads(Path(crossvit_kernels.__file__).with_name("_build.json").read_text())["cuda"]
+ARCHITECTURES = [name for name in RECORD["architectures"] if name.startswith("sm_")]
+PLANNED = [name for name in ARCHITECTURES if name in SHARED_LIMIT]
+
+pytestmark = pytest.mark.skipif(RECORD["missing"] is not None, reason=f"no CUDA kernels: {RECORD['missing']}")
+planned = pytest.mark.skipif(
+    not PLANNED or not backends.emulated() or not backends.available("cuda"), reason="no emulation records launches"
+)
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[cuda_report.Kernel]:
+    return cuda_report.kernels()
+
+
+def plan(folder: Path, *words: str) -> list[dict[str, Any]]:
+    """The launches of every op at CrossViT-15's sizes, batch 256: forward, and forward and backward."""
+    path = folder / "plan.json"
+    command = [sys.executable, "-m", "benchmarks.ops", "--plan", "--kernels", "cuda", "--batch", "256", "--both"]
+    command += ["--architecture", ",".join(PLANNED), "--json", str(path), *words]
+    environment = {**os.environ, "CROSSVIT_KERNELS_EMULATE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def launches(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return plan(tmp_path_factory.mktemp("plans"), "--dtype", "bfloat16,float16,float32")
+
+
+def test_there_is_the_same_code_for_every_architecture(kernels: list[cuda_report.Kernel]) -> None:
+    names = {a: {kernel.name for kernel in kernels if kernel.architecture == a} for a in ARCHITECTURES}
+    assert {kernel.architecture for kernel in kernels} == set(ARCHITECTURES)
+    assert all(found == names[ARCHITECTURES[0]] for found in names.values())
+
+
+def test_no_kernel_spills(kernels: list[cuda_report.Kernel]) -> None:
+    assert not {f"{kernel.name} {kernel.architecture}": kernel.stack for kernel in kernels if kernel.stack}
+
+
+@planned
+def test_launches_fit_into_a_multiprocessor(launches: list[dict[str, Any]]) -> None:
+    for row in launches:
+        assert row["shared"] <= SHARED_LIMIT[row["architecture"]], row["kernel"]
+        assert row["blocks_per_multiprocessor"] > 0, row["kernel"]
+
+
+def by_call(rows: list[dict[str, Any]], dtypes: set[str]) -> dict[tuple[str, ...], list[int]]:
+    """How many tensor-core instructions each kernel has that a call launches."""
+    found: dict[tuple[str, ...], list[int]] = {}
+    for row in rows:
+        if row["dtype"] in dtypes:
+            key = (row["op"], row["mode"], row["branch"], row["dtype"], row["architecture"])
+            found.setdefault(key, []).append(row["matrix"]["mma"])
+    return found
+
+
+@planned
+def test_products_of_16_bits_are_made_by_tensor_cores_and_ieee_float32_by_none(launches: list[dict[str, Any]]) -> None:
+    for key, matrix in by_call(launches, {"bfloat16", "float16"}).items():
+        assert any(matrix), key
+    for key, matrix in by_call(launches, {"float32"}).items():
+        assert not any(matrix), key
+
+
+@planned
+def test_products_in_tf32_are_made_by_tensor_cores(tmp_path: Path) -> None:
+    for key, matrix in by_call(plan(tmp_path, "--dtype", "float32", "--tf32"), {"float32"}).items():
+        assert any(matrix), key
+
+
+def test_names_are_those_of_the_source() -> None:
+    symbol = (
+        "_ZN8crossvit4cuda43_GLOBAL__N__c2917b03_10_scratch_cu_ad7a0d3110scale_rowsI13__nv_bfloat16EEvPKT_PS4_NS1_1AEf"
+    )
+    assert cuda_report.kernel_name(symbol) == "scale_rows<bfloat16>"
+    assert cuda_report.kernel_name("main") == "main"
+
+
+def test_the_report_is_a_table_and_json(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    command = [sys.executable, "-m", "benchmarks.cuda_report", "--architecture", ARCHITECTURES[0], "--json", str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(path.read_text())
+    assert {row["architecture"] for row in rows} == {ARCHITECTURES[0]}
+    head, *lines = done.stdout.splitlines()
+    assert head.split()[:4] == ["kernel", "architecture", "registers", "stack"]
+    assert len(lines) == len(rows) + 1
+    assert lines[-1].startswith(f"{len(rows)} kernels; ")
