@@ -2,7 +2,6 @@
 `kernels=`."""
 
 from . import backends
-from .accelerate import accelerate, acceleration, restore
 from .graphs import graphed
 from .ops import (
     cls_cross_attention,
@@ -15,8 +14,6 @@ from .ops import (
 )
 
 __all__ = [
-    "accelerate",
-    "acceleration",
     "backends",
     "cls_cross_attention",
     "cls_fusion",
@@ -25,6 +22,5 @@ __all__ = [
     "layer_norm_mlp",
     "linear_residual",
     "patch_embed",
-    "restore",
     "self_attention",
 ]

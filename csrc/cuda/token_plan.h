@@ -1,0 +1,57 @@
+// How the passes over the tokens are cut up; host code.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/cls_cross_attention.h"
+#include "cuda/launch.cuh"
+#include "cuda/token_tiles.cuh"
+
+namespace crossvit::cuda {
+
+// bytes(plan): the shared memory of a block.
+template <class Bytes>
+TokenPlan plan_tokens(const Tokens& tokens, Type type, Bytes&& bytes) {
+  const auto divide_up = [](int a, int b) { return (a + b - 1) / b; };
+  const int of_x = tokens.type == Type::float32 || type == Type::float32 ? 4 : 2;
+  TokenPlan plan{};
+  plan.columns = divide_up(tokens.width, 16) * 16;
+  plan.row_bytes = row_stride(plan.columns, of_x) * of_x;
+  plan.lanes = 4;
+  while (plan.lanes < 32 && plan.lanes * 24 < plan.columns) plan.lanes *= 2;
+  plan.stages = 2;
+  // Two blocks find room on a multiprocessor if their tokens are few enough.
+  constexpr int kHalfOfHopper = 113 * 1024;
+  for (plan.groups = tokens.heads <= 8 ? 1 : 2; plan.groups > 0; plan.groups--) {
+    plan.parts = 1;
+    while (plan.parts * (kMostTiles / plan.groups) * 16 < plan.columns) plan.parts *= 2;
+    while (plan.parts < kTokenWarps && bytes(plan) > kHalfOfHopper) plan.parts *= 2;
+    if (plan.parts <= kTokenWarps && bytes(plan) <= kSharedMemory) break;
+  }
+  if (plan.groups == 0) {
+    plan.shared = kSharedMemory + 1;
+    return plan;
+  }
+  plan.sets = divide_up(tokens.heads, 8 * plan.groups);
+  const int groups = kTokenWarps / plan.parts, steps = divide_up(tokens.patches + 1, kStepTokens);
+  // Where images alone leave multiprocessors idle, several blocks share one.
+  const std::int64_t blocks = std::max<std::int64_t>(tokens.batch * plan.sets, 1), processors = multiprocessors();
+  plan.splits = 1;
+  if (blocks < 0.8 * processors) {
+    const int most = std::min(32, divide_up(steps, std::max(1, groups / 2)));
+    plan.splits = static_cast<int>(std::clamp<std::int64_t>(2 * processors / blocks, 1, most));
+  }
+  plan.steps = divide_up(steps, plan.splits);
+  plan.splits = divide_up(steps, plan.steps);
+  plan.shared = bytes(plan);
+  while (plan.stages < 4 && plan.stages < divide_up(plan.steps, groups)) {
+    TokenPlan more = plan;
+    more.stages++;
+    more.shared = bytes(more);
+    if (more.shared > kHalfOfHopper) break;
+    plan = more;
+  }
+  return plan;
+}
+
+}  // namespace crossvit::cuda
