@@ -15,6 +15,7 @@ COLOURS = {
     "cuda": "#81171b",
     "reference-graph": "#c98a12",
     "triton-graph": "#d1495b",
+    "cuda-graph": "#5b0f13",
     "timm-eager": "#8d99ae",
     "timm-compiled": "#5c677d",
     "timm-eager-graph": "#6d7a91",

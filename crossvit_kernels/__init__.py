@@ -2,6 +2,7 @@
 `kernels=`."""
 
 from . import backends
+from .accelerate import accelerate, acceleration, restore
 from .graphs import graphed
 from .ops import (
     cls_cross_attention,
@@ -14,6 +15,8 @@ from .ops import (
 )
 
 __all__ = [
+    "accelerate",
+    "acceleration",
     "backends",
     "cls_cross_attention",
     "cls_fusion",
@@ -22,5 +25,6 @@ __all__ = [
     "layer_norm_mlp",
     "linear_residual",
     "patch_embed",
+    "restore",
     "self_attention",
 ]

@@ -5,9 +5,10 @@ import torch
 from torch import Tensor, nn
 
 import crossvit
+import crossvit_kernels
 from conftest import GPU
-from crossvit_kernels import graphed, layer_norm_mlp
-from inputs import Random
+from crossvit_kernels import backends, graphed, layer_norm_mlp
+from inputs import EXAMPLES, Random
 
 gpu = pytest.mark.gpu
 
@@ -157,6 +158,52 @@ def test_another_input_is_refused(layer: Layer) -> None:
         graph(x.cpu())
     with pytest.raises(TypeError, match="x: expected a tensor, got list"):
         graph([x])
+
+
+@gpu
+@pytest.mark.parametrize("kernels", ["triton", "cuda"])
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name != "self_attention"])
+def test_ops_run_on_a_side_stream_and_in_a_captured_graph(name: str, kernels: str) -> None:
+    """On a stream of their own the inputs become ready late: a kernel on another stream would read NaN."""
+    if (why := backends.reason(kernels)) is not None:
+        pytest.skip(why)
+    op, given = getattr(crossvit_kernels, name), EXAMPLES[name]()
+    tensors = {n: v.cuda() for n, v in given.items() if isinstance(v, Tensor)}
+    others = {n: v for n, v in given.items() if not isinstance(v, Tensor)}
+    differentiable = name != "cls_fusion"
+
+    def call(values: dict[str, Tensor]) -> list[Tensor]:
+        if not differentiable:
+            with torch.no_grad():
+                return [op(**values, **others, kernels=kernels)]
+        leaves = {n: v.detach().requires_grad_() for n, v in values.items()}
+        out = op(**leaves, **others, kernels=kernels)
+        return [out.detach(), *torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out))]
+
+    expected = call(tensors)
+    late = {n: torch.full_like(v, torch.nan) for n, v in tensors.items()}
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        for n, v in tensors.items():
+            late[n].copy_(v)
+        found = call(late)
+    stream.synchronize()
+    assert all(map(torch.equal, found, expected))
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = call(late)
+    for v in late.values():
+        v.fill_(torch.nan)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert not found[0].isfinite().any()
+    for n, v in tensors.items():
+        late[n].copy_(v)
+    graph.replay()
+    assert all(map(torch.equal, found, expected))
 
 
 @gpu

@@ -1,0 +1,355 @@
+"""accelerate: timm's models on the kernels, in place, with the same results; what is not what it seems stays."""
+
+import copy
+import io
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import crossvit
+import crossvit_kernels
+from crossvit_kernels import accelerate, acceleration, restore
+from crossvit_kernels.swaps import Swap
+
+CROSSVITS = timm.list_models("crossvit_*")
+OTHERS = ["cait_xxs24_224", "deit_tiny_patch16_224", "siglip"]
+SHALLOW: dict[str, Any] = {"crossvit": ((1, 1, 0), (1, 2, 0)), "cait": 3, "deit": 3}
+
+
+def build(name: str, seed: int = 0, *, whole: bool = False, **options: Any) -> nn.Module:
+    """One of timm's models with all its parameters random, so that biases, norms and positions count; for small images,
+    and with few blocks unless `whole`."""
+    family = name.partition("_")[0]
+    if family in SHALLOW and not whole:
+        options["depth"] = SHALLOW[family]
+    with torch.device("meta"):  # initialising as timm does takes far longer than a forward
+        if family == "siglip":
+            options |= {"img_size": 48, "embed_dim": 96, "depth": 2, "num_heads": 3, "global_pool": "map"}
+            model = VisionTransformer(class_token=False, num_classes=10, **options)
+        else:
+            size = 120 if family == "crossvit" else 64
+            model = timm.create_model(name, img_size=size, num_classes=10, **options)
+    generator = torch.Generator().manual_seed(seed)
+    model = model.to_empty(device="cpu").eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            vector = parameter.dim() not in (2, 4)
+            mean = 1.0 if vector and key.endswith("weight") else 0.0  # of a norm
+            parameter.normal_(mean, 0.2 if vector else parameter[0].numel() ** -0.5, generator=generator)
+    return model
+
+
+def images(model: nn.Module, batch: int = 2) -> Tensor:
+    size = getattr(model, "img_size", None) or model.patch_embed.img_size
+    return torch.rand(batch, 3, *size, generator=torch.Generator().manual_seed(1)) - 0.5
+
+
+def results(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Logits and the gradients of the images and of every parameter."""
+    x = x.clone().requires_grad_()
+    logits = model(x)
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2)).to(logits)
+    leaves = {"images": x} | {n: p for n, p in model.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad((logits * weights).sum(), leaves.values(), allow_unused=True)
+    return {"logits": logits.detach()} | {n: g for n, g in zip(leaves, gradients) if g is not None}
+
+
+def swapped(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, Swap)]
+
+
+@pytest.mark.parametrize("name", CROSSVITS + OTHERS)
+def test_logits_of_every_model(name: str) -> None:
+    model = build(name, whole=True)
+    x = images(model)
+    with torch.no_grad():
+        expected = model(x)
+        assert swapped(accelerate(model, verbose=False))
+        found = model(x)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["crossvit_9_240", "crossvit_9_dagger_240", *OTHERS])
+def test_errors_of_logits_and_gradients_are_those_of_timm(name: str) -> None:
+    """Against float64, of float32: in the mean at most four times timm's own, where an op alone is held to twice."""
+    model = build(name)
+    x, ulp = images(model), torch.finfo(torch.float32).eps
+    exact = results(copy.deepcopy(model).double(), x.double())
+    plain = results(model, x)
+    found = results(accelerate(model, verbose=False), x)
+    assert found.keys() == plain.keys() == exact.keys()
+    for key, value in exact.items():
+        error, plain_error = ((r[key].double() - value).square().mean().sqrt() for r in (found, plain))
+        scale = value.square().mean().sqrt()
+        if scale < 1e3 * plain_error:  # zero by mathematics, as the gradient of a key's bias is
+            scale = torch.ones(())
+        assert error <= 4 * plain_error + ulp * scale, key
+
+
+@pytest.mark.parametrize("name", ["crossvit_9_240", *OTHERS])
+def test_everything_stays_where_it_is_and_restore_undoes_it(name: str) -> None:
+    model = build(name)
+    x = images(model)
+    called = []
+    first = next(m for n, m in model.named_modules() if type(m).__name__.endswith("Block"))
+    first.register_forward_hook(lambda *_: called.append("hook"))
+    expected = results(model, x)
+    called.clear()
+    kinds = {n: type(m) for n, m in model.named_modules()}
+    parameters = dict(model.named_parameters())
+    contents = {n: set(m.__dict__) for n, m in model.named_modules()}
+    assert accelerate(model, verbose=False) is model
+    results(model, x)
+    assert called
+    assert all(parameters[n] is p for n, p in model.named_parameters())
+    assert list(model.state_dict()) == list(build(name).state_dict())
+    assert all(isinstance(m, kinds[n]) for n, m in model.named_modules())
+    assert not model.training
+    assert restore(model) is model
+    assert {n: type(m) for n, m in model.named_modules()} == kinds
+    assert {n: set(m.__dict__) for n, m in model.named_modules()} == contents
+    again = results(model, x)
+    assert all(torch.equal(again[key], value) for key, value in expected.items())
+
+
+def lora(block: Block) -> None:
+    class Adapted(nn.Module):
+        def __init__(self, base: nn.Linear) -> None:
+            super().__init__()
+            self.base, self.up = base, nn.Linear(base.in_features, base.out_features)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base(x) + self.up(x)
+
+    block.attn.qkv = Adapted(block.attn.qkv)
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def quantised(block: Block) -> None:
+    block.mlp = torch.ao.quantization.quantize_dynamic(block.mlp, {nn.Linear})
+
+
+def own_forward(block: Block) -> None:
+    block.norm2.forward = lambda x: x * 2  # type: ignore[method-assign]
+
+
+CHANGES: dict[str, tuple[Callable[[Block], Any], str]] = {
+    "an adapter": (lora, "attn.qkv is .*Adapted"),
+    "a parametrisation": (
+        lambda block: parametrize.register_parametrization(block.mlp.fc2, "weight", Doubled()),
+        "mlp.fc2 is .*ParametrizedLinear",
+    ),
+    "a quantised child": (quantised, "mlp.fc1 is .*quantized.*Linear"),
+    "a hook": (lambda block: block.attn.proj.register_forward_hook(lambda m, i, o: o * 2), "attn.proj has a hook"),
+    "a hook before": (lambda block: block.mlp.act.register_forward_pre_hook(lambda m, i: None), "mlp.act has a hook"),
+    "a forward of its own": (own_forward, "norm2 has a forward of its own"),
+    "another activation": (lambda block: setattr(block.mlp, "act", nn.GELU("tanh")), "mlp.act is GELU by tanh"),
+    "another norm": (lambda block: setattr(block, "norm1", nn.Identity()), "norm1 is .*Identity"),
+}
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_what_is_not_what_it_seems_runs_as_it_is_and_is_named(change: str, before: bool) -> None:
+    """A change made before is left alone; one made after is noticed by the next call."""
+    apply, why = CHANGES[change]
+    model, same = build("deit_tiny_patch16_224"), build("deit_tiny_patch16_224")
+    x = images(model)
+    for m in (model, same):
+        if m is model and not before:
+            accelerate(m, verbose=False)
+            m(x)
+        torch.manual_seed(3)
+        apply(m.blocks[1])
+    if before:
+        accelerate(model, verbose=False)
+        assert "blocks.1" not in swapped(model)
+    assert "blocks.0" in swapped(model)
+    left = acceleration(model).left["blocks.1"]
+    assert re.search(why, left), left
+    with torch.no_grad():
+        expected, found = same(x), model(x)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_unknown_modules_and_unusual_options_are_named() -> None:
+    class Mine(Block):
+        pass
+
+    model = nn.Sequential(Mine(32, 2), Block(32, 2), Block(32, 2, qk_norm=True), nn.Linear(32, 3))
+    report = acceleration(accelerate(model, verbose=False))
+    assert report.swapped == {"1": "Block"}
+    assert report.left["0"].endswith("Mine is nothing a kernel stands for")
+    assert "attn.q_norm" in report.left["2"]
+    assert "Linear" in report.left["3"]
+    assert "swapped: 1 x Block" in str(report)
+    assert "left: 2: attn.q_norm" in str(report)
+
+
+@pytest.mark.parametrize("name", ["crossvit_9_240", *OTHERS])
+def test_training_draws_the_same_random_numbers(name: str) -> None:
+    """Drop path and every dropout: from one seed the same samples and elements are dropped as without the kernels."""
+    rates = {"proj_drop_rate": 0.1, "attn_drop_rate": 0.1}
+    for options in (
+        {"drop_path_rate": 0.3},
+        {"drop_path_rate": 0.3, **rates},
+        {"pos_drop_rate": 0.2, "drop_rate": 0.2},
+    ):
+        model = build(name, **options).train()
+        x = images(model, 4)
+        torch.manual_seed(5)
+        expected = model(x)
+        accelerate(model, verbose=False)
+        torch.manual_seed(5)
+        found = model(x)
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_layer_scale_and_masks() -> None:
+    torch.manual_seed(0)
+    block, x = Block(48, 3, init_values=0.2, drop_path=0.4, qkv_bias=True), torch.randn(3, 7, 48)
+    accelerated = accelerate(copy.deepcopy(block), verbose=False)
+    mask = torch.zeros(7, 7).masked_fill(torch.rand(7, 7) > 0.7, -1e4)
+    for train in (True, False):
+        for options in ({}, {"attn_mask": mask}, {"is_causal": True}):
+            block.train(train)
+            accelerated.train(train)
+            torch.manual_seed(1)
+            expected = block(x, **options)
+            torch.manual_seed(1)
+            torch.testing.assert_close(accelerated(x, **options), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_and_autocast() -> None:
+    for name in ("crossvit_9_240", "siglip"):
+        model = build(name)
+        x = images(model)
+        with torch.no_grad():
+            expected = model(x)
+            accelerate(model, verbose=False)
+            with torch.autocast("cpu", torch.bfloat16):
+                mixed = model(x)
+            low = model.bfloat16()(x.bfloat16())
+        for found in (mixed, low):
+            assert found.dtype is torch.bfloat16
+            assert (found - expected).abs().max() <= 0.03 * expected.abs().max()
+
+
+def test_copies_files_and_weights() -> None:
+    """deepcopy (an EMA's), torch.save of the state dict and of the model, load_state_dict after accelerate."""
+    model = accelerate(build("crossvit_9_240"), verbose=False)
+    x = images(model)
+    with torch.no_grad():
+        model(x)
+        copied = copy.deepcopy(model)
+        other = build("crossvit_9_240", seed=7)
+        expected = other(x)
+        state = io.BytesIO()
+        torch.save(other.state_dict(), state)
+        state.seek(0)
+        model.load_state_dict(torch.load(state, weights_only=True))
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+        whole = io.BytesIO()
+        torch.save(model, whole)
+        whole.seek(0)
+        loaded = torch.load(whole, weights_only=False)
+        assert torch.equal(loaded(x), model(x))
+        assert swapped(loaded) == swapped(copied) == swapped(model)
+        assert not torch.equal(copied(x), model(x))
+        lora(copied.blocks[0].blocks[0][0])  # the copy looks at its own children
+        assert acceleration(copied).left.keys() - acceleration(model).left.keys() == {"blocks.0.blocks.0.0"}
+        assert copied(x).isfinite().all()
+
+
+def test_tied_and_frozen_parameters_train() -> None:
+    model = build("deit_tiny_patch16_224")
+    model.blocks[1].mlp.fc1.weight = model.blocks[0].mlp.fc1.weight
+    model.blocks[0].attn.requires_grad_(False)
+    x = images(model)
+    expected = results(model, x)
+    found = results(accelerate(model, verbose=False), x)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-4 * value.abs().max().item(), msg=key)
+
+
+@pytest.mark.parametrize("name", ["crossvit_9_240", "deit_tiny_patch16_224"])
+def test_gradient_checkpointing(name: str) -> None:
+    model = build(name)
+    if name.startswith("crossvit"):  # timm's has no such option: a user wraps the stages
+        from torch.utils.checkpoint import checkpoint
+
+        for stage in model.blocks:
+            stage.register_forward_pre_hook(lambda m, i: None)
+        forward = lambda m, x: checkpoint(m, x, use_reentrant=False)  # noqa: E731
+    else:
+        model.set_grad_checkpointing()
+        forward = lambda m, x: m(x)  # noqa: E731
+    accelerate(model, verbose=False)
+    x = images(model).requires_grad_()
+    plain = torch.autograd.grad(model(x).square().sum(), x)[0]
+    again = torch.autograd.grad(forward(model.train(), x).square().sum(), x)[0]
+    torch.testing.assert_close(again, plain)
+
+
+@pytest.mark.parametrize("name", ["crossvit_9_240", "cait_xxs24_224", "siglip"])
+def test_compile_and_export(name: str) -> None:
+    if name == "cait_xxs24_224":
+        model = timm.models.cait.Cait(
+            64, 16, num_classes=10, embed_dim=48, depth=1, num_heads=2, depth_token_only=1
+        ).eval()
+    elif name == "siglip":
+        model = build(name)
+    else:
+        model = build(name, embed_dim=(32, 48), num_heads=(2, 2))
+    accelerate(model, verbose=False)
+    x = images(model)
+    with torch.no_grad():
+        expected = model(x)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+        exported = torch.export.export(model, (x,)).module()(x)
+    torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(exported, expected, rtol=1e-4, atol=1e-5)
+    ops = {str(node.target) for node in torch.export.export(model, (x,)).graph.nodes if node.op == "call_function"}
+    assert any(op.startswith("crossvit_kernels.") for op in ops), ops
+
+
+def test_again_with_other_kernels_and_ours() -> None:
+    model = accelerate(build("deit_tiny_patch16_224"), verbose=False)
+    accelerate(model, "reference", verbose=False)
+    assert {m._crossvit_kernels for m in model.modules() if isinstance(m, Swap)} == {"reference"}
+    ours = crossvit.create_model("crossvit_tiny_240", kernels="reference")
+    accelerate(ours, "auto", verbose=False)
+    assert {m.kernels for m in ours.modules() if hasattr(m, "kernels")} == {"auto"}
+    assert acceleration(ours).swapped
+    restore(ours)
+    assert {m.kernels for m in ours.modules() if hasattr(m, "kernels")} == {"reference"}
+
+
+def test_bad_input_changes_nothing(capsys: pytest.CaptureFixture) -> None:
+    model = build("deit_tiny_patch16_224")
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got str"):
+        accelerate("model")  # type: ignore[type-var]
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got int"):
+        restore(3)  # type: ignore[type-var]
+    with pytest.raises(ValueError, match="expected 'auto' or one of"):
+        accelerate(model, "fastest")
+    assert not swapped(model)
+    accelerate(model)
+    assert "swapped: 3 x Block" in capsys.readouterr().out
+    model.blocks[0].__class__ = type("Wrapped", (type(model.blocks[0]),), {})
+    with pytest.raises(TypeError, match=r"blocks\.0: its class was changed to Wrapped"):
+        restore(model)
+    assert crossvit_kernels.acceleration(model).swapped["blocks.0"] == "Block"
