@@ -10,7 +10,7 @@
 #include "cuda/quad.cuh"
 
 namespace crossvit::cuda {
-namespace {
+namespace normalized_rows {
 
 constexpr int kWarps = 4;
 constexpr int kWidest = 768;  // wider rows do not stay in registers, nor do their sums
@@ -208,7 +208,9 @@ Error launch_types(const LayerNormBackwardArgs& args, Stream stream) {
   return launch(held_kernel<T, X, 6>, grid, kWarps * 32, shared, stream, args);
 }
 
-}  // namespace
+}  // namespace normalized_rows
+
+using namespace normalized_rows;
 
 std::int64_t layer_norm_backward_partial(std::int64_t rows, int width) {
   return static_cast<std::int64_t>(blocks_of(rows, width)) * 2 * width;

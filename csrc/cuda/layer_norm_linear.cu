@@ -14,7 +14,7 @@
 #include "cuda/tile_load.cuh"
 
 namespace crossvit::cuda {
-namespace {
+namespace normalized_tiles {
 
 // Shared memory of a block: the normalised rows, the ring, and what is either LayerNorm's parameters or staged results.
 template <class P_, int kDepth_, int kStages_>
@@ -82,10 +82,14 @@ __device__ __forceinline__ void normalize_tile(const LayerNormLinearArgs& p, typ
   }
 }
 
-// Block b has row tile b / splits and, of the column tiles, part b % splits: tiles_per_block of them.
+// Which tile of the rows and which column tiles a block has: blocks before `whole` all of them; behind, `splits` blocks
+// share a row tile, with `tiles_per_block` of the column tiles each.
+struct Share {
+  int whole = 0, splits = 1, tiles_per_block = 1;
+};
+
 template <class F>
-__global__ void __launch_bounds__(F::P::kThreads)
-    fused_kernel(const LayerNormLinearArgs p, int splits, int tiles_per_block) {
+__global__ void __launch_bounds__(F::P::kThreads) fused_kernel(const LayerNormLinearArgs p, const Share share) {
   using P = typename F::P;
   using T = typename F::T;
   const int x_stride = F::x_stride(p.width), steps_per_tile = (p.width + F::kDepth - 1) / F::kDepth;
@@ -93,10 +97,14 @@ __global__ void __launch_bounds__(F::P::kThreads)
   T* ring = x + P::kRows * x_stride;
   T* staging = ring + F::kStages * F::kStage;
   float* affine = reinterpret_cast<float*>(staging);
-  const std::int64_t row = static_cast<std::int64_t>(blockIdx.x / splits) * P::kRows;
-  const int part = static_cast<int>(blockIdx.x % splits);
-  const int column_tiles = (p.features + P::kColumns - 1) / P::kColumns;
-  const int tile0 = part * tiles_per_block, tiles = min(tiles_per_block, column_tiles - tile0);
+  const int block = static_cast<int>(blockIdx.x), column_tiles = (p.features + P::kColumns - 1) / P::kColumns;
+  int row_tile = block, tile0 = 0, tiles = column_tiles;
+  if (block >= share.whole) {
+    row_tile = share.whole + (block - share.whole) / share.splits;
+    tile0 = (block - share.whole) % share.splits * share.tiles_per_block;
+    tiles = min(share.tiles_per_block, column_tiles - tile0);
+  }
+  const std::int64_t row = static_cast<std::int64_t>(row_tile) * P::kRows;
   const int steps = tiles * steps_per_tile;
 
   const bool in_place = p.x.type == p.type;
@@ -116,7 +124,7 @@ __global__ void __launch_bounds__(F::P::kThreads)
   load_affine(affine, p.width, p.norm.weight, p.norm.bias);
   ptx::wait_copies<F::kStages - 1>();
   __syncthreads();
-  normalize_tile<F>(p, x, affine, row, in_place, p.mean && part == 0);
+  normalize_tile<F>(p, x, affine, row, in_place, p.mean && tile0 == 0);
 
   P sum;
   int column = tile0 * P::kColumns, k = 0;
@@ -213,7 +221,7 @@ using Wide = Fused<Product<T, false, 2, 4, 4, 8>, 32, 3>;
 
 struct Plan {
   enum Kind { few, medium, large, wide, in_two } kind = in_two;
-  int splits = 1, tiles_per_block = 1;
+  Share share;
 };
 
 int shared_limit() {
@@ -223,49 +231,57 @@ int shared_limit() {
   return bytes;
 }
 
-// The plan of the least estimated time. Unit: one multiply-add of a multiprocessor whose matrix units are busy; `slower`
-// says how much of that a tile's instructions and reads of shared memory leave, normalising an element costs kNormalize,
-// getting a block started kStart.
+// The plan of the least estimated time. Its unit: a multiply-add of a multiprocessor whose matrix units are busy. `slower`
+// says how much of that a tile's instructions and its reads of shared memory and L2 leave. Where blocks are beside each
+// other, one normalises while another multiplies. Row tiles that do not fill the machine once more share their columns.
 Plan plan_of(const LayerNormLinearArgs& args) {
   if (args.type == Type::float32 && args.rows > 256) return {};
   const std::int64_t processors = multiprocessors(), limit = shared_limit();
-  constexpr double kNormalize = 500, kStart = 4e6;
+  constexpr double kNormalize = 340, kStart = 2.7e6;  // of an element; of a block
   struct Candidate {
     Plan::Kind kind;
-    int rows, columns, most_resident;
+    int rows, columns, warps, most_resident;
     double slower;
     std::size_t shared;
   };
   using H = __half;
-  const bool wide = args.type == Type::float32;
+  const bool is_float = args.type == Type::float32;
   const Candidate candidates[] = {
-      {Plan::few, 16, 32, 6, 6, wide ? Few<float, false>::shared(args.width) : Few<H, false>::shared(args.width)},
-      {Plan::medium, 64, 64, 4, 1.8, Medium<H>::shared(args.width)},
-      {Plan::large, 128, 128, 3, 1.1, Large<H>::shared(args.width)},
-      {Plan::wide, 128, 256, 1, 1.0, Wide<H>::shared(args.width)},
+      {Plan::few, 16, 32, 4, 6, 6,
+       is_float ? Few<float, false>::shared(args.width) : Few<H, false>::shared(args.width)},
+      {Plan::medium, 64, 64, 4, 4, 1.8, Medium<H>::shared(args.width)},
+      {Plan::large, 128, 128, 4, 2, 1.1, Large<H>::shared(args.width)},
+      {Plan::wide, 128, 256, 8, 1, 1.0, Wide<H>::shared(args.width)},
   };
   const double width = args.width;
   Plan best;
   double least = 0;
   if (args.rows > 256) {  // two launches: the rows through memory, then tiles of 128 x 128
     const std::int64_t tiles = ((args.rows + 127) / 128) * ((args.features + 127) / 128);
-    least = 2 * kStart + args.rows * width / processors * 2 * kNormalize +
-            (tiles + 2 * processors - 1) / (2 * processors) * 2 * (1.1 * 128 * 128 * width + kStart / 2);
+    const std::int64_t waves = (tiles + 2 * processors - 1) / (2 * processors);
+    least =
+        2 * kStart + args.rows * width / processors * 1.3 * kNormalize + waves * (kStart + 2 * 1.1 * 128 * 128 * width);
   }
   for (const Candidate& c : candidates) {
-    if (static_cast<std::int64_t>(c.shared) > limit || (wide && c.kind != Plan::few)) continue;
+    if (static_cast<std::int64_t>(c.shared) > limit || (is_float && c.kind != Plan::few)) continue;
     const std::int64_t resident = std::min<std::int64_t>(c.most_resident, (limit + 1024) / (c.shared + 1024));
     const std::int64_t row_tiles = (args.rows + c.rows - 1) / c.rows;
     const int column_tiles = (args.features + c.columns - 1) / c.columns;
+    // `blocks` with so many column tiles each.
+    const auto time_of = [&](std::int64_t blocks, int tiles) {
+      const std::int64_t beside = std::min(resident, (blocks + processors - 1) / processors);
+      if (blocks == 0) return 0.0;
+      const std::int64_t waves = (blocks + processors * beside - 1) / (processors * beside);
+      const double hidden = beside > 1 ? 0.5 : 1, idle = beside * c.warps < 8 ? 1.3 : 1;
+      const double block = c.rows * width * (hidden * kNormalize + idle * c.slower * c.columns * tiles);
+      return waves * (hidden * kStart + beside * block);
+    };
+    const std::int64_t whole = row_tiles / (processors * resident) * (processors * resident);
     for (int splits = 1; splits <= column_tiles; splits++) {
       const int tiles = (column_tiles + splits - 1) / splits;
       if ((column_tiles + tiles - 1) / tiles != splits) continue;
-      const std::int64_t blocks = row_tiles * splits;
-      const std::int64_t together = std::min(resident, (blocks + processors - 1) / processors);
-      const std::int64_t waves = (blocks + processors * together - 1) / (processors * together);
-      const double block = c.rows * width * (kNormalize + c.slower * c.columns * tiles);
-      const double time = waves * (kStart + together * block);
-      if (least == 0 || time < least) least = time, best = {c.kind, splits, tiles};
+      const double time = time_of(whole, column_tiles) + time_of((row_tiles - whole) * splits, tiles);
+      if (least == 0 || time < least) least = time, best = {c.kind, {static_cast<int>(whole), splits, tiles}};
     }
   }
   return best;
@@ -273,9 +289,10 @@ Plan plan_of(const LayerNormLinearArgs& args) {
 
 template <class F>
 Error launch_fused(const LayerNormLinearArgs& args, const Plan& plan, Stream stream) {
-  const std::int64_t blocks = (args.rows + F::P::kRows - 1) / F::P::kRows * plan.splits;
+  const std::int64_t row_tiles = (args.rows + F::P::kRows - 1) / F::P::kRows;
+  const std::int64_t blocks = plan.share.whole + (row_tiles - plan.share.whole) * plan.share.splits;
   return launch(fused_kernel<F>, dim3(static_cast<unsigned>(blocks)), F::P::kThreads, F::shared(args.width), stream,
-                args, plan.splits, plan.tiles_per_block);
+                args, plan.share);
 }
 
 template <class T>
@@ -286,7 +303,9 @@ Error launch16(const LayerNormLinearArgs& args, const Plan& plan, Stream stream)
   return launch_fused<Wide<T>>(args, plan, stream);
 }
 
-}  // namespace
+}  // namespace normalized_tiles
+
+using namespace normalized_tiles;
 
 bool layer_norm_linear_in_two(const LayerNormLinearArgs& args) { return plan_of(args).kind == Plan::in_two; }
 

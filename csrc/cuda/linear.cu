@@ -11,24 +11,27 @@
 #include "cuda/tile_load.cuh"
 
 namespace crossvit::cuda {
-namespace {
+namespace linear_tiles {
 
 // The forward's last steps for four sums, which begin with the bias: T is the operands' type, O the result's.
 template <class T, class O>
 __device__ __forceinline__ void finish(const Epilogue& epilogue, std::int64_t row, int column, int columns, Quad v,
                                        const Four<O>& residual) {
-  if (epilogue.pre.data) store_four(row_of<T>(epilogue.pre, row), column, columns, epilogue.pre.aligned, v);
-  if (epilogue.gelu) {
+  if constexpr (sizeof(O) == sizeof(T)) {
+    if (epilogue.pre.data) store_four(row_of<T>(epilogue.pre, row), column, columns, epilogue.pre.aligned, v);
+    if (epilogue.gelu) {
 #pragma unroll
-    for (int e = 0; e < 4; e++) v.at[e] = gelu<T>(v.at[e]);
-  }
-  if (epilogue.scale.kind != Scale::none) {
-    const std::uint32_t sample = static_cast<std::uint32_t>(row) / epilogue.scale.rows_per_sample;
-#pragma unroll
-    for (int e = 0; e < 4; e++) {
-      const int index = epilogue.scale.kind == Scale::sample ? sample : min(column + e, columns - 1);
-      v.at[e] *= load(epilogue.scale.values.data, epilogue.scale.values.type, index);
+      for (int e = 0; e < 4; e++) v.at[e] = gelu<T>(v.at[e]);
     }
+  }
+  if (epilogue.scale.kind == Scale::sample) {
+    const float scale = epilogue.scale.values[static_cast<std::uint32_t>(row) / epilogue.scale.rows_per_sample];
+#pragma unroll
+    for (int e = 0; e < 4; e++) v.at[e] *= scale;
+  } else if (epilogue.scale.kind == Scale::channel) {
+    const Quad scale = to_quad(load_four(epilogue.scale.values, column, columns, epilogue.scale.aligned));
+#pragma unroll
+    for (int e = 0; e < 4; e++) v.at[e] *= scale.at[e];
   }
   if (epilogue.residual.data) {
 #pragma unroll
@@ -151,7 +154,9 @@ Error launch_type(const LinearArgs& args, Stream stream) {
   }
 }
 
-}  // namespace
+}  // namespace linear_tiles
+
+using namespace linear_tiles;
 
 Error linear(const LinearArgs& args, Stream stream) {
   if (args.type == Type::float16) return launch_type<__half, false>(args, stream);

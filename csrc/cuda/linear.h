@@ -12,13 +12,14 @@ namespace crossvit::cuda {
 struct Scale {
   enum Kind : int { none, sample, channel };
   Kind kind = none;
-  Vector values;
+  const float* values = nullptr;
+  bool aligned = false;  // values begin at a multiple of 16 bytes
   std::uint32_t rows_per_sample = 1;
 };
 
 // What happens to the sums v of a product before they are stored, in this order; what has no data is left out.
 struct Epilogue {
-  // Of x weight^T; out is of the operands' type or float32.
+  // Of x weight^T; out is of the operands' type or, without pre and gelu, float32.
   Vector bias;        // v += bias[column]
   Rows pre;           // pre = v, of the operands' type
   bool gelu = false;  // v = gelu(v)

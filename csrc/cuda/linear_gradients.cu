@@ -11,7 +11,7 @@
 #include "cuda/tile_load.cuh"
 
 namespace crossvit::cuda {
-namespace {
+namespace linear_sums {
 
 // How the sums are cut: tiles of the result, and pieces of the rows, whose sums lie piece_size floats apart.
 struct WeightPlan {
@@ -164,10 +164,8 @@ __global__ void __launch_bounds__(kGradientRows * 32) scaled_gradient_kernel(con
   const G* grad = row_of<const G>(p.grad, row);
   const T* pre = p.pre.data ? row_of<const T>(p.pre, row) : nullptr;
   T* out = row_of<T>(p.out, row);
-  const Vector& values = p.scale.values;
   float factor = 1;
-  if (p.scale.kind == Scale::sample)
-    factor = load(values.data, values.type, static_cast<std::uint32_t>(row) / p.scale.rows_per_sample);
+  if (p.scale.kind == Scale::sample) factor = p.scale.values[static_cast<std::uint32_t>(row) / p.scale.rows_per_sample];
 #pragma unroll 2
   for (int column = threadIdx.x % 32 * 4; column < p.columns; column += 128) {
     Quad v = to_quad(load_four(grad, column, p.columns, p.grad.aligned));
@@ -178,14 +176,16 @@ __global__ void __launch_bounds__(kGradientRows * 32) scaled_gradient_kernel(con
     }
 #pragma unroll
     for (int e = 0; e < 4; e++) {
-      if (p.scale.kind == Scale::channel) factor = load(values.data, values.type, min(column + e, p.columns - 1));
+      if (p.scale.kind == Scale::channel) factor = p.scale.values[min(column + e, p.columns - 1)];
       if (p.scale.kind != Scale::none) v.at[e] *= factor;
     }
     store_four(out, column, p.columns, p.out.aligned, v);
   }
 }
 
-}  // namespace
+}  // namespace linear_sums
+
+using namespace linear_sums;
 
 std::int64_t weight_gradient_partial(const WeightGradientArgs& args) {
   const WeightPlan plan = plan_of(args);

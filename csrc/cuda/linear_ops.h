@@ -9,7 +9,7 @@
 
 namespace crossvit::cuda {
 
-// A scale (B, 1, ..., 1) with the dimensions of x or per channel, for the rows of x; owns a contiguous copy if it needs one.
+// A scale (B, 1, ..., 1) with the dimensions of x or per channel, for the rows of x; owns a float32 copy if it needs one.
 struct ScaleTensor {
   Tensor tensor;
   Scale scale;

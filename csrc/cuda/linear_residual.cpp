@@ -27,9 +27,10 @@ LinearArgs product_of(const RowTensor& x, const RowTensor& weight, bool transpos
 
 ScaleTensor::ScaleTensor(const OptionalTensor& t, const Tensor& x) {
   if (!t) return;
-  tensor = t->contiguous();
+  tensor = t->to(at::kFloat).contiguous();
   scale.kind = t->dim() == 1 && x.dim() > 1 ? Scale::channel : Scale::sample;
-  scale.values = {tensor.const_data_ptr(), type_of(tensor)};
+  scale.values = tensor.const_data_ptr<float>();
+  scale.aligned = reinterpret_cast<std::uintptr_t>(scale.values) % 16 == 0;
   const std::int64_t rows = x.numel() / std::max<std::int64_t>(1, x.size(-1));
   TORCH_CHECK(rows < std::int64_t{1} << 32, "a scale for ", rows, " rows");
   scale.rows_per_sample =
