@@ -7,12 +7,13 @@ argparse.Namespace under "args".
 """
 
 import argparse
+import json
 import logging
 import math
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +27,7 @@ from .positions import resample_positions
 
 LAYOUTS = ("timm", "authors")
 _WRAPPERS = ("model", "state_dict")  # the authors' and timm's training checkpoints
+_NOTES = ("variant", "image_size", "arguments", "classes")  # what our files say beside the weights
 _FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
 _LISTED = 16  # names per kind of mismatch that an error spells out
 _log = logging.getLogger(__name__)
@@ -51,34 +53,50 @@ def load_checkpoint(
     another model: the message lists what is missing, unexpected or of another shape, and names what was found) and
     TypeError (`model` is not one of this package).
     """
+    load_state(model, *read_checkpoint(path), path, adapt=adapt, image_size=image_size)
+
+
+def load_state(
+    model: nn.Module,
+    state: dict[str, Tensor],
+    metadata: Mapping[str, str],
+    path: str | PathLike[str],
+    *,
+    adapt: bool = False,
+    image_size: int | tuple[int, int] | None = None,
+) -> None:
+    """`load_checkpoint` of what `read_checkpoint` has read from `path`; `state` is changed."""
     target = _unwrap(model)
-    state, metadata = read_checkpoint(path)
     if image_size is None and re.fullmatch(r"\d+x\d+", metadata.get("image_size", "")):
         height, width = map(int, metadata["image_size"].split("x"))
         image_size = (height, width)
     expected = target.state_dict()
     found = identify(state)
-    notes: list[str] = []
+    told: list[str] = []
     _fit_positions(state, target, None if image_size is None else to_size(image_size), path)
     if adapt:
         _fit_channels(state, target)
-        notes = _fit_head(state, target, expected)
+        told = _fit_head(state, target, expected)
     _check(state, expected, f"{path} holds {found}, which does not fit {target.variant or type(target).__name__}")
     target.load_state_dict(state)
-    for note in notes:
-        warnings.warn(f"{path}: {note}", stacklevel=2)
+    for note in told:
+        warnings.warn(f"{path}: {note}", stacklevel=3)
 
 
-def save_checkpoint(model: nn.Module, path: str | PathLike[str], layout: str = "timm") -> None:
+def save_checkpoint(
+    model: nn.Module, path: str | PathLike[str], layout: str = "timm", *, classes: Sequence[str] | None = None
+) -> None:
     """Writes the model's state dict with timm's keys or, layout="authors", the authors': `.safetensors` by that suffix,
     else torch's format.
 
-    The file appears under its name only when it is complete. Raises ValueError for another layout, TypeError for
-    another kind of model.
+    A `.safetensors` file also holds `notes(model, classes)`, from which the commands build the model again. The file
+    appears under its name only when it is complete. Raises ValueError for another layout or number of classes,
+    TypeError for another kind of model.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
     target, path = _unwrap(model), Path(path)
+    metadata = {"format": "pt"} | notes(target, classes)
     state = {key: value.detach().cpu().contiguous() for key, value in target.state_dict().items()}
     if layout == "authors":
         state = {re.sub(r"^(pos_embed|cls_token)_(\d+)$", r"\1.\2", key): value for key, value in state.items()}
@@ -87,8 +105,7 @@ def save_checkpoint(model: nn.Module, path: str | PathLike[str], layout: str = "
         if path.suffix == ".safetensors":
             from safetensors.torch import save_file
 
-            metadata = {"format": "pt", "image_size": "x".join(map(str, target.image_size))}
-            save_file(state, temporary, metadata | ({"variant": target.variant} if target.variant else {}))
+            save_file(state, temporary, metadata)
         else:
             torch.save(state, temporary)
         os.replace(temporary, path)
@@ -96,8 +113,27 @@ def save_checkpoint(model: nn.Module, path: str | PathLike[str], layout: str = "
         temporary.unlink(missing_ok=True)
 
 
+def notes(model: nn.Module, classes: Sequence[str] | None = None) -> dict[str, str]:
+    """What a checkpoint says beside the weights: "image_size" as "HxW"; of a model by `create_model` "variant" and, as
+    JSON, the other "arguments" it takes to make it again; as JSON "classes", the names of `classes`, if given.
+
+    Raises ValueError unless there are as many names as the model has classes.
+    """
+    target = _unwrap(model)
+    found = {"image_size": "x".join(map(str, target.image_size))}
+    if target.variant:
+        now = {"num_classes": target.num_classes, "global_pool": target.global_pool}
+        found |= {"variant": target.variant, "arguments": json.dumps(target.arguments | now)}
+    if classes is not None:
+        if len(classes) != target.num_classes:
+            raise ValueError(f"classes must name the model's {target.num_classes} classes, got {len(classes)} names")
+        found["classes"] = json.dumps(list(classes))
+    return found
+
+
 def read_checkpoint(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The state dict of a file or hub name, with timm's keys, on the CPU, and the file's own notes on it. Raises as
+    """The state dict of a file or hub name, with timm's keys, on the CPU, and the file's own notes on it: a
+    `.safetensors` file's metadata, of a training checkpoint what it holds of `notes` beside the weights. Raises as
     `load_checkpoint`.
     """
     file = _locate(path)
@@ -112,6 +148,9 @@ def read_checkpoint(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(file, map_location="cpu", weights_only=True)
+            if isinstance(content, Mapping) and any(isinstance(content.get(key), Mapping) for key in _WRAPPERS):
+                held = {key: content[key] for key in _NOTES if key in content}
+                metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in held.items()}
     except (ImportError, PermissionError):
         raise
     except Exception as error:  # of damaged bytes the readers raise whatever comes up

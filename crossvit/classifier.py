@@ -71,6 +71,7 @@ class Classifier(KernelModule):
     """
 
     variant: str | None = None  # the name it was created by
+    arguments: dict[str, Any] = {}  # noqa: RUF012  and what else create_model was given to make it
 
     def __init__(
         self,

@@ -1,11 +1,13 @@
-"""Models by name."""
+"""Models by name, and by the file that holds one."""
 
 import inspect
+import json
 from fnmatch import fnmatch
 from os import PathLike
 from typing import Any, cast
 
-from .checkpoint import load_checkpoint
+from .checkpoint import load_checkpoint, load_state, read_checkpoint
+from .identify import identify
 from .model import CrossViT
 from .single_branch import VisionTransformer
 from .variants import VARIANTS, canonical_name
@@ -66,6 +68,42 @@ def create_model(
         raise TypeError(f"create_model: {name} has no argument {', '.join(unknown)}{hint}; it has {', '.join(known)}")
     model = model_class(**(arguments | overrides))
     model.variant = name
+    model.arguments = dict(in_chans=in_chans, fusion=fusion) | overrides
     if checkpoint is not None:
         load_checkpoint(model, checkpoint, adapt=True)
     return cast(CrossViT, model)
+
+
+def load_model(
+    checkpoint: str | PathLike[str],
+    *,
+    name: str | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    kernels: str = "auto",
+    **overrides: Any,
+) -> tuple[CrossViT, list[str] | None]:
+    """The model that a checkpoint holds, with its weights, and the names of its classes if the file has them.
+
+    What to build is read from the file's notes (`checkpoint.notes`), else recognised from the weights' names and
+    shapes, unless `name` says it. image_size, overrides: as in `create_model`, in place of what the file says;
+    positions are resampled, a head of another `num_classes` is left out, which a warning says.
+
+    Raises ValueError if the file names no model and the weights are none of `list_models()`, and what `create_model`
+    and `load_checkpoint` raise.
+    """
+    state, notes = read_checkpoint(checkpoint)
+    arguments: dict[str, Any] = {}
+    if name is None and "variant" in notes:
+        name, arguments = notes["variant"], json.loads(notes.get("arguments", "{}"))
+    elif name is None:
+        name = identify(state).partition(" for images of")[0]
+        if name not in VARIANTS:
+            raise ValueError(f"{checkpoint} holds {name}: say which model it is for, and with which arguments")
+    if image_size is None and "variant" in notes and "image_size" in notes:
+        height, width = map(int, notes["image_size"].split("x"))
+        image_size = (height, width)
+    heads = [value.shape[0] for key, value in state.items() if key.startswith("head.") and key.endswith("weight")]
+    arguments = {"num_classes": heads[0] if heads else 0} | arguments | overrides
+    model = create_model(name, image_size=image_size, kernels=kernels, **arguments)
+    load_state(model, state, notes, checkpoint, adapt=True)
+    return model, json.loads(notes["classes"]) if "classes" in notes else None

@@ -4,6 +4,7 @@ fit.
 
 import argparse
 import copy
+import json
 import math
 import os
 from collections import OrderedDict
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 import crossvit
 from benchmarks.photographs import photographs
-from crossvit.checkpoint import read_checkpoint
+from crossvit.checkpoint import notes, read_checkpoint
 from crossvit.identify import identify
 from crossvit.positions import resample_positions
 from crossvit.variants import VARIANTS
@@ -423,5 +424,46 @@ def test_metadata_of_safetensors(tmp_path: Path) -> None:
     """The file names its model and image size, for whoever looks into it."""
     crossvit.save_checkpoint(blank(image_size=(48, 96)), tmp_path / "x.safetensors")
     state, metadata = read_checkpoint(tmp_path / "x.safetensors")
+    arguments = json.loads(metadata.pop("arguments"))
     assert metadata == {"format": "pt", "variant": TINY, "image_size": "48x96"}
+    assert arguments == dict(in_chans=3, fusion="cross_attention", num_classes=1000, global_pool="token")
     assert math.prod(state["pos_embed_0"].shape) == 33 * 96
+
+
+SMALL = dict(num_classes=3, image_size=(48, 60), embed_dim=[16, 32], depth=[[1, 1, 2]], num_heads=[2, 2], in_chans=1)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "training"])
+def test_load_model_builds_what_the_file_says(kind: str, tmp_path: Path) -> None:
+    """A model of no paper's sizes comes back from its file alone, with the names of its classes."""
+    model = crossvit.create_model(TINY, fusion="all_attention", **SMALL)
+    model.reset_classifier(2, global_pool="avg")
+    path = tmp_path / "x.safetensors"
+    if kind == "safetensors":
+        crossvit.save_checkpoint(model, path, classes=["cat", "dog"])
+    else:
+        path = path.with_suffix(".pth")
+        torch.save({"model": model.state_dict(), "epoch": 3} | notes(model, ["cat", "dog"]), path)
+    again, classes = crossvit.load_model(path, kernels="reference")
+    assert classes == ["cat", "dog"]
+    assert (again.global_pool, again.image_size, again.kernels) == ("avg", (48, 60), "reference")
+    images = torch.rand(2, 1, 48, 60)
+    model.set_kernels("reference")
+    assert torch.equal(again.eval()(images), model.eval()(images))
+    other, _ = crossvit.load_model(path, image_size=72)
+    assert other.image_size == (72, 72)
+
+
+def test_load_model_recognises_a_bare_state_dict(tmp_path: Path) -> None:
+    model = blank(num_classes=5)
+    crossvit.save_checkpoint(model, tmp_path / "x.pth", layout="authors")
+    again, classes = crossvit.load_model(tmp_path / "x.pth")
+    assert (again.variant, again.num_classes, classes) == (TINY, 5, None)
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "y.pth")
+    with pytest.raises(ValueError, match=r"y\.pth holds weights of some other kind of model: say which model"):
+        crossvit.load_model(tmp_path / "y.pth")
+
+
+def test_class_names_are_counted() -> None:
+    with pytest.raises(ValueError, match="classes must name the model's 1000 classes, got 2 names"):
+        notes(blank(), ["cat", "dog"])
