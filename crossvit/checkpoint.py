@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from .classifier import Classifier, to_size
 from .identify import identify
+from .notes import NOTES, notes
 from .positions import resample_positions
 
 LAYOUTS = ("timm", "authors")
 _WRAPPERS = ("model", "state_dict")  # the authors' and timm's training checkpoints
-_NOTES = ("variant", "image_size", "arguments", "classes")  # what our files say beside the weights
 _FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
 _LISTED = 16  # names per kind of mismatch that an error spells out
 _log = logging.getLogger(__name__)
@@ -84,19 +84,25 @@ def load_state(
 
 
 def save_checkpoint(
-    model: nn.Module, path: str | PathLike[str], layout: str = "timm", *, classes: Sequence[str] | None = None
+    model: nn.Module,
+    path: str | PathLike[str],
+    layout: str = "timm",
+    *,
+    classes: Sequence[str] | None = None,
+    crop_ratio: float | None = None,
+    multi_label: bool | None = None,
 ) -> None:
     """Writes the model's state dict with timm's keys or, layout="authors", the authors': `.safetensors` by that suffix,
     else torch's format.
 
-    A `.safetensors` file also holds `notes(model, classes)`, from which the commands build the model again. The file
-    appears under its name only when it is complete. Raises ValueError for another layout or number of classes,
-    TypeError for another kind of model.
+    A `.safetensors` file also holds the model's `notes`, from which `load_model` builds it again. The file appears
+    under its name only when it is complete. Raises ValueError for another layout or number of classes, TypeError for
+    another kind of model.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
     target, path = _unwrap(model), Path(path)
-    metadata = {"format": "pt"} | notes(target, classes)
+    metadata = {"format": "pt"} | notes(target, classes, crop_ratio, multi_label)
     state = {key: value.detach().cpu().contiguous() for key, value in target.state_dict().items()}
     if layout == "authors":
         state = {re.sub(r"^(pos_embed|cls_token)_(\d+)$", r"\1.\2", key): value for key, value in state.items()}
@@ -111,24 +117,6 @@ def save_checkpoint(
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def notes(model: nn.Module, classes: Sequence[str] | None = None) -> dict[str, str]:
-    """What a checkpoint says beside the weights: "image_size" as "HxW"; of a model by `create_model` "variant" and, as
-    JSON, the other "arguments" it takes to make it again; as JSON "classes", the names of `classes`, if given.
-
-    Raises ValueError unless there are as many names as the model has classes.
-    """
-    target = _unwrap(model)
-    found = {"image_size": "x".join(map(str, target.image_size))}
-    if target.variant:
-        now = {"num_classes": target.num_classes, "global_pool": target.global_pool}
-        found |= {"variant": target.variant, "arguments": json.dumps(target.arguments | now)}
-    if classes is not None:
-        if len(classes) != target.num_classes:
-            raise ValueError(f"classes must name the model's {target.num_classes} classes, got {len(classes)} names")
-        found["classes"] = json.dumps(list(classes))
-    return found
 
 
 def read_checkpoint(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -149,7 +137,7 @@ def read_checkpoint(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(file, map_location="cpu", weights_only=True)
             if isinstance(content, Mapping) and any(isinstance(content.get(key), Mapping) for key in _WRAPPERS):
-                held = {key: content[key] for key in _NOTES if key in content}
+                held = {key: content[key] for key in NOTES if key in content}
                 metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in held.items()}
     except (ImportError, PermissionError):
         raise

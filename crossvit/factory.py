@@ -1,7 +1,6 @@
 """Models by name, and by the file that holds one."""
 
 import inspect
-import json
 from fnmatch import fnmatch
 from os import PathLike
 from typing import Any, cast
@@ -9,6 +8,7 @@ from typing import Any, cast
 from .checkpoint import load_checkpoint, load_state, read_checkpoint
 from .identify import identify
 from .model import CrossViT
+from .notes import read_notes
 from .single_branch import VisionTransformer
 from .variants import VARIANTS, canonical_name
 
@@ -81,8 +81,9 @@ def load_model(
     image_size: int | tuple[int, int] | None = None,
     kernels: str = "auto",
     **overrides: Any,
-) -> tuple[CrossViT, list[str] | None]:
-    """The model that a checkpoint holds, with its weights, and the names of its classes if the file has them.
+) -> tuple[CrossViT, dict[str, Any]]:
+    """The model that a checkpoint holds, with its weights, and what the file says of it beside them: "classes", their
+    names, "crop_ratio" and "multi_label", each if it is there.
 
     What to build is read from the file's notes (`checkpoint.notes`), else recognised from the weights' names and
     shapes, unless `name` says it. image_size, overrides: as in `create_model`, in place of what the file says;
@@ -91,19 +92,19 @@ def load_model(
     Raises ValueError if the file names no model and the weights are none of `list_models()`, and what `create_model`
     and `load_checkpoint` raise.
     """
-    state, notes = read_checkpoint(checkpoint)
-    arguments: dict[str, Any] = {}
+    state, metadata = read_checkpoint(checkpoint)
+    notes, arguments = read_notes(metadata), {}
     if name is None and "variant" in notes:
-        name, arguments = notes["variant"], json.loads(notes.get("arguments", "{}"))
+        name, arguments = notes["variant"], notes.get("arguments", {})
+        if image_size is None and "image_size" in notes:
+            height, width = map(int, notes["image_size"].split("x"))
+            image_size = (height, width)
     elif name is None:
         name = identify(state).partition(" for images of")[0]
         if name not in VARIANTS:
             raise ValueError(f"{checkpoint} holds {name}: say which model it is for, and with which arguments")
-    if image_size is None and "variant" in notes and "image_size" in notes:
-        height, width = map(int, notes["image_size"].split("x"))
-        image_size = (height, width)
     heads = [value.shape[0] for key, value in state.items() if key.startswith("head.") and key.endswith("weight")]
     arguments = {"num_classes": heads[0] if heads else 0} | arguments | overrides
     model = create_model(name, image_size=image_size, kernels=kernels, **arguments)
-    load_state(model, state, notes, checkpoint, adapt=True)
-    return model, json.loads(notes["classes"]) if "classes" in notes else None
+    load_state(model, state, metadata, checkpoint, adapt=True)
+    return model, notes

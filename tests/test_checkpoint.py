@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 import crossvit
 from benchmarks.photographs import photographs
-from crossvit.checkpoint import notes, read_checkpoint
+from crossvit.checkpoint import read_checkpoint
 from crossvit.identify import identify
+from crossvit.notes import notes
 from crossvit.positions import resample_positions
 from crossvit.variants import VARIANTS
 from weights import our_model, perturb, relative, timm_model
@@ -440,12 +441,12 @@ def test_load_model_builds_what_the_file_says(kind: str, tmp_path: Path) -> None
     model.reset_classifier(2, global_pool="avg")
     path = tmp_path / "x.safetensors"
     if kind == "safetensors":
-        crossvit.save_checkpoint(model, path, classes=["cat", "dog"])
+        crossvit.save_checkpoint(model, path, classes=["cat", "dog"], crop_ratio=1.0)
     else:
         path = path.with_suffix(".pth")
-        torch.save({"model": model.state_dict(), "epoch": 3} | notes(model, ["cat", "dog"]), path)
-    again, classes = crossvit.load_model(path, kernels="reference")
-    assert classes == ["cat", "dog"]
+        torch.save({"model": model.state_dict(), "epoch": 3} | notes(model, ["cat", "dog"], 1.0), path)
+    again, said = crossvit.load_model(path, kernels="reference")
+    assert (said["classes"], said["crop_ratio"], "multi_label" in said) == (["cat", "dog"], 1.0, False)
     assert (again.global_pool, again.image_size, again.kernels) == ("avg", (48, 60), "reference")
     images = torch.rand(2, 1, 48, 60)
     model.set_kernels("reference")
@@ -457,8 +458,8 @@ def test_load_model_builds_what_the_file_says(kind: str, tmp_path: Path) -> None
 def test_load_model_recognises_a_bare_state_dict(tmp_path: Path) -> None:
     model = blank(num_classes=5)
     crossvit.save_checkpoint(model, tmp_path / "x.pth", layout="authors")
-    again, classes = crossvit.load_model(tmp_path / "x.pth")
-    assert (again.variant, again.num_classes, classes) == (TINY, 5, None)
+    again, said = crossvit.load_model(tmp_path / "x.pth")
+    assert (again.variant, again.num_classes, said) == (TINY, 5, {})
     torch.save({"weight": torch.zeros(3)}, tmp_path / "y.pth")
     with pytest.raises(ValueError, match=r"y\.pth holds weights of some other kind of model: say which model"):
         crossvit.load_model(tmp_path / "y.pth")
