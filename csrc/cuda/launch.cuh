@@ -39,4 +39,12 @@ inline int multiprocessors() {
   return count;
 }
 
+// Bytes that a block can have on the current device.
+inline int shared_memory_of_a_block() {
+  int device = 0, bytes = 48 * 1024;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes;
+}
+
 }  // namespace crossvit::cuda

@@ -5,21 +5,25 @@
 #include <cuda/ptx.cuh>
 
 #include <algorithm>
+#include <limits>
+#include <type_traits>
 
 #include "cuda/launch.cuh"
 #include "cuda/patch_gather.cuh"
+#include "cuda/patch_resize.cuh"
 #include "cuda/tile.cuh"
 #include "cuda/tile_load.cuh"
 
 namespace crossvit::cuda {
 
-namespace {
-
-template <class Product_, int kDepth_, int kStages_, int kBlocks_>
-struct ForwardTile {
+template <class Product_, int kDepth_, int kStages_, int kBlocks_, bool kResize_>
+struct PatchForwardTile {
   using Product = Product_;
   using T = Product::T;
-  static constexpr int kDepth = kDepth_;  // pixels of a step
+  using Resized = ResizedTile<T, Product::kRows, Product::kThreads>;
+  using Resizer = std::conditional_t<kResize_, Resized, NoResize>;
+  static constexpr bool kResize = kResize_;  // in two passes; otherwise pixel by pixel, if at all
+  static constexpr int kDepth = kDepth_;     // pixels of a step, at most
   static constexpr int kStages = kStages_;
   static constexpr int kBlocks = kBlocks_;  // on a multiprocessor
   static constexpr int kStride = k_stride<T>(kDepth);
@@ -28,7 +32,11 @@ struct ForwardTile {
                                  Product::kRows * static_cast<int>(sizeof(PatchRow) + sizeof(uint2)) +
                                  Product::kColumns * 4;
   static_assert(Product::template kStaging<T> <= kStages * kStage);
+
+  static std::int64_t shared(const PatchImages& images) { return kShared + Resizer::shared(images); }
 };
+
+namespace {
 
 // Elements of a vector from i on, as floats; those from `count` on are zero.
 template <int kSize>
@@ -74,11 +82,14 @@ __device__ __forceinline__ void store_floats(O* to, const float (&value)[kSize],
   }
 }
 
+}  // namespace
+
 template <class Tile>
 __global__ void __launch_bounds__(Tile::Product::kThreads, Tile::kBlocks)
     patch_embed_kernel(const PatchEmbedArgs args) {
   using Product = Tile::Product;
   using T = Tile::T;
+  using Resized = Tile::Resized;
   using Patches = PatchTile<T, Product::kRows, Tile::kDepth, Product::kThreads>;
   constexpr int kRows = Product::kRows, kColumns = Product::kColumns, kThreads = Product::kThreads;
   constexpr int kStages = Tile::kStages, kStride = Tile::kStride, kDepth = Tile::kDepth;
@@ -104,12 +115,14 @@ __global__ void __launch_bounds__(Tile::Product::kThreads, Tile::kBlocks)
     bias[c] =
         args.bias.data != nullptr && column + c < args.features ? load(args.bias.data, args.bias.type, column + c) : 0;
   }
+  const typename Tile::Resizer resized(reinterpret_cast<unsigned char*>(bias + kColumns), images);
   __syncthreads();
 
   Product sum;
   sum.clear();
   const bool asynchronous = Patches::asynchronous(images);
-  const int steps = (images.depth + kDepth - 1) / kDepth;
+  const int step_depth = Tile::kResize ? Resized::kLines * images.patch : kDepth;
+  const int steps = (images.depth + step_depth - 1) / step_depth;
   const bool fills_first = threadIdx.x / 32 % 2 == 0;
   int stage = 0, next = 0;
 #pragma unroll 1
@@ -119,23 +132,27 @@ __global__ void __launch_bounds__(Tile::Product::kThreads, Tile::kBlocks)
       __syncthreads();  // this step's operands are there, and everyone has left the buffer that is filled next
     }
     T* filled = stages + next * Tile::kStage;
-    const int k = (step + kStages - 1) * kDepth, end = min(images.depth, k + kDepth);
+    const int k = (step + kStages - 1) * step_depth, end = min(images.depth, k + step_depth);
     if (k < images.depth) {
       load_tile<T, kColumns, kDepth, kThreads>(filled + kRows * kStride, kStride, args.weight, column, args.features, k,
                                                end);
-      if (asynchronous) Patches::copy(filled, kStride, images, rows, k, end);
+      if (!Tile::kResize && asynchronous) Patches::copy(filled, kStride, images, rows, k, end);
     }
     ptx::commit_copies();
     // Half of the warps cut out patches while the others multiply.
 #pragma unroll 1
     for (int part = 0; part < 2; part++) {
       if ((part == 0) == fills_first) {
-        if (!asynchronous && k < images.depth) Patches::fill(filled, kStride, images, rows, k, end);
+        if constexpr (Tile::kResize) {
+          if (k < images.depth) resized.fill(filled, kStride, images, rows, k);
+        } else {
+          if (!asynchronous && k < images.depth) Patches::fill(filled, kStride, images, rows, k, end);
+        }
       } else if (step >= 0) {
         const T* a = stages + stage * Tile::kStage;
         const T* b = a + kRows * kStride;
-        const int depth = images.depth - step * kDepth;
-        if constexpr (sizeof(T) == 4) {
+        const int depth = min(images.depth - step * step_depth, step_depth);
+        if (sizeof(T) == 4 && (!Tile::kResize || depth == kDepth)) {
           sum.template multiply<kDepth>(a, kStride, b, kStride);
         } else {
 #pragma unroll
@@ -183,53 +200,72 @@ __global__ void __launch_bounds__(Tile::Product::kThreads, Tile::kBlocks)
   }
 }
 
+namespace {
+
 template <class Tile>
 Error run(const PatchEmbedArgs& args, Stream stream) {
   using Product = Tile::Product;
   const unsigned row_tiles = (args.patches + Product::kRows - 1) / Product::kRows;
   const unsigned column_tiles = (args.features + Product::kColumns - 1) / Product::kColumns;
-  return launch(patch_embed_kernel<Tile>, dim3(row_tiles * column_tiles), Product::kThreads, Tile::kShared, stream,
-                args);
+  return launch(patch_embed_kernel<Tile>, dim3(row_tiles * column_tiles), Product::kThreads, Tile::shared(args.images),
+                stream, args);
 }
 
-// Of column tiles of 128, 192, 256 and 384: that with the least work of the busiest multiprocessor, where cutting out the
-// patches once costs as much as 64 columns, and an interpolation twice that.
-int columns_of_tile(const PatchEmbedArgs& args, int rows, std::initializer_list<int> widths) {
-  const std::int64_t row_tiles = (args.patches + rows - 1) / rows, processors = multiprocessors();
-  const int gather = args.images.resize ? 128 : 64;
-  std::int64_t least = 0;
-  int best = 0;
-  for (const int width : widths) {
-    const std::int64_t tiles = row_tiles * ((args.features + width - 1) / width);
-    const std::int64_t cost = (tiles + processors - 1) / processors * (width + gather);
-    if (best == 0 || cost < least) best = width, least = cost;
-  }
-  return best;
+constexpr std::int64_t kNever = std::numeric_limits<std::int64_t>::max();
+
+// The work of the busiest multiprocessor, in columns of a tile; kNever where the tile does not fit.
+template <class Tile>
+std::int64_t cost(const PatchEmbedArgs& args) {
+  using Product = Tile::Product;
+  const PatchImages& images = args.images;
+  if (Tile::shared(images) > shared_memory_of_a_block()) return kNever;
+  // What it takes to cut out a tile's patches once: copied, interpolated in two passes, and pixel by pixel.
+  const int gather = !images.resize ? 64 : Tile::kResize ? 384 : 1600;
+  const std::int64_t tiles = static_cast<std::int64_t>((args.patches + Product::kRows - 1) / Product::kRows) *
+                             ((args.features + Product::kColumns - 1) / Product::kColumns);
+  const std::int64_t processors = multiprocessors();
+  return (tiles + processors - 1) / processors * (Product::kColumns + gather);
 }
 
-template <class T>
-Error run16(const PatchEmbedArgs& args, Stream stream) {
-  switch (columns_of_tile(args, 64, {384, 256, 192, 128})) {
-    case 384: return run<ForwardTile<Product<T, false, 2, 8, 2, 6>, 64, 2, 1>>(args, stream);
-    case 256: return run<ForwardTile<Product<T, false, 2, 4, 2, 8>, 64, 2, 1>>(args, stream);
-    case 192: return run<ForwardTile<Product<T, false, 2, 4, 2, 6>, 64, 3, 2>>(args, stream);
-    default: return run<ForwardTile<Product<T, false, 2, 4, 2, 4>, 64, 3, 2>>(args, stream);
-  }
+// Runs the cheapest of the tiles; false if none fits.
+template <class... Tiles>
+bool run_cheapest(const PatchEmbedArgs& args, Stream stream, Error& error) {
+  const std::int64_t costs[sizeof...(Tiles)] = {cost<Tiles>(args)...};
+  const std::int64_t* best = std::min_element(costs, costs + sizeof...(Tiles));
+  int tile = 0;
+  if (*best != kNever) ((costs + tile++ == best ? static_cast<void>(error = run<Tiles>(args, stream)) : void()), ...);
+  return *best != kNever;
 }
 
-template <bool kTf32>
-Error run32(const PatchEmbedArgs& args, Stream stream) {
-  if (columns_of_tile(args, 64, {192, 128}) == 192)
-    return run<ForwardTile<Product<float, kTf32, 2, 4, 2, 6>, 32, 3, 1>>(args, stream);
-  return run<ForwardTile<Product<float, kTf32, 2, 4, 2, 4>, 32, 3, 1>>(args, stream);
+template <class T, bool kResize>
+bool run16(const PatchEmbedArgs& args, Stream stream, Error& error) {
+  constexpr int kStages = kResize ? 2 : 3;
+  return run_cheapest<PatchForwardTile<Product<T, false, 2, 8, 2, 6>, 64, 2, 1, kResize>,
+                      PatchForwardTile<Product<T, false, 2, 4, 2, 8>, 64, 2, 1, kResize>,
+                      PatchForwardTile<Product<T, false, 2, 4, 2, 6>, 64, kStages, 2, kResize>,
+                      PatchForwardTile<Product<T, false, 2, 4, 2, 4>, 64, kStages, 2, kResize>>(args, stream, error);
+}
+
+template <bool kTf32, bool kResize>
+bool run32(const PatchEmbedArgs& args, Stream stream, Error& error) {
+  return run_cheapest<PatchForwardTile<Product<float, kTf32, 2, 4, 2, 6>, 32, 2, 1, kResize>,
+                      PatchForwardTile<Product<float, kTf32, 2, 4, 2, 4>, 32, 2, 1, kResize>>(args, stream, error);
+}
+
+template <bool kResize>
+bool run_typed(const PatchEmbedArgs& args, Stream stream, Error& error) {
+  if (args.weight.type == Type::float16) return run16<__half, kResize>(args, stream, error);
+  if (args.weight.type == Type::bfloat16) return run16<__nv_bfloat16, kResize>(args, stream, error);
+  return args.tf32 ? run32<true, kResize>(args, stream, error) : run32<false, kResize>(args, stream, error);
 }
 
 }  // namespace
 
 Error launch_patch_embed(const PatchEmbedArgs& args, Stream stream) {
-  if (args.weight.type == Type::float16) return run16<__half>(args, stream);
-  if (args.weight.type == Type::bfloat16) return run16<__nv_bfloat16>(args, stream);
-  return args.tf32 ? run32<true>(args, stream) : run32<false>(args, stream);
+  Error error = nullptr;
+  if (resizes_in_two_passes(args.images) && run_typed<true>(args, stream, error)) return error;
+  run_typed<false>(args, stream, error);
+  return error;
 }
 
 }  // namespace crossvit::cuda

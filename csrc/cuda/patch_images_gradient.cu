@@ -10,10 +10,8 @@
 
 namespace crossvit::cuda {
 
-namespace {
-
 template <class Product_, int kDepth_, int kStages_>
-struct PixelTile {
+struct PatchPixelTile {
   using Product = Product_;
   using T = Product::T;
   static constexpr int kDepth = kDepth_;  // features of a step
@@ -25,6 +23,8 @@ struct PixelTile {
       kStages * kStage * static_cast<int>(sizeof(T)) + Product::kRows * static_cast<int>(sizeof(PatchRow));
   static_assert(Product::template kStaging<float> * 4 <= kStages * kStage * static_cast<int>(sizeof(T)));
 };
+
+namespace {
 
 // Four pixels of a patch, the first of which is pixel k.
 template <class X>
@@ -48,6 +48,8 @@ __device__ __forceinline__ void store_pixels(const PatchImages& out, std::int64_
     }
   }
 }
+
+}  // namespace
 
 template <class Tile>
 __global__ void __launch_bounds__(Tile::Product::kThreads)
@@ -97,6 +99,8 @@ __global__ void __launch_bounds__(Tile::Product::kThreads)
   });
 }
 
+namespace {
+
 template <class Tile>
 Error run(const PatchImagesGradientArgs& args, Stream stream) {
   using Product = Tile::Product;
@@ -109,11 +113,12 @@ Error run(const PatchImagesGradientArgs& args, Stream stream) {
 }  // namespace
 
 Error launch_patch_images_gradient(const PatchImagesGradientArgs& args, Stream stream) {
-  if (args.weight.type == Type::float16) return run<PixelTile<Product<__half, false, 2, 4, 4, 4>, 32, 4>>(args, stream);
+  if (args.weight.type == Type::float16)
+    return run<PatchPixelTile<Product<__half, false, 2, 4, 4, 4>, 32, 4>>(args, stream);
   if (args.weight.type == Type::bfloat16)
-    return run<PixelTile<Product<__nv_bfloat16, false, 2, 4, 4, 4>, 32, 4>>(args, stream);
-  if (args.tf32) return run<PixelTile<Product<float, true, 2, 4, 2, 4>, 16, 4>>(args, stream);
-  return run<PixelTile<Product<float, false, 2, 4, 2, 4>, 16, 4>>(args, stream);
+    return run<PatchPixelTile<Product<__nv_bfloat16, false, 2, 4, 4, 4>, 32, 4>>(args, stream);
+  if (args.tf32) return run<PatchPixelTile<Product<float, true, 2, 4, 2, 4>, 16, 4>>(args, stream);
+  return run<PatchPixelTile<Product<float, false, 2, 4, 2, 4>, 16, 4>>(args, stream);
 }
 
 }  // namespace crossvit::cuda

@@ -33,6 +33,8 @@ __device__ __forceinline__ void add_four(float (&sum)[4], const Vector& from, st
   }
 }
 
+}  // namespace
+
 // A block: kLanes times kVector elements, each the sum of kGroups threads' sums.
 template <int kVector>
 __global__ void __launch_bounds__(kLanes* kGroups) matrix_sum_kernel(const MatrixSumArgs args) {
@@ -94,8 +96,6 @@ __global__ void __launch_bounds__(256) resize_gradient_kernel(const ResizeGradie
   }
   store(args.out, args.out_type, element, sum);
 }
-
-}  // namespace
 
 Error launch_matrix_sum(const MatrixSumArgs& args, Stream stream) {
   const int vector = args.aligned ? 4 : 1;

@@ -3,21 +3,23 @@
 #include <cuda/ptx.cuh>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda/convert_load.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/patch_embed.h"
 #include "cuda/patch_gather.cuh"
+#include "cuda/patch_resize.cuh"
 #include "cuda/tile.cuh"
 
 namespace crossvit::cuda {
 
-namespace {
-
-template <class Product_, int kDepth_, int kStages_>
-struct GradientTile {
+template <class Product_, int kDepth_, int kStages_, bool kResize_>
+struct PatchGradientTile {
   using Product = Product_;
   using T = Product::T;
+  static constexpr bool kResize = kResize_;  // in two passes; otherwise pixel by pixel, if at all
+  using Resizer = std::conditional_t<kResize, ResizedTile<T, kDepth_, Product::kThreads>, NoResize>;
   static constexpr int kDepth = kDepth_;  // patches of a step
   static constexpr int kStages = kStages_;
   static constexpr int kGradStride = transposed_stride(Product::kRows);
@@ -26,10 +28,18 @@ struct GradientTile {
   static constexpr int kShared =
       kStages * (kStage * static_cast<int>(sizeof(T)) + kDepth * static_cast<int>(sizeof(PatchRow)));
   static_assert(Product::template kStaging<float> * 4 <= kStages * kStage * static_cast<int>(sizeof(T)));
+
+  static std::int64_t shared(const PatchImages& images) { return kShared + Resizer::shared(images); }
+
+  // Whether the tile's columns are whole rows of pixels, several at a time.
+  static bool takes(const PatchImages& images) {
+    return resizes_in_two_passes(images) && Product::kColumns % (Resizer::kLines * images.patch) == 0 &&
+           shared(images) <= shared_memory_of_a_block();
+  }
 };
 
 template <class Tile>
-__global__ void __launch_bounds__(Tile::Product::kThreads)
+__global__ void __launch_bounds__(Tile::Product::kThreads, 1)
     patch_weight_gradient_kernel(const PatchWeightGradientArgs args) {
   using Product = Tile::Product;
   using T = Tile::T;
@@ -57,7 +67,19 @@ __global__ void __launch_bounds__(Tile::Product::kThreads)
           patch_row(images, static_cast<std::uint32_t>((first_step + step) * kDepth) + threadIdx.x, args.patches);
     }
   };
-  const bool asynchronous = Patches::asynchronous(images);
+  const bool asynchronous = !Tile::kResize && Patches::asynchronous(images);
+  const typename Tile::Resizer resized(reinterpret_cast<unsigned char*>(rows + kStages * kDepth), images);
+  const auto cut_out = [&](T* pixels, const PatchRow* found) {
+    if constexpr (Tile::kResize) {
+#pragma unroll 1
+      for (int c = 0; c < min(kColumns, images.depth - pixel); c += Tile::Resizer::kLines * images.patch) {
+        resized.fill(pixels + c, Tile::kPixelStride, images, found, pixel + c);
+      }
+    } else {
+      Patches::fill(pixels, Tile::kPixelStride, images, found, pixel, images.depth);
+    }
+  };
+  const bool fills_first = threadIdx.x / 32 % 2 == 0;
 
 #pragma unroll 1
   for (int step = 0; step < kStages; step++) find_rows(step);
@@ -73,25 +95,30 @@ __global__ void __launch_bounds__(Tile::Product::kThreads)
       __syncthreads();  // this step's operands are there, and everyone has left the buffer that is filled next
     }
     const int ahead = step + kStages - 1;
+    T* filled = stages + next * Tile::kStage;
+    const PatchRow* found = rows + next * kDepth;
     if (ahead < steps) {
-      T* grad = stages + next * Tile::kStage;
-      T* pixels = grad + kDepth * Tile::kGradStride;
-      load_tile_as<T, kDepth, kRows, kThreads>(grad, Tile::kGradStride, args.grad, (first_step + ahead) * kDepth,
+      load_tile_as<T, kDepth, kRows, kThreads>(filled, Tile::kGradStride, args.grad, (first_step + ahead) * kDepth,
                                                args.patches, feature, args.features);
-      const PatchRow* found = rows + next * kDepth;
       if (asynchronous) {
-        Patches::copy(pixels, Tile::kPixelStride, images, found, pixel, images.depth);
-      } else {
-        Patches::fill(pixels, Tile::kPixelStride, images, found, pixel, images.depth);
+        Patches::copy(filled + kDepth * Tile::kGradStride, Tile::kPixelStride, images, found, pixel, images.depth);
       }
     }
     ptx::commit_copies();
+    // Half of the warps cut out patches while the others multiply.
+#pragma unroll 1
+    for (int part = 0; part < 2; part++) {
+      if ((part == 0) == fills_first) {
+        if (!asynchronous && ahead < steps) cut_out(filled + kDepth * Tile::kGradStride, found);
+      } else if (step >= 0) {
+        const T* grad = stages + stage * Tile::kStage;
+        sum.template multiply<kDepth, true, true>(grad, Tile::kGradStride, grad + kDepth * Tile::kGradStride,
+                                                  Tile::kPixelStride);
+      }
+    }
     next = next + 1 == kStages ? 0 : next + 1;
     if (step < 0) continue;
     find_rows(step + kStages);  // in the place of this step's, which have been used; read behind the next barrier
-    const T* grad = stages + stage * Tile::kStage;
-    sum.template multiply<kDepth, true, true>(grad, Tile::kGradStride, grad + kDepth * Tile::kGradStride,
-                                              Tile::kPixelStride);
     stage = stage + 1 == kStages ? 0 : stage + 1;
   }
 
@@ -105,6 +132,8 @@ __global__ void __launch_bounds__(Tile::Product::kThreads)
   });
 }
 
+namespace {
+
 template <class Tile>
 std::int64_t tiles_of(const PatchWeightGradientArgs& args) {
   using Product = Tile::Product;
@@ -112,22 +141,29 @@ std::int64_t tiles_of(const PatchWeightGradientArgs& args) {
          ((args.images.depth + Product::kColumns - 1) / Product::kColumns);
 }
 
-// f(tile's type as a value)
+// f(a tile), which is resized in two passes if it can be.
+template <class Product, int kDepth, class F>
+auto with_product(const PatchWeightGradientArgs& args, F&& f) {
+  using Resized = PatchGradientTile<Product, kDepth, 4, true>;
+  if (Resized::takes(args.images)) return f(Resized());
+  return f(PatchGradientTile<Product, kDepth, 4, false>());
+}
+
 template <class T, class F>
 auto with_tile16(const PatchWeightGradientArgs& args, F&& f) {
   // The narrow tile where that saves more products than cutting out the patches again costs.
-  const int gather = args.images.resize ? 256 : 64;
+  const int gather = args.images.resize ? 384 : 64;
   const int wide = (args.features + 191) / 192 * (192 + gather), narrow = (args.features + 95) / 96 * (96 + gather);
-  if (narrow < wide) return f(GradientTile<Product<T, false, 2, 4, 3, 4>, 32, 4>());
-  return f(GradientTile<Product<T, false, 2, 4, 6, 4>, 32, 4>());
+  if (narrow < wide) return with_product<Product<T, false, 2, 4, 3, 4>, 32>(args, f);
+  return with_product<Product<T, false, 2, 4, 6, 4>, 32>(args, f);
 }
 
 template <class F>
 auto with_tile(const PatchWeightGradientArgs& args, F&& f) {
   if (args.type == Type::float16) return with_tile16<__half>(args, f);
   if (args.type == Type::bfloat16) return with_tile16<__nv_bfloat16>(args, f);
-  if (args.tf32) return f(GradientTile<Product<float, true, 2, 4, 3, 4>, 16, 4>());
-  return f(GradientTile<Product<float, false, 2, 4, 3, 4>, 16, 4>());
+  if (args.tf32) return with_product<Product<float, true, 2, 4, 3, 4>, 16>(args, f);
+  return with_product<Product<float, false, 2, 4, 3, 4>, 16>(args, f);
 }
 
 }  // namespace
@@ -145,7 +181,7 @@ Error launch_patch_weight_gradient(const PatchWeightGradientArgs& args, Stream s
   return with_tile(args, [&](auto tile) {
     using Tile = decltype(tile);
     return launch(patch_weight_gradient_kernel<Tile>, dim3(static_cast<unsigned>(tiles_of<Tile>(args) * args.pieces)),
-                  Tile::Product::kThreads, Tile::kShared, stream, args);
+                  Tile::Product::kThreads, Tile::shared(args.images), stream, args);
   });
 }
 
