@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) value_gradient_kernel(const Va
         out[r * out_stride + j] = r < at.rows && j < d ? from[j] : from_float<T>(0);
     }
   };
-  stream_tiles((a.width + tile_columns - 1) / tile_columns, fill, load_rows, [&](int step, int stage) {
+  stream_tiles((a.width + tile_columns - 1) / tile_columns, 2, fill, load_rows, [&](int step, int stage) {
     const int first = step * tile_columns;
     rows_by_columns<kTf32>(out, out_stride, 1, buffers + stage * padded_d * v_stride, v_stride,
                            round_up(min(a.width - first, tile_columns), 16), padded_d,
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) query_gradient_kernel(const Qu
       if (a.parts.weight && c < a.width) a.parts.weight[at.part * a.width + c] = along;
     }
   };
-  stream_tiles((d + tile_rows - 1) / tile_rows, fill, join, [&](int step, int stage) {
+  stream_tiles((d + tile_rows - 1) / tile_rows, 2, fill, join, [&](int step, int stage) {
     const int first = step * tile_rows;
     rows_by_rows<kTf32>(t, stride, buffers + stage * tile_rows * stride, stride,
                         min(round_up(d, 16) - first, tile_rows), columns, [&](int row, int column, float v0, float v1) {
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) query_input_gradient_kernel(co
   };
   const int mine = threadIdx.x / 32 * 16;
   float d[2][4] = {};
-  stream_tiles((a.width + kInputDepth - 1) / kInputDepth, fill, load_rows, [&](int step, int stage) {
+  stream_tiles((a.width + kInputDepth - 1) / kInputDepth, 2, fill, load_rows, [&](int step, int stage) {
     const int depth = round_up(min(a.width - step * kInputDepth, kInputDepth), 16);
     if (mine < columns)
       multiply_warp<kTf32, false, true>(d, dq + step * kInputDepth, stride,

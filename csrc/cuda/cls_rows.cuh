@@ -56,22 +56,27 @@ __device__ __forceinline__ void fill_tile(T* tile, int stride, const MatrixView&
   }
 }
 
-// fill(step, buffer) for all steps, two buffers ahead of use(step, buffer); `prepare` runs while the first two fill. Behind
+// fill(step, buffer) for all steps, one buffer or two ahead of use(step, buffer); `prepare` runs while the first fill. Behind
 // it all threads have met.
 template <class Fill, class Prepare, class Use>
-__device__ __forceinline__ void stream_tiles(int steps, Fill&& fill, Prepare&& prepare, Use&& use) {
-  for (int step = 0; step < 2; step++) {
+__device__ __forceinline__ void stream_tiles(int steps, int buffers, Fill&& fill, Prepare&& prepare, Use&& use) {
+  for (int step = 0; step < buffers; step++) {
     if (step < steps) fill(step, step);
     ptx::commit_copies();
   }
   prepare();
 #pragma unroll 1
   for (int step = 0; step < steps; step++) {
-    ptx::wait_copies<1>();
+    const int buffer = buffers == 1 ? 0 : step % 2;
+    if (buffers == 1) {
+      ptx::wait_copies<0>();
+    } else {
+      ptx::wait_copies<1>();
+    }
     __syncthreads();
-    use(step, step % 2);
+    use(step, buffer);
     __syncthreads();
-    if (step + 2 < steps) fill(step + 2, step % 2);
+    if (step + buffers < steps) fill(step + buffers, buffer);
     ptx::commit_copies();
   }
 }

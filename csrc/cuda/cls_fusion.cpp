@@ -1,0 +1,114 @@
+// cls_fusion on CUDA tensors, in four launches: projection, query and absorbed key; one pass over the tokens; every head's
+// value and share of the output; their sum and the way back.
+#include "cuda/cls_fusion.h"
+
+#include "cuda/check.h"
+#include "cuda/cls_tensors.h"
+
+namespace crossvit::cuda {
+
+Tensor cls_fusion(const Tensor& cls, const Tensor& patches, const Tensor& proj_norm_weight,
+                  const OptionalTensor& proj_norm_bias, const Tensor& proj_weight, const OptionalTensor& proj_bias,
+                  const Tensor& norm_weight, const OptionalTensor& norm_bias, const Tensor& q_weight,
+                  const OptionalTensor& q_bias, const Tensor& k_weight, const Tensor& v_weight,
+                  const OptionalTensor& v_bias, const Tensor& out_weight, const OptionalTensor& out_bias,
+                  const Tensor& revert_norm_weight, const OptionalTensor& revert_norm_bias, const Tensor& revert_weight,
+                  const OptionalTensor& revert_bias, int64_t num_heads, double eps) {
+  const DeviceGuard guard(patches.device());
+  const Stream stream = stream_of(patches);
+  const int64_t batch = patches.size(0), width = patches.size(2), own_width = cls.size(1), head = width / num_heads;
+  const Tensor own = dense_rows(cls);
+  const Parameters vectors{proj_norm_weight, proj_norm_bias, proj_bias,          norm_weight,      norm_bias,  q_bias,
+                           v_bias,           out_bias,       revert_norm_weight, revert_norm_bias, revert_bias};
+  const Weights weights{proj_weight, q_weight, k_weight, v_weight, out_weight, revert_weight};
+  const bool aligned = weights.aligned(), tf32 = allow_tf32();
+  const Type type = type_of(q_weight);
+
+  // The CLS stays in float32 between the steps, whatever the model's dtype.
+  const Tensor projected = empty_f32({batch, width}, patches);
+  const DenseTokens dense(projected, patches, num_heads);
+  const Tensor key_query = empty_f32({batch, num_heads, width}, patches);
+  FusionQuery query{};
+  query.cls = own.const_data_ptr();
+  query.cls_type = type_of(own);
+  query.cls_stride = own.stride(0);
+  query.own_width = static_cast<int>(own_width);
+  query.norm_weight = vectors[0];
+  query.norm_bias = vectors[1];
+  query.bias = vectors[2];
+  query.weight = weights[0];
+  query.aligned = aligned;
+  query.projected = projected.mutable_data_ptr<float>();
+  dense.fill(query.query);
+  query.query.norm_weight = vectors[3];
+  query.query.norm_bias = vectors[4];
+  query.query.q_bias = vectors[5];
+  query.query.q_weight = weights[1];
+  query.query.k_weight = weights[2];
+  query.query.type = type;
+  query.query.tf32 = tf32;
+  query.query.aligned = aligned;
+  query.query.eps = static_cast<float>(eps);
+  query.query.key_query = key_query.mutable_data_ptr<float>();
+  check(fusion_query(query, stream), "fusion_query");
+
+  TokenPass pass{};
+  pass.tokens = dense.tokens;
+  pass.plan = plan_token_pass(dense.tokens, type);
+  check_width(pass.plan.shared, width);
+  pass.type = type;
+  pass.tf32 = tf32;
+  pass.key_query = query.query.key_query;
+  pass.norm_weight = vectors[3];
+  pass.eps = query.query.eps;
+  const Tensor context = empty_f32({batch, pass.plan.splits, num_heads, width}, patches);
+  const Tensor softmax = empty_f32({batch, pass.plan.splits, 2, num_heads}, patches);
+  pass.context = context.mutable_data_ptr<float>();
+  pass.softmax = softmax.mutable_data_ptr<float>();
+  check(token_pass(pass, stream), "token_pass");
+
+  const Tensor of_heads = empty_f32({batch, num_heads, width}, patches);
+  FusionValue value{};
+  value.contexts = {pass.context, pass.softmax, pass.plan.splits, nullptr};
+  value.batch = batch;
+  value.width = static_cast<int>(width);
+  value.heads = static_cast<int>(num_heads);
+  value.norm_weight = vectors[3];
+  value.norm_bias = vectors[4];
+  value.v_bias = vectors[6];
+  value.v_weight = weights[3];
+  value.out_weight = weights[4];
+  value.type = type;
+  value.tf32 = tf32;
+  value.aligned = aligned;
+  value.heads_aligned = aligned && head * q_weight.itemsize() % 16 == 0;
+  value.out = of_heads.mutable_data_ptr<float>();
+  check(fusion_value(value, stream), "fusion_value");
+
+  const Tensor out = empty({batch, own_width}, revert_weight.scalar_type(), patches);
+  FusionRevert revert{};
+  revert.heads_out = value.out;
+  revert.projected = query.projected;
+  revert.batch = batch;
+  revert.width = value.width;
+  revert.heads = value.heads;
+  revert.own_width = query.own_width;
+  revert.out_bias = vectors[7];
+  revert.norm_weight = vectors[8];
+  revert.norm_bias = vectors[9];
+  revert.bias = vectors[10];
+  revert.weight = weights[5];
+  revert.type = type;
+  revert.tf32 = tf32;
+  revert.aligned = aligned;
+  revert.eps = query.query.eps;
+  revert.out = out.mutable_data_ptr();
+  check(fusion_revert(revert, stream), "fusion_revert");
+  return out;
+}
+
+}  // namespace crossvit::cuda
+
+TORCH_LIBRARY_FRAGMENT(crossvit_kernels_cuda, m) {
+  crossvit::cuda::define(m, crossvit::schema::cls_fusion, TORCH_FN(crossvit::cuda::cls_fusion));
+}
