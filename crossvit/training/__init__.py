@@ -1,1 +1,1 @@
-"""What `python -m crossvit train` is made of: recipes, data in a reproducible order, distribution, checkpoints, the loop."""
+"""What `python -m crossvit train` is made of: recipes, data in a reproducible order, processes, checkpoints, loop."""

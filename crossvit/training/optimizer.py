@@ -2,7 +2,6 @@
 
 import torch
 from timm.scheduler import CosineLRScheduler
-from timm.scheduler.scheduler import Scheduler
 
 from ..classifier import Classifier
 from .recipes import Recipe
@@ -16,20 +15,23 @@ def build_optimizer(model: Classifier, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=recipe.scaled_lr, betas=recipe.betas, eps=recipe.eps)
 
 
-def build_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_epoch: int) -> Scheduler:
-    """timm's cosine with linear warm-up, which is a function of the step alone: `step_update(k)` sets the rate of step k
-    of the run; with schedule_unit="epoch" the rate changes between epochs only, as in the authors' code.
+class Schedule:
+    """timm's cosine with linear warm-up, a function of the step alone; with schedule_unit="epoch" the rate changes
+    between epochs only, as in the authors' code.
     """
-    unit = steps_per_epoch if recipe.schedule_unit == "step" else 1
-    schedule = CosineLRScheduler(
-        optimizer,
-        t_initial=recipe.epochs * unit,
-        lr_min=min(recipe.min_lr, recipe.scaled_lr),
-        warmup_t=round(recipe.warmup_epochs * unit),
-        warmup_lr_init=min(recipe.warmup_lr, recipe.scaled_lr),
-        t_in_epochs=False,
-    )
-    if unit == 1:
-        set_rates = schedule.step_update
-        schedule.step_update = lambda num_updates, metric=None: set_rates(num_updates // steps_per_epoch, metric)
-    return schedule
+
+    def __init__(self, optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_epoch: int) -> None:
+        self.divisor = steps_per_epoch if recipe.schedule_unit == "epoch" else 1
+        per_epoch = steps_per_epoch // self.divisor
+        self.cosine = CosineLRScheduler(
+            optimizer,
+            t_initial=recipe.epochs * per_epoch,
+            lr_min=min(recipe.min_lr, recipe.scaled_lr),
+            warmup_t=round(recipe.warmup_epochs * per_epoch),
+            warmup_lr_init=min(recipe.warmup_lr, recipe.scaled_lr),
+            t_in_epochs=False,
+        )
+
+    def set_step(self, step: int) -> None:
+        """Gives the optimizer's groups the learning rate of that step of the run, counted from 0."""
+        self.cosine.step_update(step // self.divisor)

@@ -1,13 +1,14 @@
 """The settings of a training run, and the published recipes as presets of them."""
 
 import argparse
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 OPTIMIZERS = ("adamw", "sgd")
 PRECISIONS = ("float32", "bfloat16", "float16")
 LOSSES = ("cross_entropy", "bce")
 UNITS = ("step", "epoch")
+METAVARS: dict[Any, str] = {int: "N", float: "X", str: "NAME"}
 
 
 def _option(default: Any, text: str, *choices: str) -> Any:
@@ -66,7 +67,16 @@ class Recipe:
             self._check(name, getattr(self, name) >= 1, "at least 1")
         for name in ("lr", "layer_decay", "eps", "distillation_tau"):
             self._check(name, getattr(self, name) > 0, "more than 0")
-        for name in ("lr_batch", "weight_decay", "warmup_epochs", "warmup_lr", "min_lr", "clip_grad", "mixup", "cutmix"):
+        for name in (
+            "lr_batch",
+            "weight_decay",
+            "warmup_epochs",
+            "warmup_lr",
+            "min_lr",
+            "clip_grad",
+            "mixup",
+            "cutmix",
+        ):
             self._check(name, getattr(self, name) >= 0, "at least 0")
         for name in ("ema", "label_smoothing", "drop_path", "drop", "momentum"):
             self._check(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
@@ -153,9 +163,9 @@ def recipe(preset: str, model: str = "", **changes: Any) -> Recipe:
     if "lr" in changes:
         settings["lr_batch"] = 0
     if "epochs" in changes and "warmup_epochs" not in changes:  # a short trial of a long recipe
-        longest = Recipe(**settings)
-        settings["warmup_epochs"] = min(longest.warmup_epochs, changes["epochs"] * longest.warmup_epochs / longest.epochs)
-    return replace(Recipe(**(settings | changes)))
+        whole = Recipe(**settings)
+        settings["warmup_epochs"] = whole.warmup_epochs * min(1.0, changes["epochs"] / whole.epochs)
+    return Recipe(**(settings | changes))
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -163,7 +173,8 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="paper", choices=PRESETS, help="what the options below are by default")
     group = parser.add_argument_group("recipe (defaults are the preset's; here: the paper's)")
     for f in fields(Recipe):
-        name, options = "--" + f.name.replace("_", "-"), dict(default=None, help=f"{f.metadata['help']} ({f.default})")
+        name = "--" + f.name.replace("_", "-")
+        options: dict[str, Any] = dict(default=None, help=f"{f.metadata['help']} ({f.default})")
         if f.type is bool:
             group.add_argument(name, action=argparse.BooleanOptionalAction, **options)
         elif isinstance(f.default, tuple):
@@ -171,7 +182,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         elif f.metadata["choices"]:
             group.add_argument(name, choices=f.metadata["choices"], **options)
         else:
-            group.add_argument(name, type=f.type, metavar={int: "N", float: "X"}.get(f.type, "NAME"), **options)
+            group.add_argument(name, type=f.type, metavar=METAVARS[f.type], **options)
 
 
 def recipe_from(options: argparse.Namespace) -> Recipe:
