@@ -115,7 +115,7 @@ __device__ __forceinline__ void rows_by_columns(const T* a, int a_stride, int pa
 // f(column, x^) for this lane's share of a row in memory, x^ = (x - mean) rstd by two passes over x - x[0]; by a whole warp.
 template <class X, class F>
 __device__ __forceinline__ void layer_norm_row(const X* from, int width, float eps, F&& f) {
-  constexpr int kHeld = 24;  // that a lane keeps in registers; of wider rows the rest is read again
+  constexpr int kHeld = 24;  // that a lane keeps in registers for the statistics; of wider rows the rest is read again
   const int lane = threadIdx.x % 32;
   const auto sum_lanes = [](float value) {
 #pragma unroll
@@ -144,10 +144,9 @@ __device__ __forceinline__ void layer_norm_row(const X* from, int width, float e
     squares = fmaf(rest, rest, squares);
   }
   const float rstd = rsqrtf(sum_lanes(squares) / width + eps);
-#pragma unroll
-  for (int j = 0; j < kHeld; j++)
-    if (lane + 32 * j < width) f(lane + 32 * j, x[j] * rstd);
-  for (int c = lane + 32 * kHeld; c < width; c += 32) f(c, ((to_float(from[c]) - first) - shift) * rstd);
+  // Read again, from L1, by a short loop: f may be long.
+#pragma unroll 4
+  for (int c = lane; c < width; c += 32) f(c, ((to_float(from[c]) - first) - shift) * rstd);
 }
 
 // gamma x^ + beta, an absent one of them 1 or 0.
