@@ -34,7 +34,8 @@ __device__ __forceinline__ float exponential(float x) {
 }
 
 template <class T, class X, bool kTf32, int kGroups>
-__global__ void __launch_bounds__(kTokenThreads, sizeof(T) == 2 ? kTokenBlocks : 1) token_pass_kernel(const TokenPass a) {
+__global__ void __launch_bounds__(kTokenThreads, sizeof(T) == 2 && (kGroups == 1 || sizeof(X) == 2) ? kTokenBlocks : 1)
+    token_pass_kernel(const TokenPass a) {
   // u in 16 bits alone would cost sharp scores their place; of up to 8 heads the rest is for nothing: the matrix
   // instruction has 16 rows.
   constexpr bool kSplit = sizeof(T) == 2;
