@@ -34,6 +34,16 @@ def test_shapes(backend: str, precision: Precision, shape: tuple[int, ...], out:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+@pytest.mark.parametrize("shape, out", [((260, 96), 200), ((128, 192), 520), ((2, 130, 100), 129)], ids=str)
+def test_largest_tiles(
+    backend: str, precision: Precision, shape: tuple[int, ...], out: int, rng: Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a single multiprocessor, where the emulated kernels' tiles for large inputs serve small ones."""
+    monkeypatch.setenv("CROSSVIT_KERNELS_EMULATE_MULTIPROCESSORS", "1")
+    check(layer_norm_linear, inputs.layer_norm_linear(rng, *shape, out=out), precision, backend)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("pre_activation", [None, "gelu"])
 @pytest.mark.parametrize("activation", [None, "gelu"])
