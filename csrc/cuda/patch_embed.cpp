@@ -21,6 +21,7 @@ struct Images {
                width) {}
 
   Images(Tensor given, std::int64_t patch, std::int64_t height, std::int64_t width) : tensor(std::move(given)) {
+    if (tensor.size(3) * tensor.stride(3) >= std::int64_t{1} << 31) tensor = tensor.contiguous();
     images.data = tensor.const_data_ptr();
     images.type = type_of(tensor);
     images.batch_stride = tensor.stride(0);

@@ -60,9 +60,9 @@ __device__ __forceinline__ int clamp(int x, int size) { return min(max(x, 0), si
 template <class X>
 __device__ __forceinline__ float resized_pixel(const PatchImages& images, const X* plane, const Taps& rows,
                                                const Taps& columns) {
-  std::int64_t at[4];
+  int at[4];  // 32 bits count along a row of pixels
 #pragma unroll
-  for (int j = 0; j < 4; j++) at[j] = clamp(columns.first + j, images.width) * images.column_stride;
+  for (int j = 0; j < 4; j++) at[j] = clamp(columns.first + j, images.width) * static_cast<int>(images.column_stride);
   float value[4][4];
 #pragma unroll
   for (int i = 0; i < 4; i++) {
