@@ -203,7 +203,7 @@ class BuildKernels(BuildExtension):
         """For sdist, what is compiled beyond the extension's own sources."""
         folders = (build_cuda.SOURCES, build_cuda.EMULATION)
         others = [str(path) for folder in folders for path in sorted(folder.rglob("*.*")) if path.suffix != ".pyc"]
-        return sorted({*super().get_source_files(), *others})
+        return sorted({*super().get_source_files(), str(CSRC / "build_cuda.py"), *others})
 
 
 extension = CppExtension(

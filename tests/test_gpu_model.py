@@ -1,4 +1,4 @@
-"""Whole models on the Triton kernels: a narrow CrossViT in the interpreter, the paper's on a GPU."""
+"""Whole models on the GPUs' kernels: a narrow CrossViT interpreted and emulated, the paper's on a GPU."""
 
 import copy
 from collections.abc import Iterator
@@ -12,14 +12,15 @@ import crossvit
 import crossvit_kernels
 from benchmarks.photographs import photographs
 from conftest import GPU
-from numerics import DEVICES
+from crossvit_kernels import backends
 from weights import our_model, relative
 
-pytestmark = [pytest.mark.gpu] if GPU else []
+KERNELS = [name for name in ("triton", "cuda") if backends.available(name)]
+pytestmark = [*([pytest.mark.gpu] if GPU else []), pytest.mark.parametrize("kernels", KERNELS)]
 
 NARROW = dict(image_size=48, embed_dim=(32, 64), num_heads=(2, 2), depth=((1, 1, 0), (1, 1, 0)), num_classes=10)
 FULL = ("crossvit_9_240", "crossvit_15_dagger_240", "crossvit_small_240", "crossvit_base_240")
-DEVICE = DEVICES["triton"]
+DEVICE = "cuda" if GPU else "cpu"
 
 
 @pytest.fixture
@@ -50,8 +51,8 @@ def gradients(model: crossvit.CrossViT, images: Tensor, kernels: str) -> dict[st
     return found
 
 
-def assert_trains_as_the_reference(model: crossvit.CrossViT, images: Tensor) -> None:
-    found, expected = gradients(model, images, "triton"), gradients(model, images, "reference")
+def assert_trains_as_the_reference(model: crossvit.CrossViT, images: Tensor, kernels: str) -> None:
+    found, expected = gradients(model, images, kernels), gradients(model, images, "reference")
     for name, value in found.items():
         if name.endswith("wk.bias"):
             assert value.abs().max() < 1e-6, name
@@ -60,28 +61,28 @@ def assert_trains_as_the_reference(model: crossvit.CrossViT, images: Tensor) -> 
 
 
 @pytest.mark.parametrize("name", ["crossvit_9_240", "crossvit_9_dagger_240"])
-def test_a_narrow_model_infers_and_trains_as_the_reference(name: str, exact_float32: None) -> None:
+def test_a_narrow_model_infers_and_trains_as_the_reference(name: str, kernels: str, exact_float32: None) -> None:
     """All parts of a CrossViT: both branches, one of them resized, fusion both ways, drop path, heads."""
     model, images = model_and_images(name, drop_path_rate=0.3, **NARROW)
     with torch.no_grad():
         model.set_kernels("reference")
         expected = model.eval()(images)
-        model.set_kernels("triton")
+        model.set_kernels(kernels)
         assert relative(model(images), expected) < 5e-6
-    assert_trains_as_the_reference(model, images)
+    assert_trains_as_the_reference(model, images, kernels)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", FULL)
-def test_a_full_model_trains_as_the_reference(name: str, exact_float32: None) -> None:
-    assert_trains_as_the_reference(*model_and_images(name, drop_path_rate=0.1))
+def test_a_full_model_trains_as_the_reference(name: str, kernels: str, exact_float32: None) -> None:
+    assert_trains_as_the_reference(*model_and_images(name, drop_path_rate=0.1), kernels)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 5e-6), (torch.float16, 5e-3), (torch.bfloat16, 4e-2)])
 @pytest.mark.parametrize("name", FULL)
 def test_a_full_models_logits_are_the_references(
-    name: str, dtype: torch.dtype, tolerance: float, exact_float32: None
+    name: str, kernels: str, dtype: torch.dtype, tolerance: float, exact_float32: None
 ) -> None:
     """In each dtype against the reference in float64; eager without a synchronisation, and as a CUDA graph."""
     model, images = model_and_images(name)
@@ -90,7 +91,7 @@ def test_a_full_models_logits_are_the_references(
         exact.set_kernels("reference")
         expected = exact(images.double())
         model, images = model.to(dtype), images.to(dtype)
-        model.set_kernels("triton")
+        model.set_kernels(kernels)
         out = model(images)
         assert relative(out, expected) < tolerance
         torch.cuda.set_sync_debug_mode("error")
@@ -104,9 +105,9 @@ def test_a_full_models_logits_are_the_references(
 
 
 @pytest.mark.gpu
-def test_a_full_model_is_one_graph_for_the_compiler(exact_float32: None) -> None:
+def test_a_full_model_is_one_graph_for_the_compiler(kernels: str, exact_float32: None) -> None:
     model, images = model_and_images("crossvit_9_240")
-    model.set_kernels("triton")
+    model.set_kernels(kernels)
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True)
         assert relative(compiled(images), model(images)) < 5e-6
