@@ -24,7 +24,6 @@ from .cases import Cell
 from .compiled import Resources
 
 MULTIPROCESSORS = 132  # of an H100 and an H200
-SAMPLE = 4  # images whose calls are run for the bytes that asynchronous copies bring
 _NOTED, _INSTEAD = 1, 2  # what crossvit_emulation_record takes
 
 

@@ -163,12 +163,13 @@ class Build:
             self.emulation["missing"] = self.lacking
         elif not EMULATION.is_dir():
             self.emulation["missing"] = f"{EMULATION} is not in the source tree"
-        if self.cuda["missing"] is None:
+        with_cuda, with_emulation = (record["missing"] is None for record in (self.cuda, self.emulation))
+        if with_cuda:  # first, since they take longest
             self.device = [pool.submit(self._by_nvcc, path) for path in self.kernels]
-        if self.emulation["missing"] is None:
+        if with_emulation:
             runtime = sorted(EMULATION.glob("*.cpp"))
             self.emulated = [pool.submit(self._emulated, path) for path in (*self.kernels, *runtime)]
-        if self.device or self.emulated:
+        if with_cuda or with_emulation:
             self.host = [pool.submit(self._by_cxx, path) for path in self.sources]
 
     def finish(self) -> dict[str, Any]:

@@ -109,7 +109,9 @@ def _has_its_turn(item: pytest.Item) -> bool:
     backend = parameters.get("backend", parameters.get("kernels"))
     if not interpreted(backend) or (backend == "cuda" and os.environ.get("CROSSVIT_TESTS_ALL")):
         return True
-    if item.originalname in NOT_INTERPRETED or parameters.get("size", parameters.get("shape")) in SLOW:
+    if item.originalname in NOT_INTERPRETED:
+        return False
+    if backend == "triton" and parameters.get("size", parameters.get("shape")) in SLOW:
         return False
     steps = []
     for mark in item.iter_markers("parametrize"):
@@ -125,7 +127,7 @@ def _has_its_turn(item: pytest.Item) -> bool:
     if left or "precision" not in parameters:
         return not left
     cost = math.prod(parameters.get("shape", ())) * parameters.get("out", parameters.get("hidden", 0))
-    if cost > LARGE:
+    if backend == "triton" and cost > LARGE:
         return parameters["precision"] == FLOAT16 and cost < 5 * LARGE
     turns = TURNS[backend][0 if parameters.keys() & LISTS else 1]
     return parameters["precision"] == turns[turn % len(turns)]

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import crossvit_kernels
-from benchmarks import cuda_report
+from benchmarks import cuda_plan, cuda_report
+from benchmarks import plan as plans
+from benchmarks.cases import BRANCHES, Cell
 from benchmarks.compiled import SHARED_LIMIT
 from crossvit_kernels import backends
 
@@ -85,6 +88,18 @@ def test_products_of_16_bits_are_made_by_tensor_cores_and_ieee_float32_by_none(l
 def test_products_in_tf32_are_made_by_tensor_cores(tmp_path: Path) -> None:
     for key, matrix in by_call(plan(tmp_path, "--dtype", "float32", "--tf32"), {"float32"}).items():
         assert any(matrix), key
+
+
+@planned
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_cls_cross_attention_brings_every_token_to_shared_memory_once(branch: str, dtype: torch.dtype) -> None:
+    """By the bytes that the asynchronous copies of an emulated call move."""
+    cell = Cell("cls_cross_attention", branch, 2, dtype, False, 1)
+    inputs = [v.normal_() if isinstance(v, torch.Tensor) else v for v in plans.arguments(cell, device="cpu")]
+    launches = cuda_plan.call(cell, inputs, run=True).launches
+    tokens = 2 * BRANCHES[branch].tokens * BRANCHES[branch].width * dtype.itemsize
+    assert sum(launch.copied for launch in launches if launch.name.startswith("token_pass_kernel")) == tokens
 
 
 def test_names_are_those_of_the_source() -> None:
