@@ -119,7 +119,8 @@ class _Allocations(TorchDispatchMode):
 
 @functools.cache
 def _kernels() -> dict[tuple[str, str], cuda_report.Kernel]:
-    return {(kernel.name, kernel.architecture): kernel for kernel in cuda_report.kernels()}
+    """The library's kernels by name and architecture."""
+    return {(kernel.name, kernel.architecture): kernel for kernel in cuda_report.kernels(cuda_report.LIBRARY)}
 
 
 def resources(launch: Launch, architecture: str) -> Resources:

@@ -10,12 +10,14 @@ the disassembly; the dynamic shared memory, which the kernels ask for at their l
 import argparse
 import ctypes
 import dataclasses
+import functools
 import importlib.util
 import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,13 +62,18 @@ def tool(name: str) -> str:
     raise FileNotFoundError(f"{name} is neither on the PATH nor in the package triton")
 
 
-def kernels(library: Path = LIBRARY) -> list[Kernel]:
-    """Every kernel of a library, for every architecture that it has code for."""
+@functools.cache
+def kernels(library: Path) -> list[Kernel]:
+    """Every kernel of a library, for every architecture that it has code for. Disassembling takes a minute."""
     usage = {
         (symbol, architecture): {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
         for symbol, architecture, line in _usage(library)
     }
-    counted = _instructions(library)
+    architectures = sorted({architecture for _, architecture in usage})
+    counted = {}
+    with ThreadPoolExecutor(2) as pool:
+        for counts in pool.map(functools.partial(_instructions, library), architectures):
+            counted |= counts
     return [
         Kernel(
             name=kernel_name(symbol),
@@ -122,14 +129,12 @@ def _usage(library: Path) -> Iterator[tuple[str, str, str]]:
             symbol = ""
 
 
-def _instructions(library: Path) -> dict[tuple[str, str], dict[str, int]]:
+def _instructions(library: Path, architecture: str) -> dict[tuple[str, str], dict[str, int]]:
     """How often each of COUNTED is in each function's disassembly, by (symbol, architecture)."""
     counts: dict[tuple[str, str], Counter[str]] = {}
-    architecture, count = "", Counter[str]()
-    for line in _run(tool("cuobjdump"), "-sass", str(library)):
-        if found := re.match(r"\s*code for (\w+)", line):
-            architecture = found[1]
-        elif found := re.match(r"\s*Function : (\S+)", line):
+    count = Counter[str]()
+    for line in _run(tool("cuobjdump"), "-sass", "-arch", architecture, str(library)):
+        if found := re.match(r"\s*Function : (\S+)", line):
             count = counts.setdefault((found[1], architecture), Counter())
         elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ +)?(\w+)", line):
             count[found[1]] += 1
@@ -150,14 +155,14 @@ def _run(*command: str) -> Iterator[str]:
         raise subprocess.CalledProcessError(process.returncode, command)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """The report as a table, and as JSON where that is asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--library", type=Path, default=LIBRARY, help="what to read")
     parser.add_argument("--kernel", default="", help="only kernels whose name holds this")
     parser.add_argument("--architecture", default="", help="only this one, such as sm_90")
     parser.add_argument("--json", type=Path, help="also write the rows there")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if not options.library.is_file():
         record = crossvit_kernels.backends.reason("cuda") if options.library == LIBRARY else None
         parser.error(f"{options.library} is not there" + (f": {record}" if record else ""))

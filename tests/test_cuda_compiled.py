@@ -1,9 +1,6 @@
 """Every CUDA kernel as nvcc compiled it for every architecture of this build: read from the library, without a GPU."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +10,10 @@ import torch
 import crossvit_kernels
 from benchmarks import cuda_plan, cuda_report
 from benchmarks import plan as plans
-from benchmarks.cases import BRANCHES, Cell
+from benchmarks.cases import BRANCHES, OPS, Cell
 from benchmarks.compiled import SHARED_LIMIT
 from crossvit_kernels import backends
 
-ROOT = Path(__file__).parents[1]
 RECORD = json.loads(Path(crossvit_kernels.__file__).with_name("_build.json").read_text())["cuda"]
 ARCHITECTURES = [name for name in RECORD["architectures"] if name.startswith("sm_")]
 PLANNED = [name for name in ARCHITECTURES if name in SHARED_LIMIT]
@@ -30,23 +26,27 @@ planned = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def kernels() -> list[cuda_report.Kernel]:
-    return cuda_report.kernels()
+    return cuda_report.kernels(cuda_report.LIBRARY)
 
 
-def plan(folder: Path, *words: str) -> list[dict[str, Any]]:
+def plan(folder: Path, *dtypes: torch.dtype) -> list[dict[str, Any]]:
     """The launches of every op at CrossViT-15's sizes, batch 256: forward, and forward and backward."""
-    path = folder / "plan.json"
-    command = [sys.executable, "-m", "benchmarks.ops", "--plan", "--kernels", "cuda", "--batch", "256", "--both"]
-    command += ["--architecture", ",".join(PLANNED), "--json", str(path), *words]
-    environment = {**os.environ, "CROSSVIT_KERNELS_EMULATE": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(path.read_text())
+    cells = [
+        Cell(op, branch, 256, dtype, backward, 1)
+        for op in OPS
+        for branch in BRANCHES
+        for dtype in dtypes
+        for backward in (False, True)[: 1 + (op != "cls_fusion")]
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CROSSVIT_KERNELS_EMULATE_MULTIPROCESSORS", str(cuda_plan.MULTIPROCESSORS))
+        plans.show(cells, PLANNED, folder / "plan.json", kernels=["cuda"])
+    return json.loads((folder / "plan.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def launches(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return plan(tmp_path_factory.mktemp("plans"), "--dtype", "bfloat16,float16,float32")
+    return plan(tmp_path_factory.mktemp("plans"), torch.bfloat16, torch.float16, torch.float32)
 
 
 def test_there_is_the_same_code_for_every_architecture(kernels: list[cuda_report.Kernel]) -> None:
@@ -86,20 +86,26 @@ def test_products_of_16_bits_are_made_by_tensor_cores_and_ieee_float32_by_none(l
 
 @planned
 def test_products_in_tf32_are_made_by_tensor_cores(tmp_path: Path) -> None:
-    for key, matrix in by_call(plan(tmp_path, "--dtype", "float32", "--tf32"), {"float32"}).items():
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        rows = plan(tmp_path, torch.float32)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    for key, matrix in by_call(rows, {"float32"}).items():
         assert any(matrix), key
 
 
 @planned
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("branch", BRANCHES)
-def test_cls_cross_attention_brings_every_token_to_shared_memory_once(branch: str, dtype: torch.dtype) -> None:
+def test_cls_cross_attention_brings_every_patch_to_shared_memory_once(branch: str, dtype: torch.dtype) -> None:
     """By the bytes that the asynchronous copies of an emulated call move."""
     cell = Cell("cls_cross_attention", branch, 2, dtype, False, 1)
     inputs = [v.normal_() if isinstance(v, torch.Tensor) else v for v in plans.arguments(cell, device="cpu")]
     launches = cuda_plan.call(cell, inputs, run=True).launches
-    tokens = 2 * BRANCHES[branch].tokens * BRANCHES[branch].width * dtype.itemsize
-    assert sum(launch.copied for launch in launches if launch.name.startswith("token_pass_kernel")) == tokens
+    patches = 2 * (BRANCHES[branch].tokens - 1) * BRANCHES[branch].width * dtype.itemsize
+    assert sum(launch.copied for launch in launches if launch.name.startswith("token_pass_kernel")) == patches
 
 
 def test_names_are_those_of_the_source() -> None:
@@ -110,14 +116,12 @@ def test_names_are_those_of_the_source() -> None:
     assert cuda_report.kernel_name("main") == "main"
 
 
-def test_the_report_is_a_table_and_json(tmp_path: Path) -> None:
+def test_the_report_is_a_table_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "report.json"
-    command = [sys.executable, "-m", "benchmarks.cuda_report", "--architecture", ARCHITECTURES[0], "--json", str(path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    cuda_report.main(["--architecture", ARCHITECTURES[0], "--json", str(path)])
     rows = json.loads(path.read_text())
     assert {row["architecture"] for row in rows} == {ARCHITECTURES[0]}
-    head, *lines = done.stdout.splitlines()
+    head, *lines = capsys.readouterr().out.splitlines()
     assert head.split()[:4] == ["kernel", "architecture", "registers", "stack"]
     assert len(lines) == len(rows) + 1
     assert lines[-1].startswith(f"{len(rows)} kernels; ")
