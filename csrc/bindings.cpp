@@ -121,8 +121,7 @@ TORCH_LIBRARY(crossvit_kernels_cpu, m) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled kernels of crossvit_kernels: what was built, and which instruction set runs.";
   crossvit::choose_instruction_set();
-  m.def("build_info", &crossvit::build_info,
-        "torch version, compiler and instruction sets of the build");
+  m.def("build_info", &crossvit::build_info, "torch version, compiler and instruction sets of the build");
   m.def("cpu_instruction_set", [] { return std::string(crossvit::active().name); }, "the instruction set in force");
   m.def("set_instruction_set", &crossvit::set_instruction_set, pybind11::arg("name"),
         "Use another compiled instruction set; ValueError if it was not compiled in or this CPU lacks it.");
