@@ -10,7 +10,6 @@ import argparse
 import json
 import logging
 import math
-import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .classifier import Classifier, to_size
+from .files import replacing
 from .identify import identify
 from .notes import NOTES, notes
 from .positions import resample_positions
@@ -106,17 +106,13 @@ def save_checkpoint(
     state = {key: value.detach().cpu().contiguous() for key, value in target.state_dict().items()}
     if layout == "authors":
         state = {re.sub(r"^(pos_embed|cls_token)_(\d+)$", r"\1.\2", key): value for key, value in state.items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         if path.suffix == ".safetensors":
             from safetensors.torch import save_file
 
             save_file(state, temporary, metadata)
         else:
             torch.save(state, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:

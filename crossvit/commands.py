@@ -1,0 +1,181 @@
+"""What the commands share: which model, on what, and how errors and progress are shown."""
+
+import argparse
+import json
+import re
+import sys
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crossvit_kernels import backends
+
+from .factory import create_model, load_model
+from .model import CrossViT
+from .single_branch import VisionTransformer
+from .variants import canonical_name
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CROP_RATIO = 0.875  # timm's and the authors' evaluation, but for the models of these names
+_CROP_RATIOS = {"_408": 1.0, "_504": 1.0, "_patch16_224": 0.9}
+
+
+class CommandError(Exception):
+    """What whoever typed the command can mend; shown without a traceback."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model to be used: in eval mode, on its device, in its dtype; `crop_ratio` is that of its evaluation."""
+
+    model: CrossViT | VisionTransformer
+    classes: list[str] | None
+    crop_ratio: float
+    multi_label: bool
+    device: torch.device
+    dtype: torch.dtype
+
+    def class_name(self, index: int) -> str:
+        return self.classes[index] if self.classes else str(index)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that `load` reads."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--checkpoint",
+        metavar="FILE",
+        help="weights: .safetensors or .pth of timm's, the authors' or ours, or a name on timm's hub",
+    )
+    group.add_argument(
+        "--model", metavar="NAME", help="which model the weights are for, where they do not say (crossvit_15_240, …)"
+    )
+    group.add_argument(
+        "--set",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        type=_assignment,
+        help="another argument of create_model, such as fusion=none or depth=[[1,2,0]] (may be repeated)",
+    )
+    group.add_argument("--image-size", metavar="SIZE", type=_size, help="the input's side, or HEIGHTxWIDTH")
+    group.add_argument("--device", default=None, help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
+    group.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="what the model computes in (default: %(default)s)"
+    )
+    group.add_argument(
+        "--kernels",
+        choices=("auto", *backends.BACKENDS),
+        default="auto",
+        help="which backend the ops use (default: %(default)s, the fastest that is here)",
+    )
+
+
+def add_class_argument(parser: argparse.ArgumentParser) -> None:
+    """The argument that names the classes where the weights do not."""
+    parser.add_argument(
+        "--classes",
+        metavar="FILE",
+        help="the classes' names, in the order of the logits: one a line, or a JSON list or object by index",
+    )
+
+
+def load(options: argparse.Namespace, *, needs_weights: bool = True) -> Loaded:
+    """The model that `options` ask for. Raises CommandError for whatever does not fit.
+
+    needs_weights: a model of initial weights will not do.
+    """
+    device, settings = _device(options.device), dict(options.set)
+    if options.checkpoint is None and (needs_weights or options.model is None):
+        expected = "--checkpoint FILE" if needs_weights else "--checkpoint FILE or --model NAME"
+        raise CommandError(f"no model given: expected {expected}")
+    try:
+        shared: dict[str, Any] = dict(image_size=options.image_size, kernels=options.kernels)
+        notes: dict[str, Any] = {}
+        if options.checkpoint is None:
+            model = create_model(options.model, **shared, **settings)
+        else:
+            name = options.model and canonical_name(options.model)
+            model, notes = load_model(options.checkpoint, name=name, **shared, **settings)
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+        raise CommandError(str(error)) from error
+    classes = read_classes(options.classes) if getattr(options, "classes", None) else notes.get("classes")
+    if classes is not None and len(classes) != model.num_classes:
+        raise CommandError(f"{len(classes)} class names were given, but the model has {model.num_classes} classes")
+    dtype = DTYPES[options.dtype]
+    crop_ratio = notes.get("crop_ratio", default_crop_ratio(model.variant))
+    multi_label = notes.get("multi_label", False)
+    return Loaded(model.eval().to(device, dtype), classes, crop_ratio, multi_label, device, dtype)
+
+
+def default_crop_ratio(variant: str | None) -> float:
+    """The side of the centre crop over the resized image's that a published model is evaluated with."""
+    return next((ratio for end, ratio in _CROP_RATIOS.items() if variant and variant.endswith(end)), CROP_RATIO)
+
+
+def read_classes(path: str) -> list[str]:
+    """Names from a file of one per line, or of JSON: a list, or an object by index (values that are lists, as
+    ImageNet's, end in the name). Raises CommandError.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        if not text.lstrip().startswith(("[", "{")):
+            return [line.strip() for line in text.splitlines() if line.strip()]
+        content = json.loads(text)
+        if isinstance(content, dict):
+            content = [content[str(i)] for i in range(len(content))]
+        return [str(name[-1] if isinstance(name, list) else name) for name in content]
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--classes {path}: {error}") from error
+    except (KeyError, IndexError) as error:
+        raise CommandError(
+            f"--classes {path}: expected an entry for every index from 0, there is no {error}"
+        ) from error
+
+
+def progress(steps: Iterable[Any] | None = None, *, total: int, unit: str, shown: bool = True) -> Any:
+    """tqdm's bar on standard error, over `steps` or to be moved by hand; none where nobody watches."""
+    from tqdm import tqdm
+
+    return tqdm(steps, total=total, unit=unit, disable=None if shown else True, leave=False, dynamic_ncols=True)
+
+
+def say_warnings() -> None:
+    """Has warnings printed as one line on standard error."""
+
+    def show(message: Warning | str, *rest: Any, **named: Any) -> None:
+        print(f"warning: {message}", file=sys.stderr)
+
+    warnings.showwarning = show
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise CommandError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _size(text: str) -> int | tuple[int, int]:
+    match = re.fullmatch(r"(\d+)(?:[x×](\d+))?", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"expected a side or HEIGHTxWIDTH, such as 240 or 384x288, got {text!r}")
+    return (int(match[1]), int(match[2])) if match[2] else int(match[1])
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value

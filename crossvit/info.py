@@ -1,0 +1,134 @@
+"""`crossvit info`: a model's parts and sizes, what a checkpoint file holds, which models and kernels there are."""
+
+import argparse
+import json
+import os
+from collections import Counter
+from typing import Any
+
+from torch import Tensor
+
+from crossvit_kernels import backends
+
+from .checkpoint import read_checkpoint
+from .commands import CommandError, Loaded, add_class_argument, add_model_arguments, load
+from .factory import list_models
+from .identify import identify
+from .notes import read_notes
+
+_NAMES = 5  # classes that are spelled out
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    add_class_argument(parser)
+    add_model_arguments(parser)
+    parser.epilog = "Without --checkpoint and --model: the models that there are, and the kernels of this machine."
+
+
+def run(options: argparse.Namespace) -> int:
+    """0. A file whose model cannot be built is still described."""
+    if options.checkpoint is None and options.model is None:
+        found: dict[str, Any] = {"models": list_models(), "kernels": backends.BACKENDS}
+        found["kernels"] = {name: backends.reason(name) or "available" for name in backends.BACKENDS}
+        print(json.dumps(found, indent=1) if options.json else _overview(found))
+        return 0
+    found = {}
+    if options.checkpoint is not None:
+        found["checkpoint"] = _checkpoint(options.checkpoint)
+    problem = None
+    try:
+        loaded = load(options, needs_weights=False)
+        found["model"] = _model(loaded)
+    except CommandError as error:
+        if options.checkpoint is None:
+            raise
+        problem = str(error)
+        found["problem"] = problem
+    if options.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    if options.checkpoint is not None:
+        print(_checkpoint_table(found["checkpoint"]))
+        print()
+    if problem is not None:
+        print(f"no model is built of it: {problem}")
+        return 0
+    print(loaded.model.describe())
+    print()
+    print(_settings(found["model"]))
+    return 0
+
+
+def _checkpoint(path: str) -> dict[str, Any]:
+    try:
+        state, metadata = read_checkpoint(path)
+    except (OSError, ValueError, ImportError) as error:
+        raise CommandError(str(error)) from error
+    return {
+        "file": str(path),
+        "bytes": os.path.getsize(path) if os.path.exists(path) else None,
+        "holds": identify(state),
+        "tensors": len(state),
+        "parameters": sum(value.numel() for value in state.values()),
+        "dtypes": dict(Counter(_dtype(value) for value in state.values())),
+        "classes": next((v.shape[0] for key, v in state.items() if key.startswith("head") and v.dim() == 2), 0),
+        "notes": read_notes(metadata),
+    }
+
+
+def _model(loaded: Loaded) -> dict[str, Any]:
+    model, description = loaded.model, loaded.model.describe()
+    return {
+        "name": model.variant,
+        "parameters": description.parameters,
+        "multiply_adds": description.multiply_adds,
+        "attention_multiply_adds": description.attention,
+        "parts": [vars(part) for part in description.parts],
+        "image_size": list(model.image_size),
+        "crop_ratio": loaded.crop_ratio,
+        "num_classes": model.num_classes,
+        "classes": loaded.classes,
+        "multi_label": loaded.multi_label,
+        "device": str(loaded.device),
+        "dtype": _dtype(next(model.parameters())),
+        "bytes": sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
+    }
+
+
+def _overview(found: dict[str, Any]) -> str:
+    lines = ["models:", *(f"  {name}" for name in found["models"]), "kernels:"]
+    return "\n".join(lines + [f"  {name:<10} {state}" for name, state in found["kernels"].items()])
+
+
+def _checkpoint_table(found: dict[str, Any]) -> str:
+    dtypes = ", ".join(found["dtypes"])
+    size = "" if found["bytes"] is None else f", {found['bytes'] / 1e6:.1f} MB"
+    lines = [
+        f"{found['file']}{size}",
+        f"  {found['holds']}: {found['tensors']} tensors of {dtypes}, {found['parameters']:,} numbers",
+    ]
+    for name, value in found["notes"].items():
+        lines.append(f"  {name}: {_short(value) if name == 'classes' else value}")
+    return "\n".join(lines)
+
+
+def _settings(found: dict[str, Any]) -> str:
+    height, width = found["image_size"]
+    several = ", several labels per image" if found["multi_label"] else ""
+    names = f" ({_short(found['classes'])})" if found["classes"] else ""
+    return "\n".join(
+        [
+            f"input {height}×{width}, crop ratio {found['crop_ratio']:g}",
+            f"{found['num_classes']} classes{names}{several}",
+            f"weights {found['bytes'] / 1e6:.1f} MB in {found['dtype']} on {found['device']}",
+        ]
+    )
+
+
+def _short(names: list[str]) -> str:
+    return ", ".join(names[:_NAMES]) + (f", … ({len(names)})" if len(names) > _NAMES else "")
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
