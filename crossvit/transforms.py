@@ -1,9 +1,10 @@
 """From an RGB picture to a model's input: as in evaluation, or augmented for training."""
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -61,12 +62,12 @@ def training_transform(
     auto_augment: timm's name of a policy, or "none". All of its randomness comes from the generators of random, numpy
     and torch. Raises ValueError for a policy that timm does not know.
     """
-    from timm.data import create_transform
+    import timm.data
 
     height, width = to_size(image_size)
     policy = None if auto_augment in ("", "none") else auto_augment
     try:
-        return create_transform(
+        transform = timm.data.create_transform(
             (3, height, width),
             is_training=True,
             scale=(crop_scale, 1.0),
@@ -81,6 +82,18 @@ def training_transform(
         )
     except (AssertionError, KeyError, ValueError) as error:
         raise ValueError(f"auto_augment must be 'none' or a policy of timm's, got {auto_augment!r}: {error}") from error
+    for step in transform.transforms:
+        for operation in [*getattr(step, "ops", []), *chain.from_iterable(getattr(step, "policy", []))]:
+            if operation.aug_fn is timm.data.auto_augment.posterize:
+                operation.aug_fn = _posterize
+    return transform
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **options: object) -> Image.Image:
+    """timm's, which asks for 0 bits at the magnitudes above 9: Pillow made that black, and from 13 on refuses it."""
+    if bits_to_keep < 1:
+        return Image.new(image.mode, image.size)
+    return image if bits_to_keep >= 8 else ImageOps.posterize(image, bits_to_keep)
 
 
 def _to_tensor(mean: Sequence[float], std: Sequence[float]) -> list[torch.nn.Module]:

@@ -1,0 +1,275 @@
+"""`crossvit train`: a model from a folder of images, by a published recipe or one's own."""
+
+import argparse
+import ast
+import os
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+
+from crossvit_kernels import backends
+
+from .classifier import Classifier
+from .data import ImageError
+from .datasets import Images, open_dataset
+from .factory import create_model
+from .fusion import FUSIONS
+from .training.distributed import STRATEGIES, Processes, processes, replicate, shard
+from .training.files import Log, load, remove_unfinished
+from .training.loading import EpochSampler, Seeded, Shard, evaluation_loader, training_loader
+from .training.loop import DivergedError, Stop, Trainer
+from .training.objective import Objective, Teacher
+from .training.optimizer import Schedule, build_optimizer
+from .training.recipes import Recipe, add_recipe_arguments, recipe_from
+from .training.state import Run, seed_generators
+from .transforms import IMAGENET_MEAN, IMAGENET_STD, evaluation_transform, training_transform
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.description = (
+        "Trains a model. One process needs no launcher; several, on one machine or many, are started with torchrun: "
+        "torchrun --nproc-per-node 8 -m crossvit train …. The folder --out gets last.pth (everything, to resume from), "
+        "best.pth (the weights that scored best), metrics.jsonl and curves.png. Ctrl-C saves and ends with status 130."
+    )
+    parser.add_argument("data", help="folder with train/ and val/, each of one folder per class; or cifar10:FOLDER")
+    parser.add_argument("--out", type=Path, default=Path("run"), metavar="FOLDER", help="where everything goes (run)")
+    parser.add_argument("--model", default="crossvit_9_240", metavar="NAME", help="one of crossvit.list_models()")
+    parser.add_argument("--checkpoint", metavar="FILE", help="weights to start from; another head starts anew")
+    parser.add_argument("--image-size", type=int, nargs="+", metavar="N", help="side, or height and width")
+    parser.add_argument("--fusion", default="cross_attention", choices=FUSIONS)
+    parser.add_argument("--model-kwargs", nargs="+", default=[], metavar="NAME=VALUE", help="others of create_model's")
+    parser.add_argument("--kernels", default="auto", choices=("auto", *backends.BACKENDS))
+    parser.add_argument("--resume", metavar="auto|FILE", help="go on from a last.pth; auto: --out's, if there is one")
+    parser.add_argument("--teacher", metavar="NAME", help="timm's model to distil from, with --distillation")
+    parser.add_argument("--teacher-checkpoint", metavar="FILE", help="its weights; without, timm fetches them")
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--strategy", default="auto", choices=STRATEGIES, help="auto is ddp, with several processes")
+    parser.add_argument("--deterministic", action="store_true", help="on a GPU too, the same run gives the same bits")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that read images, for every process")
+    parser.add_argument("--eval-batch-size", type=int, metavar="N", help="per process; by default training's")
+    parser.add_argument("--on-broken", default="stop", choices=("stop", "skip"), help="what a broken image does")
+    parser.add_argument("--log-every", type=int, default=50, metavar="STEPS")
+    parser.add_argument("--checkpoint-every", type=int, default=0, metavar="STEPS", help="beside each epoch's end")
+    add_recipe_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Trains as the parsed options say. Returns the exit status: 0, 2 for what cannot be as it was asked, 1 for a run
+    that failed on its way, 130 after Ctrl-C (143 after SIGTERM), with everything saved.
+    """
+    with ExitStack() as stack:
+        stop = stack.enter_context(Stop())
+        try:
+            place = stack.enter_context(processes(options.device))
+            trainer = prepare(options, place, stop)
+        except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+            return _fail(error, 2)
+        except KeyboardInterrupt:
+            return 130
+        try:
+            status = trainer.train()
+        except (DivergedError, ImageError, OSError) as error:
+            return _fail(error, 1)
+        except KeyboardInterrupt:  # a second Ctrl-C: at once
+            return 130
+        finally:
+            trainer.log.close()
+        if status and place.first:
+            print(f"stopped; go on with --resume {options.out / 'last.pth'}", file=sys.stderr)
+        return status
+
+
+def prepare(options: argparse.Namespace, place: Processes, stop: Stop) -> Trainer:
+    """Everything that a run needs, resumed where that is asked for. Raises what the options' values raise: ValueError,
+    TypeError, OSError, RuntimeError, ImportError, naming the option.
+    """
+    _check(options)
+    recipe = recipe_from(options)
+    if options.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    training, validation = _datasets(options.data)
+    seed_generators(options.seed)  # the same initial weights everywhere
+    model = _model(options, recipe, training)
+    model.to(place.device)
+    teacher = _teacher(options, model, place)
+    objective = Objective(recipe, model.num_classes, training.multi_label, teacher)
+    sampler = EpochSampler(
+        len(training),
+        recipe.batch_size,
+        pieces=recipe.accumulate,
+        rank=place.rank,
+        world=place.world,
+        seed=options.seed,
+        shuffle=recipe.shuffle,
+        repeats=recipe.repeats,
+    )
+    evaluation = evaluation_transform(model.image_size, recipe.crop_ratio)
+    augmented = training_transform(
+        model.image_size,
+        crop_scale=recipe.crop_scale,
+        flip=recipe.flip,
+        auto_augment=recipe.auto_augment,
+        color_jitter=recipe.color_jitter,
+        erasing=recipe.erasing,
+    )
+    training.transform = augmented if recipe.augment else evaluation
+    workers, pin = _workers(options, place), place.device.type == "cuda"
+    loader = training_loader(Seeded(training, options.seed, options.on_broken), sampler, workers, pin)
+    validating = None
+    if validation is not None:
+        validation.transform = evaluation
+        each = options.eval_batch_size or recipe.batch_size // (place.world * recipe.accumulate)
+        validating = evaluation_loader(Shard(validation, place.rank, place.world), each, workers, pin)
+
+    ema = ModelEmaV3(model, decay=recipe.ema, use_warmup=recipe.ema_warmup) if recipe.ema else None
+    model.train()
+    if place.group and options.strategy == "fsdp":
+        shard(model, place)
+        if ema is not None:
+            shard(ema.module, place)
+            ema.foreach = False  # torch's fused form of it is not there for sharded tensors
+    network = model if options.strategy == "fsdp" else replicate(model, place)
+    optimizer = build_optimizer(model, recipe)
+    scaler = torch.amp.GradScaler(place.device.type, enabled=recipe.precision == "float16")
+    seed_generators(options.seed, 1 + place.rank)
+    run = Run(model, optimizer, scaler, ema, recipe, training, place)
+    if place.first:
+        options.out.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(options.out)
+    place.wait()
+    _resume(options, run)
+    place.wait()  # all have looked into the folder
+    metrics = options.out / "metrics.jsonl" if place.first else None
+    log = Log(metrics, run.position.steps, tensorboard=options.out / "tensorboard")
+    if place.first:
+        print(_summary(run, options, workers, validation), flush=True)
+    return Trainer(
+        run=run,
+        network=network,
+        objective=objective,
+        schedule=Schedule(optimizer, recipe, sampler.steps),
+        sampler=sampler,
+        training=loader,
+        validation=validating,
+        folder=options.out,
+        log=log,
+        log_every=options.log_every,
+        checkpoint_every=options.checkpoint_every,
+        stop=stop,
+    )
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name, least in (("log_every", 1), ("checkpoint_every", 0), ("workers", 0), ("eval_batch_size", 1), ("seed", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if options.image_size is not None and len(options.image_size) > 2:
+        raise ValueError(f"--image-size must be a side, or height and width, got {options.image_size}")
+    if options.strategy == "fsdp" and "WORLD_SIZE" not in os.environ:
+        raise ValueError("--strategy fsdp needs processes to shard over: start it with torchrun -m crossvit train …")
+
+
+def _datasets(where: str) -> tuple[Images, Images | None]:
+    training = open_dataset(where, "train")
+    try:
+        return training, open_dataset(where, "val", training.classes)
+    except FileNotFoundError:
+        return training, None
+
+
+def _model(options: argparse.Namespace, recipe: Recipe, training: Images) -> Classifier:
+    size = options.image_size and (options.image_size[0] if len(options.image_size) == 1 else tuple(options.image_size))
+    overrides: dict[str, Any] = {}
+    for text in options.model_kwargs:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--model-kwargs must be NAME=VALUE, got {text!r}")
+        try:
+            overrides[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            overrides[name] = value
+    model = create_model(
+        options.model,
+        checkpoint=options.checkpoint,
+        num_classes=len(training.classes),
+        image_size=size,
+        fusion=options.fusion,
+        drop_rate=recipe.drop,
+        drop_path_rate=recipe.drop_path,
+        kernels=options.kernels,
+        **overrides,
+    )
+    model.set_grad_checkpointing(recipe.grad_checkpointing)
+    return model
+
+
+def _teacher(options: argparse.Namespace, model: Classifier, place: Processes) -> Teacher | None:
+    if options.teacher is None:
+        return None
+    teacher = Teacher(
+        options.teacher, model.num_classes, model.image_size, IMAGENET_MEAN, IMAGENET_STD, options.teacher_checkpoint
+    )
+    return teacher.to(place.device)
+
+
+def _workers(options: argparse.Namespace, place: Processes) -> int:
+    """As many as cores for each process of this machine, up to 8; on a CPU the model wants most of them."""
+    if options.workers is not None:
+        return options.workers
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(8, cores if place.device.type == "cuda" else cores // 4)
+
+
+def _resume(options: argparse.Namespace, run: Run) -> None:
+    last = options.out / "last.pth"
+    if options.resume is None:
+        if last.exists() or (options.out / "metrics.jsonl").exists():
+            raise ValueError(f"--out {options.out} holds a run already: --resume auto goes on with it")
+        return
+    path = last if options.resume == "auto" else Path(options.resume)
+    if options.resume == "auto" and not path.exists():
+        return
+    told = run.restore(load(path))
+    if run.place.first:
+        print(f"resumed from {path} at step {run.position.steps}", *told, sep="; ", flush=True)
+
+
+def _summary(run: Run, options: argparse.Namespace, workers: int, validation: Images | None) -> str:
+    recipe, place = run.recipe, run.place
+    parameters = sum(p.numel() for p in run.model.parameters())
+    strategy = "" if place.world == 1 else f" ({'fsdp' if options.strategy == 'fsdp' else 'ddp'})"
+    return (
+        f"{options.model}, {parameters:,} parameters, {'×'.join(map(str, run.model.image_size))}; "
+        f"{len(run.training)} images of {len(run.training.classes)} classes, "
+        f"{0 if validation is None else len(validation)} to validate; batch {recipe.batch_size}, "
+        f"learning rate {recipe.scaled_lr:.3g}, {recipe.precision}; {place.world} × {place.device.type}{strategy}, "
+        f"{workers} workers, kernels {options.kernels}"
+    )
+
+
+def _fail(error: Exception, status: int) -> int:
+    # A worker's exception comes with its traceback in front; the last line says it.
+    text = str(error)
+    if isinstance(error, ImageError):
+        text = text.strip().splitlines()[-1].removeprefix("crossvit.data.ImageError: ")
+    print(f"crossvit train: error: {text or type(error).__name__}", file=sys.stderr, flush=True)
+    return status
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m crossvit.train`, as torchrun may start it too."""
+    parser = argparse.ArgumentParser("crossvit train")
+    add_arguments(parser)
+    return run(parser.parse_args(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""Files that are whole or not there, whenever the process is killed: checkpoints, the log of metrics."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+TEMPORARY = ".writing"  # suffix of what is not complete
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that takes the name `path` only when it is complete and on the disk; on an error, never."""
+    temporary = path.with_name(f".{path.name}{TEMPORARY}")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name too is on the disk
+        finally:
+            os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what a killed process left half written."""
+    for path in folder.glob(f".*{TEMPORARY}"):
+        path.unlink(missing_ok=True)
+
+
+def save(content: dict[str, Any], path: Path) -> None:
+    """Writes plain Python values and tensors, as `load` reads them."""
+    with replacing(path) as file:
+        torch.save(content, file)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """What `save` wrote, on the CPU; no code in the file is run. Raises ValueError for a file that is none of ours."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # of damaged bytes torch raises whatever comes up
+        raise ValueError(f"{path} is truncated, or no checkpoint: {str(error).splitlines()[0][:200]}") from error
+    if not isinstance(content, dict) or "position" not in content:
+        raise ValueError(f"{path} holds weights alone, no training run (start from them with --checkpoint)")
+    return content
+
+
+class Log:
+    """Metrics as JSON lines, appended and flushed one by one.
+
+    path: the file; lines past `step`, of a run that went further than its last checkpoint, and what a kill left of a
+    line are removed first. tensorboard: a folder, written to if TensorBoard is installed. `None` as path: nothing is.
+    """
+
+    def __init__(self, path: Path | None, step: int = 0, tensorboard: Path | None = None) -> None:
+        self.file: IO[str] | None = None
+        self.board: Any = None
+        if path is None:
+            return
+        kept = [line for line in read_lines(path) if 0 < line["step"] <= step] if path.exists() else []
+        with replacing(path) as file:
+            file.writelines(_line(line).encode() for line in kept)
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by close
+        if tensorboard is not None and (writer := _tensorboard()) is not None:
+            self.board = writer(str(tensorboard), purge_step=step + 1)
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """Appends {"kind", "step", **values}."""
+        if self.file is None:
+            return
+        self.file.write(_line({"kind": kind, "step": step} | values))
+        self.file.flush()
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        """Closes the files."""
+        if self.file is not None:
+            self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a log."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").split("\n")[:-1]:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:  # a line that a full disk or a power cut left
+            break
+    return lines
+
+
+def _line(values: dict[str, Any]) -> str:
+    return json.dumps(values) + "\n"
+
+
+def _tensorboard() -> Callable[..., Any] | None:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter

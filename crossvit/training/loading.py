@@ -1,0 +1,166 @@
+"""Batches in an order, and with an augmentation, that depend on nothing but the seed: not on the number of processes or
+workers, nor on whether the run was interrupted.
+"""
+
+import random
+import signal
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+
+from ..data import ImageError
+from ..datasets import Images
+
+Key = tuple[int, int, int]  # epoch, position in it, index of the image
+
+
+class EpochSampler(Sampler[list[Key]]):
+    """The batches of one process, epoch by epoch, from any step on.
+
+    Each epoch is a permutation of `length` images by (seed, epoch), every image `repeats` times in a row and cut to
+    `length` again. Step s takes the next `batch_size` of them; they are dealt out to `pieces` and, within a piece, to
+    the `world` processes in turn, so that the images of a step do not depend on `world`. What is left over at the end
+    is left out. Raises ValueError where no step remains, or the batch does not divide.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        pieces: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+        repeats: int = 1,
+    ) -> None:
+        if batch_size % (pieces * world):
+            raise ValueError(
+                f"batch_size must be a multiple of processes × accumulate, {world} × {pieces}, got {batch_size}"
+            )
+        if batch_size > length:
+            raise ValueError(f"batch_size must be at most the number of training images, {length}, got {batch_size}")
+        self.length, self.batch_size, self.pieces = length, batch_size, pieces
+        self.rank, self.world, self.seed, self.shuffle, self.repeats = rank, world, seed, shuffle, repeats
+        self.steps = length // batch_size
+        self.epoch = self.first_step = 0
+
+    def start(self, epoch: int, step: int = 0) -> None:
+        """Makes the next iteration that of `epoch` from `step` on."""
+        self.epoch, self.first_step = epoch, step
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The indices of an epoch, in the order in which they are drawn."""
+        if not self.shuffle:
+            return np.arange(self.length) // self.repeats
+        permutation = np.random.default_rng([self.seed, epoch, 0]).permutation(self.length)
+        return np.repeat(permutation, self.repeats)[: self.length]
+
+    def __len__(self) -> int:
+        return (self.steps - self.first_step) * self.pieces
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        order, each = self.order(self.epoch), self.batch_size // (self.pieces * self.world)
+        # An image's repetitions do not lie side by side: mixing takes neighbours.
+        within = np.concatenate([np.arange(k, each, self.repeats) for k in range(self.repeats)])
+        for step in range(self.first_step, self.steps):
+            for piece in range(self.pieces):
+                first = step * self.batch_size + piece * each * self.world + self.rank
+                positions = (first + within * self.world).tolist()
+                yield [(self.epoch, position, int(order[position])) for position in positions]
+
+
+class Seeded(Dataset):
+    """Images by the sampler's keys, each transformed with generators seeded by (seed, epoch, position).
+
+    on_broken: "stop" raises the ImageError of a broken file, "skip" says it and takes the next image instead.
+    """
+
+    def __init__(self, images: Images, seed: int, on_broken: str = "stop") -> None:
+        if on_broken not in ("stop", "skip"):
+            raise ValueError(f"on_broken must be 'stop' or 'skip', got {on_broken!r}")
+        self.images, self.seed, self.on_broken = images, seed, on_broken
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, int | Tensor]:
+        epoch, position, index = key
+        before = None if get_worker_info() else _states()  # a worker draws nothing else
+        words = np.random.SeedSequence([self.seed, epoch, 1, position]).generate_state(3)
+        random.seed(int(words[0]))
+        np.random.seed(int(words[1]))  # noqa: NPY002  timm's augmentation draws from it
+        torch.default_generator.manual_seed(int(words[2]))
+        try:
+            return self._read(index)
+        finally:
+            if before is not None:
+                _restore(before)
+
+    def _read(self, index: int) -> tuple[Tensor, int | Tensor]:
+        for k in range(len(self.images)):
+            try:
+                return self.images[(index + k) % len(self.images)]
+            except ImageError as error:
+                if self.on_broken == "stop":
+                    raise
+                print(f"skipped {error}", file=sys.stderr, flush=True)
+        raise ImageError("none of the training images can be read")
+
+
+class Shard(Dataset):
+    """Every `world`-th image from `rank` on, as (image, target, counts). All processes have equally many, since sharded
+    models compute together: what fills up does not count.
+    """
+
+    def __init__(self, images: Images, rank: int = 0, world: int = 1) -> None:
+        self.images, self.rank, self.world = images, rank, world
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // self.world)
+
+    def __getitem__(self, item: int) -> tuple[Tensor, int | Tensor, bool]:
+        index = item * self.world + self.rank
+        image, target = self.images[index if index < len(self.images) else 0]
+        return image, target, index < len(self.images)
+
+
+def training_loader(dataset: Seeded, sampler: EpochSampler, workers: int, pin: bool) -> DataLoader:
+    """Batches of (images, targets) of the sampler's epoch; workers stay for the next one."""
+    return DataLoader(dataset, batch_sampler=sampler, **_options(workers, pin))
+
+
+def evaluation_loader(shard: Shard, batch_size: int, workers: int, pin: bool) -> DataLoader:
+    """Batches of (images, targets, counts)."""
+    return DataLoader(shard, batch_size, **_options(workers, pin))
+
+
+def _options(workers: int, pin: bool) -> dict:
+    return dict(
+        num_workers=workers,
+        pin_memory=pin,
+        persistent_workers=workers > 0,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # its own: an iterator draws from it, which must not move the run's
+    )
+
+
+def _start_worker(worker: int) -> None:
+    """A worker leaves Ctrl-C to its parent, and ends at once when told to."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _states() -> tuple:
+    return random.getstate(), np.random.get_state(), torch.default_generator.get_state()  # noqa: NPY002
+
+
+def _restore(states: tuple) -> None:
+    random.setstate(states[0])
+    np.random.set_state(states[1])  # noqa: NPY002
+    torch.default_generator.set_state(states[2])

@@ -1,0 +1,36 @@
+"""Small runs for the tests of training: a folder of images, a tiny model, and the command called in this process."""
+
+import contextlib
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from crossvit.train import main
+
+TINY = """--model crossvit_tiny_240 --image-size 48 --model-kwargs embed_dim=(16,32) num_heads=(2,2)
+    depth=((1,1,0),(1,1,1)) --preset small --epochs 2 --batch-size 8 --workers 0 --log-every 2
+    --device cpu""".split()  # noqa: SIM905  as it is typed
+CLASSES = 3
+
+
+def make_images(root: Path, train: int = 24, val: int = 7) -> Path:
+    """Folders train/ and val/ of three classes of small noisy pictures, told apart by colour."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for k in range(count):
+            folder = root / split / f"class{k % CLASSES}"
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(0, 200, (20, 24, 3), dtype=np.uint8)
+            pixels[..., k % CLASSES] += 55
+            Image.fromarray(pixels).save(folder / f"{k:03}.png")
+    return root
+
+
+def train(data: Path, out: Path, *options: str) -> tuple[int, str]:
+    """The exit status and all that is printed."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        status = main([str(data), "--out", str(out), *TINY, *options])
+    return status, printed.getvalue()
