@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 
 from .. import backends
+from . import _direct
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}  # as kernels take them
 
 TABLE = Path(__file__).with_name("tuned.json")
+
+INTERPRETED = backends.triton_interprets()  # as triton.jit, which reads it where the kernels are defined
 
 Configuration = dict[str, int]
 
@@ -96,9 +98,7 @@ def architecture() -> str:
     """The architecture that is launched on: "sm_90", or "interpreter"."""
     if _targets:
         return _targets[-1]
-    if backends.triton_interprets():
-        return "interpreter"
-    return _of_device(torch.cuda.current_device())
+    return "interpreter" if INTERPRETED else _of_device(torch.cuda.current_device())
 
 
 @functools.cache
@@ -107,14 +107,16 @@ def _of_device(index: int) -> str:
     return f"sm_{major}{minor}"
 
 
-@functools.cache
 def multiprocessors() -> int:
     """Multiprocessors of the current device; an H200's 132 while recording; 1 in the interpreter."""
     if _targets:
         return 132
-    if backends.triton_interprets():
-        return 1
-    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+    return 1 if INTERPRETED else _multiprocessors_of(torch.cuda.current_device())
+
+
+@functools.cache
+def _multiprocessors_of(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def configuration(kernel: str, width: int, dtype: torch.dtype, default: Configuration) -> Configuration:
@@ -123,23 +125,28 @@ def configuration(kernel: str, width: int, dtype: torch.dtype, default: Configur
     `kernel` is the name of the jitted function, or of one of several ways to launch it. `default` has to fit every
     architecture from sm_80 on.
     """
-    key = f"{width}/{dtype.itemsize * 8}"
-    chosen = _overrides.get(kernel) or table().get(architecture(), {}).get(kernel, {}).get(key, default)
+    bits = dtype.itemsize * 8
+    chosen = _overrides.get(kernel) or _tuned(architecture(), kernel, width, bits) or default
     for taken in _requests:
-        taken[kernel, key] = chosen
+        taken[kernel, f"{width}/{bits}"] = chosen
     return chosen
+
+
+@functools.cache
+def _tuned(architecture: str, kernel: str, width: int, bits: int) -> Configuration | None:
+    return table().get(architecture, {}).get(kernel, {}).get(f"{width}/{bits}")
 
 
 def launch(kernel: Any, grid: tuple[int, ...], configuration: Configuration, **arguments: Any) -> None:
     """Runs `kernel` over `grid`; `configuration` gives its block sizes, num_warps and num_stages."""
     if 0 in grid:
         return
-    options = {"num_warps": configuration["num_warps"], "num_stages": configuration["num_stages"]}
-    blocks = {name: value for name, value in configuration.items() if name not in options}
+    arguments.update(configuration)
+    num_warps, num_stages = arguments.pop("num_warps"), arguments.pop("num_stages")
     if _records:
-        _records[-1].append(Launch(kernel, grid, arguments | blocks, **options))
+        _records[-1].append(Launch(kernel, grid, arguments, num_warps, num_stages))
     else:
-        kernel[grid](**arguments, **blocks, **options)
+        _direct.run(kernel, grid, arguments, num_warps, num_stages)
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -148,5 +155,5 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up."""
-    return triton.cdiv(a, b)
+    """a / b, rounded up; Triton's own function takes microseconds."""
+    return -(-a // b)
