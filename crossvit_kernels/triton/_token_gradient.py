@@ -28,7 +28,8 @@ def _cls_gradient(
     HEADS_BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The CLS token's share of the sums, in chunks (zero unless `here`), and its own x^'s gradient, into memory."""
+    """The CLS token's shares of the sums, in chunks, and of the sum of ds (zero unless `here`), as columns of the sums
+    are; its own x^'s gradient, into memory."""
     columns = tl.arange(0, BLOCK_K)
     heads = tl.arange(0, HEADS_BLOCK)
     is_head = heads < HEADS
@@ -58,7 +59,7 @@ def _cls_gradient(
             dz = load_tile(at + D, is_head, c < D, HEADS != HEADS_BLOCK, MASK_K).to(tl.float32)
             g = tl.sum(u * ds[:, None] + dz * prob[:, None], 0)
             tl.store(grad_normalized_ptr + c, g, mask=(c < D) & here)
-    return sums
+    return sums, tl.where(here, start, 0.0)
 
 
 @triton.jit
@@ -68,6 +69,7 @@ def token_gradient(
     pairs_ptr,
     means_ptr,
     delta_ptr,
+    context_ptr,
     mean_ptr,
     rstd_ptr,
     probs_ptr,
@@ -95,7 +97,8 @@ def token_gradient(
 
     `pairs` holds, rounded, gamma u_h in row 2h and dz_h in row 2h + 1, so that one product serves both; `means` their
     means over a row. RELOAD: the pairs do not stay on chip from one product to the next. grad_patches_ptr,
-    grad_normalized_ptr None: not needed.
+    grad_normalized_ptr None: not needed. By mathematics sum_n ds_hn = 0: of IEEE float32 what rounding leaves of it,
+    e_h, is taken out, t_h - e_h z_h, with z in `context`.
     """
     image = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -106,6 +109,7 @@ def token_gradient(
     MASK_K: tl.constexpr = D % BLOCK_K != 0
     CHUNKS: tl.constexpr = (D + BLOCK_K - 1) // BLOCK_K
     dtype: tl.constexpr = pairs_ptr.dtype.element_ty
+    EXACT: tl.constexpr = dtype == tl.float32 and PRECISION == "ieee"
     of_tokens = image * (patches + 1)
     probs = probs_ptr + image * HEADS * (patches + 1)
     pairs = pairs_ptr + image * 2 * HEADS * D
@@ -113,7 +117,7 @@ def token_gradient(
     means = tl.load(means_ptr + image * 2 * HEADS + pair, mask=pair < 2 * HEADS, other=0.0)
     if grad_normalized_ptr is not None:
         grad_normalized_ptr += image * D
-    sums = _cls_gradient(
+    sums, start = _cls_gradient(
         cls_ptr + image * cls_stride,
         tl.load(mean_ptr + of_tokens),
         tl.load(rstd_ptr + of_tokens),
@@ -128,6 +132,8 @@ def token_gradient(
         HEADS_BLOCK,
         BLOCK_K,
     )
+    if EXACT:
+        leftover = tl.zeros((BLOCK_N, start.shape[0]), tl.float32)
 
     tokens = patches_ptr + image * patches_batch
     for tile in tl.range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(patches, BLOCK_N))):
@@ -169,6 +175,8 @@ def token_gradient(
         weights = tl.where(valid[:, None], weights, 0.0).to(dtype)
         # Matrix instructions take no fewer than 16 columns; the ones of p are for nothing, then.
         columns_of_sums = weights if HEADS_BLOCK == 8 else ds.to(dtype)
+        if EXACT:
+            leftover += columns_of_sums
         added = ()
         for i in tl.static_range(CHUNKS):
             added = added + (product(normalized[i].T, columns_of_sums, sums[i], PRECISION),)
@@ -197,13 +205,20 @@ def token_gradient(
 
     if HEADS_BLOCK == 8:
         kept = (pair % 2 == 0) & (pair < 2 * HEADS)
-        at = sums_ptr + ((image * splits + split) * HEADS + pair // 2)[:, None] * D
+        head = pair // 2
     else:
         kept = is_head
-        at = sums_ptr + ((image * splits + split) * HEADS + heads)[:, None] * D
+        head = heads
+    at = sums_ptr + ((image * splits + split) * HEADS + head)[:, None] * D
+    if EXACT:
+        rest = (tl.sum(leftover, 0) + start)[:, None]
     for i in tl.static_range(CHUNKS):
         c = i * BLOCK_K + columns
-        tl.store(at + c[None, :], sums[i].T, mask=kept[:, None] & (c < D)[None, :])
+        total = sums[i].T
+        if EXACT:
+            z = context_ptr + (image * HEADS + head)[:, None] * D + c[None, :]
+            total -= rest * load_tile(z, kept, c < D, True, MASK_K)
+        tl.store(at + c[None, :], total, mask=kept[:, None] & (c < D)[None, :])
 
 
 _EARLY = ("sm_80", "sm_86", "sm_87", "sm_89")
@@ -222,6 +237,7 @@ def differentiate_tokens(
     pairs: Tensor,
     means: Tensor,
     delta: Tensor,
+    context: Tensor,
     mean: Tensor,
     rstd: Tensor,
     probs: Tensor,
@@ -247,6 +263,7 @@ def differentiate_tokens(
         pairs_ptr=pairs,
         means_ptr=means,
         delta_ptr=delta,
+        context_ptr=context,
         mean_ptr=mean,
         rstd_ptr=rstd,
         probs_ptr=probs,

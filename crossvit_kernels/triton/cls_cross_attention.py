@@ -163,7 +163,7 @@ def backward(
         if "cls" in need:
             grad_normalized = probs.new_empty((batch, width))
         partial = differentiate_tokens(
-            cls, patches, pairs, means, delta, mean, rstd, probs, grads.get("patches"), grad_normalized, plan
+            cls, patches, pairs, means, delta, context, mean, rstd, probs, grads.get("patches"), grad_normalized, plan
         )
     if to_query:
         sums = partial if splits == 1 else probs.new_empty((batch, num_heads, width))
