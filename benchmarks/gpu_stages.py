@@ -3,7 +3,6 @@
 The build comes first and alone, for this GPU's architecture: the tests and figures of the CUDA kernels need it.
 """
 
-import importlib.util
 import os
 import re
 import shutil
@@ -16,7 +15,7 @@ import torch
 from .cases import OPS
 from .stages import Stage, Verdict, by_last_line
 
-TEST_WORKERS = 14  # of pytest-xdist at most; each has a context of its own on the GPU
+TEST_WORKERS = 14  # processes of tests at most; each has a context of its own on the GPU
 TOGETHER = 210.0  # seconds for all that times nothing, side by side
 OURS = "reference,reference-graph,triton,triton-graph,cuda,cuda-graph"
 THEIRS = "timm-eager,timm-eager-graph"
@@ -47,14 +46,13 @@ def _build() -> Stage:
 
 def _untimed(smoke: bool, cores: int) -> list[Stage]:
     """What runs side by side: the tests, compute-sanitizer, and the Triton kernels of the models compiled ahead."""
-    workers = min(TEST_WORKERS, cores - 2) if importlib.util.find_spec("xdist") else 1
-    parallel = ["-n", str(workers), "-p", "benchmarks.fresh_workers"] if workers > 1 else []
-    tests = ["-m", "gpu", "-q", "--tb=short", "--durations=8", "--continue-on-collection-errors", *parallel]
+    workers = str(max(1, min(TEST_WORKERS, cores - 2)))
+    tests = [workers, "-m", "gpu", "-q", "--tb=short", "--durations=2", "--continue-on-collection-errors"]
     stages = [
         Stage(
             "tests",
             "test",
-            _python("pytest", *tests, *(["tests/test_linear_residual.py"] if smoke else [])),
+            _python("benchmarks.shards", *tests, *(["tests/test_linear_residual.py"] if smoke else [])),
             TOGETHER,
             beside=True,
             judge=by_pytest,
@@ -157,7 +155,9 @@ def by_build(status: int, output: str) -> Verdict:
 
 def by_pytest(status: int, output: str) -> Verdict:
     """Its line of counts; no test at all is a failure."""
-    counts = re.findall(r"^=* ?(\d+ (?:passed|failed|error|skipped|deselected|warning).*?)=*$", output, re.MULTILINE)
+    counts = re.findall(
+        r"^=* ?(\d+ (?:passed|failed|died|error|skipped|deselected|warning).*?)=*$", output, re.MULTILINE
+    )
     if status == 5:
         return "failed", "no test is marked gpu"
     first = re.findall(r"^(?:FAILED|ERROR) .*$", output, re.MULTILINE)[:1]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import devices, exercise, fresh_workers, gpu, gpu_stages, ops, report, stages, throughput
+from benchmarks import devices, exercise, gpu, gpu_stages, ops, report, shards, stages, throughput
 from benchmarks.stages import Outcome, Runner, Stage
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -169,6 +169,7 @@ SANITIZER = "========= COMPUTE-SANITIZER\n"
         (gpu_stages.by_build, 1, "error: why\n", "failed", "error: why"),
         (gpu_stages.by_pytest, 0, "..\n2 passed, 9 deselected in 3.1s\n", "ok", "2 passed, 9 deselected"),
         (gpu_stages.by_pytest, 1, "FAILED tests/a.py::b - X\n1 failed, 2 passed in 3s\n", "failed", "tests/a.py::b"),
+        (gpu_stages.by_pytest, 1, "1 passed in 1s\n\n1 died, 2 passed in 3s\n", "failed", "1 died, 2 passed"),
         (gpu_stages.by_pytest, 5, "9 deselected in 3s\n", "failed", "no test is marked gpu"),
         (gpu_stages.by_rows, 0, "left out: sdpa (a): why\nnot reached: b: c\n", "ok", "sdpa (a): why (and 1 more)"),
         (gpu_stages.by_rows, 1, "left out: sdpa (a): y\nleft out: triton (a): z\n", "failed", "triton (a): z"),
@@ -195,7 +196,10 @@ def test_every_planned_command_is_understood(smoke: bool, tmp_path: Path, monkey
     for stage in planned:
         words = [word.replace("{seconds}", "10") for word in stage.command]
         module = next((word for word in words if word.startswith("benchmarks.")), None)
-        if module is None or "pytest" in words:
+        if module is None:
+            continue
+        if module == "benchmarks.shards":
+            assert 1 <= int(words[words.index(module) + 1]) <= gpu_stages.TEST_WORKERS
             continue
         options = parsers[module.partition(".")[2]](words[words.index(module) + 1 :])
         if module != "benchmarks.exercise":
@@ -225,16 +229,65 @@ def test_exercise_calls_every_op_and_finds_what_is_not_finite(
     assert "no such thing" in capsys.readouterr().out
 
 
-def test_a_worker_without_its_gpu_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+SHARDED = """
+import os, pathlib, pytest
+@pytest.mark.parametrize("number", range(40))
+def test_number(number):
+    with open("ran", "a") as file:
+        file.write(f"{number}\\n")
+    if number in (3, 11):
+        os._exit(0)
+    if number == 5:
+        pytest.skip()
+    assert number not in (7, 8), "why"
+@pytest.fixture
+def broken():
+    raise ValueError
+def test_error(broken):
+    pass
+"""
+
+
+def run_in_shards(folder: Path, *words: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "benchmarks.shards", *words, "-q", "-p", "no:cacheprovider", "test_it.py"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_shards_run_every_test_once_even_where_some_end_their_process(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(SHARDED)
+    ended = run_in_shards(tmp_path, "3")
+    ran = [int(number) for number in (tmp_path / "ran").read_text().split()]
+    assert sorted(ran) == list(range(40))
+    verdict, note = gpu_stages.by_pytest(ended.returncode, ended.stdout)
+    assert ended.returncode == 1
+    assert verdict == "failed"
+    assert ended.stdout.splitlines()[-1].startswith("2 died, 1 error, 2 failed, 35 passed, 1 skipped in ")
+    assert note.startswith("2 died, 1 error, 2 failed, 35 passed, 1 skipped")
+    assert "FAILED test_it.py::test_number[7] " in ended.stdout
+
+
+def test_exit_status_of_shards(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(SHARDED)
+    passing = run_in_shards(tmp_path, "2", "-k", "12 or 22")
+    assert (passing.returncode, gpu_stages.by_pytest(0, passing.stdout)[1][:8]) == (0, "2 passed")
+    died = run_in_shards(tmp_path, "2", "-k", "11")
+    assert (died.returncode, died.stdout.splitlines()[-1][:6]) == (1, "1 died")
+    assert run_in_shards(tmp_path, "2", "-k", "none").returncode == 5
+    (tmp_path / "test_it.py").write_text("import no_such_module")
+    assert run_in_shards(tmp_path, "2").returncode not in (0, 5)
+
+
+def test_a_shard_without_its_gpu_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ended: list[int] = []
     monkeypatch.setattr(os, "_exit", ended.append)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    plugin = shards.Plugin(None, 0, 1, str(tmp_path / "journal"))
     node = type("Node", (), {"nodeid": "test_x"})
     failure = type("Report", (), {"longreprtext": "why"})
     for lost in (None, "CUDA error: an illegal memory access was encountered"):
         monkeypatch.setattr(devices.DEVICES["cuda"], "lost", lambda lost=lost: lost, raising=False)
-        fresh_workers.pytest_exception_interact(node, failure)
+        plugin.pytest_exception_interact(node, failure)
     assert ended == [1]
 
 
