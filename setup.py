@@ -184,6 +184,8 @@ class BuildKernels(BuildExtension):
             ext.extra_objects = list(self.pool.map(compile_for, self.instruction_sets))
         else:
             ext.extra_objects = [compile_for(name) for name in self.instruction_sets]
+        bindings, *others = ext.sources
+        ext.sources = [bindings, str(build_cuda.together(map(Path, others), Path(self.build_temp, "cpu.cpp")))]
         ext.extra_compile_args["cxx"] += [f"-DCROSSVIT_HAVE_{name.upper()}" for name in self.instruction_sets]
         super().build_extension(ext)
 
@@ -209,7 +211,7 @@ class BuildKernels(BuildExtension):
 extension = CppExtension(
     "crossvit_kernels._C",
     [str(CSRC / "bindings.cpp"), *(str(path) for path in sorted(CSRC.glob("cpu/*.cpp")) if path != ISA_SOURCE)],
-    depends=[str(path) for path in sorted(CSRC.rglob("*.h"))] + [str(ISA_SOURCE)],
+    depends=[str(path) for path in (*sorted(CSRC.rglob("*.h")), *sorted(CSRC.glob("cpu/*.cpp")))],
     # -fopenmp when compiling only: linked without libgomp, its calls go to the one that torch loaded: one thread pool.
     extra_compile_args={"cxx": [*COMMON_FLAGS, "-fopenmp"]},
     extra_link_args=[f"-fsanitize={SANITIZE}"] if SANITIZE else [],

@@ -65,6 +65,21 @@ def gencode(names: Iterable[str]) -> list[str]:
     return [f"-gencode=arch=compute_{name.partition('_')[2]},code={name}" for name in names]
 
 
+def shared_gencode(names: Sequence[str]) -> list[str]:
+    """nvcc's flags for a source that is the same for every architecture: code for sm_90 is made of sm_80's PTX, which
+    saves the compiler's longer half."""
+    if not {"sm_80", "sm_90"} <= set(names):
+        return gencode(names)
+    return ["-gencode=arch=compute_80,code=[sm_80,sm_90]", *gencode(n for n in names if n not in ("sm_80", "sm_90"))]
+
+
+def tells_architectures_apart(source: Path, folder: Path = Path("csrc")) -> bool:
+    """Whether a CUDA source, or a header of ours that it includes, asks what it is compiled for."""
+    text = source.read_text()
+    headers = [folder / name for name in re.findall(r'#include ["<](cuda/[^">]+)[">]', text)]
+    return "__CUDA_ARCH__" in text or any(tells_architectures_apart(header, folder) for header in headers)
+
+
 def find_nvcc() -> str:
     """nvcc of CUDA_HOME, of the PATH, or of where CUDA installs itself."""
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
@@ -95,6 +110,16 @@ def files_read(depfile: Path) -> list[str]:
     """The prerequisites that a compiler wrote down for make."""
     _, _, names = depfile.read_text().replace("\\\n", " ").partition(": ")
     return [name.replace("\\ ", " ") for name in re.split(r"(?<!\\)\s+", names.strip())]
+
+
+def together(sources: Iterable[Path], path: Path) -> Path:
+    """Writes a source that includes all of these, so that the compiler reads torch's headers once, which takes it longer
+    than what they are for."""
+    text = "".join(f'#include "{source.resolve()}"\n' for source in sources)
+    if not path.exists() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return path
 
 
 def make(
@@ -170,7 +195,7 @@ class Build:
             runtime = sorted(EMULATION.glob("*.cpp"))
             self.emulated = [pool.submit(self._emulated, path) for path in (*self.kernels, *runtime)]
         if with_cuda or with_emulation:
-            self.host = [pool.submit(self._by_cxx, path) for path in self.sources]
+            self.host = [pool.submit(self._by_cxx, together(self.sources, self.folder / "host.cpp"))]
 
     def finish(self) -> dict[str, Any]:
         """Links what was compiled; the entries of _build.json."""
@@ -218,7 +243,8 @@ class Build:
     def _by_nvcc(self, source: Path) -> Path:
         threads = str(-(-self.workers // len(self.kernels)))
         host = next((part for part in self.cxx if "ccache" not in part), self.cxx[0])
-        flags = ["-ccbin", host, *NVCC_FLAGS, "-Icsrc", *gencode(self.cuda["architectures"])]
+        code = gencode if tells_architectures_apart(source) else shared_gencode
+        flags = ["-ccbin", host, *NVCC_FLAGS, "-Icsrc", *code(self.cuda["architectures"])]
         return self._make(
             source,
             "nvcc",
