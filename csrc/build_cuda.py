@@ -113,7 +113,7 @@ def files_read(depfile: Path) -> list[str]:
 
 
 def together(sources: Iterable[Path], path: Path) -> Path:
-    """Writes a source that includes all of these, so that the compiler reads torch's headers once, which takes it longer
+    """Writes a source that includes all of these, so that the compiler reads torch's headers once: they take it longer
     than what they are for."""
     text = "".join(f'#include "{source.resolve()}"\n' for source in sources)
     if not path.exists() or path.read_text() != text:
