@@ -68,11 +68,18 @@ def open_dataset(where: str | Path, split: str, classes: Sequence[str] | None = 
     found = [root / candidate for candidate in SPLITS[split] if (root / candidate).is_dir()]
     if not found:
         raise FileNotFoundError(f"{root} has no folder {' or '.join(SPLITS[split])}")
-    return _labelled(found[0], classes) if (found[0] / LABELS).is_file() else _folder(found[0], classes)
+    return open_folder(found[0], classes)
+
+
+def open_folder(root: Path, classes: Sequence[str] | None = None) -> Images:
+    """The images of one folder that has a folder per class or a labels.csv in it; raises as `open_dataset`."""
+    return _labelled(root, classes) if (root / LABELS).is_file() else _folder(root, classes)
 
 
 def _folder(root: Path, classes: Sequence[str] | None) -> Images:
     folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+    if not folders:
+        raise ValueError(f"{root} has no folders of images, one per class")
     names = folders if classes is None else list(classes)
     if unknown := [folder for folder in folders if folder not in names]:
         raise ValueError(f"{root} has classes that the model was not made for: {', '.join(unknown[:8])}")
