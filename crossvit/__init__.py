@@ -1,10 +1,14 @@
 """CrossViT (arXiv 2103.14899) on fused kernels: the models, their fusion schemes, their weights."""
 
-from .checkpoint import load_checkpoint, save_checkpoint
-from .factory import create_model, list_models, load_model
-from .fusion import FUSIONS
-from .model import CrossViT
-from .single_branch import VisionTransformer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .checkpoint import load_checkpoint, save_checkpoint
+    from .factory import create_model, list_models, load_model
+    from .fusion import FUSIONS
+    from .model import CrossViT
+    from .single_branch import VisionTransformer
 
 __all__ = [
     "FUSIONS",
@@ -16,3 +20,25 @@ __all__ = [
     "load_model",
     "save_checkpoint",
 ]
+# Imported when it is asked for: `crossvit --help` need not wait for torch.
+_MODULES = {
+    "FUSIONS": "fusion",
+    "CrossViT": "model",
+    "VisionTransformer": "single_branch",
+    "create_model": "factory",
+    "list_models": "factory",
+    "load_checkpoint": "checkpoint",
+    "load_model": "factory",
+    "save_checkpoint": "checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

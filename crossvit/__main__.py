@@ -4,7 +4,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
 # Each command is a module with add_arguments(parser) and run(options) -> exit status, imported when it is asked for.
@@ -42,12 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _run(module.run, options)
 
 
-def _run(run: object, options: argparse.Namespace) -> int:
+def _run(run: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
     from .commands import CommandError, say_warnings
 
     say_warnings()
     try:
-        return run(options)  # type: ignore[operator]
+        return run(options)
     except CommandError as error:
         print(f"crossvit {options.command}: error: {error}", file=sys.stderr)
         return 2

@@ -63,15 +63,18 @@ def run(options: argparse.Namespace) -> int:
             raise CommandError("the model has no head (num_classes=0): nothing to be right about")
         data = _open(options, loaded)
         tally = _evaluate(options, loaded, data, group)
-        result = _result(options, loaded, data, _together(tally, group), group)
+        together = _together(tally, group)
     if not group.first:
         return 0
-    for file, reason in result["failed"]:
+    for file, reason in together.failures:
         print(f"{file}: {reason}", file=sys.stderr)
+    if len(together.failures) == len(data):
+        raise CommandError(f"none of the {len(data)} images of {options.data} could be read")
+    result = _result(options, loaded, data, together, group)
     if options.confusion and not data.multi_label:
         with replacing(options.confusion) as path:
             draw_confusion(torch.tensor(result["confusion"]), data.classes, path)
-    text = json.dumps(result, indent=1)
+    text = json.dumps(result)  # in one line: a thousand classes have a million pairs
     if options.json and options.json != "-":
         write_text(options.json, text)
     print(text if options.json == "-" else _table(result))

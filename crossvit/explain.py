@@ -140,7 +140,7 @@ def _title(file: str, loaded: Loaded, logits: Tensor) -> str:
     if not logits.numel() or loaded.model.num_classes == 0:
         return name
     answers = best(loaded, logits[None], 3)[0]
-    return f"{name}:  " + ",  ".join(f"{answer['class']} {answer['probability']:.0%}" for answer in answers)
+    return f"{name}:  " + ",  ".join(f"{answer['class']} ({answer['probability']:.0%})" for answer in answers)
 
 
 def _seen(image: Image.Image, loaded: Loaded, crop_ratio: float | None) -> Image.Image:

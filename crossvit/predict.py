@@ -86,7 +86,7 @@ def best(loaded: Loaded, logits: Tensor, top: int) -> list[list[dict[str, Any]]]
 def _row(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{row['file']}  error: {row['error']}"
-    return f"{row['file']}  " + "  ".join(f"{p['class']} {p['probability']:.1%}" for p in row["predictions"])
+    return f"{row['file']}  " + "  ".join(f"{p['class']} ({p['probability']:.1%})" for p in row["predictions"])
 
 
 def _print_row(row: dict[str, Any]) -> None:

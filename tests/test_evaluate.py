@@ -168,7 +168,10 @@ def test_what_cannot_be_evaluated(checkpoint: Path, photographs: Path, tmp_path:
     model = crossvit.load_model(checkpoint)[0]
     model.reset_classifier(0)
     crossvit.save_checkpoint(model, headless)
+    (tmp_path / "broken" / "people").mkdir(parents=True)
+    (tmp_path / "broken" / "people" / "x.png").touch()
     for data, weights, reason in (
+        (tmp_path / "broken", checkpoint, "none of the 1 images"),
         (tmp_path / "nowhere", checkpoint, "data must be a folder"),
         (tmp_path / "empty", checkpoint, "has no folders of images, one per class"),
         (photographs, headless, "the model has no head"),

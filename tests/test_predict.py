@@ -151,6 +151,19 @@ def test_the_probabilities_are_the_models(checkpoint: Path, cat: Image.Image, tm
         torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-6)
 
 
+def test_several_labels(checkpoint: Path, cat: Image.Image, tmp_path: Path) -> None:
+    """A model of several labels each: every class has a probability of its own."""
+    model, notes = crossvit.load_model(checkpoint)
+    crossvit.save_checkpoint(model, tmp_path / "x.safetensors", classes=notes["classes"], multi_label=True)
+    cat.save(tmp_path / "x.png")
+    done = command("predict", tmp_path / "x.png", "--checkpoint", tmp_path / "x.safetensors", "--format", "json")
+    (row,) = json.loads(done.out)
+    with torch.inference_mode():
+        expected = model.eval()(evaluation_transform(72)(cat)[None])[0].sigmoid()
+    found = {answer["index"]: answer["probability"] for answer in row["predictions"]}
+    assert found == pytest.approx(dict(enumerate(expected.tolist())), rel=1e-4)
+
+
 def test_globs_standard_input_and_class_files(
     checkpoint: Path, cat: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
