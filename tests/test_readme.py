@@ -21,7 +21,7 @@ def test_its_python_runs(code: str) -> None:
 
 def test_its_commands_exist() -> None:
     commands = [line for language, text in BLOCKS if language == "bash" for line in text.splitlines() if line]
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for command in commands:
         words = [word for word in shlex.split(command, comments=True) if not re.fullmatch(r"[A-Z_]+=\S*", word)]
         if words[0] == "make":
