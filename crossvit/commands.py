@@ -59,10 +59,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         action="append",
         default=[],
-        type=_assignment,
+        type=assignment,
         help="another argument of create_model, such as fusion=none or depth=[[1,2,0]] (may be repeated)",
     )
-    group.add_argument("--image-size", metavar="SIZE", type=_size, help="the input's side, or HEIGHTxWIDTH")
+    group.add_argument("--image-size", metavar="SIZE", type=size, help="the input's side, or HEIGHTxWIDTH")
     group.add_argument("--device", default=None, help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
     group.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="what the model computes in (default: %(default)s)"
@@ -164,14 +164,16 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _size(text: str) -> int | tuple[int, int]:
+def size(text: str) -> int | tuple[int, int]:
+    """The value of an option --image-size: a side, or (height, width)."""
     match = re.fullmatch(r"(\d+)(?:[x×](\d+))?", text)
     if not match:
         raise argparse.ArgumentTypeError(f"expected a side or HEIGHTxWIDTH, such as 240 or 384x288, got {text!r}")
     return (int(match[1]), int(match[2])) if match[2] else int(match[1])
 
 
-def _assignment(text: str) -> tuple[str, Any]:
+def assignment(text: str) -> tuple[str, Any]:
+    """The value of an option --set: a name and, read as JSON where it is, a value."""
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")

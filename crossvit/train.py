@@ -1,12 +1,10 @@
 """`crossvit train`: a model from a folder of images, by a published recipe or one's own."""
 
 import argparse
-import ast
 import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
@@ -14,6 +12,7 @@ from timm.utils import ModelEmaV3
 from crossvit_kernels import backends
 
 from .classifier import Classifier
+from .commands import assignment, size
 from .data import ImageError
 from .datasets import Images, open_dataset
 from .factory import create_model
@@ -40,9 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("run"), metavar="FOLDER", help="where everything goes (run)")
     parser.add_argument("--model", default="crossvit_9_240", metavar="NAME", help="one of crossvit.list_models()")
     parser.add_argument("--checkpoint", metavar="FILE", help="weights to start from; another head starts anew")
-    parser.add_argument("--image-size", type=int, nargs="+", metavar="N", help="side, or height and width")
+    parser.add_argument("--image-size", type=size, metavar="SIZE", help="the input's side, or HEIGHTxWIDTH")
     parser.add_argument("--fusion", default="cross_attention", choices=FUSIONS)
-    parser.add_argument("--model-kwargs", nargs="+", default=[], metavar="NAME=VALUE", help="others of create_model's")
+    parser.add_argument(
+        "--set",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        type=assignment,
+        help="another argument of create_model, such as depth=[[1,2,0]] (may be repeated)",
+    )
     parser.add_argument("--kernels", default="auto", choices=("auto", *backends.BACKENDS))
     parser.add_argument("--resume", metavar="auto|FILE", help="go on from a last.pth; auto: --out's, if there is one")
     parser.add_argument("--teacher", metavar="NAME", help="timm's model to distil from, with --distillation")
@@ -171,8 +177,6 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-    if options.image_size is not None and len(options.image_size) > 2:
-        raise ValueError(f"--image-size must be a side, or height and width, got {options.image_size}")
     if options.strategy == "fsdp" and "WORLD_SIZE" not in os.environ:
         raise ValueError("--strategy fsdp needs processes to shard over: start it with torchrun -m crossvit train …")
 
@@ -186,26 +190,16 @@ def _datasets(where: str) -> tuple[Images, Images | None]:
 
 
 def _model(options: argparse.Namespace, recipe: Recipe, training: Images) -> Classifier:
-    size = options.image_size and (options.image_size[0] if len(options.image_size) == 1 else tuple(options.image_size))
-    overrides: dict[str, Any] = {}
-    for text in options.model_kwargs:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise ValueError(f"--model-kwargs must be NAME=VALUE, got {text!r}")
-        try:
-            overrides[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            overrides[name] = value
     model = create_model(
         options.model,
         checkpoint=options.checkpoint,
         num_classes=len(training.classes),
-        image_size=size,
+        image_size=options.image_size,
         fusion=options.fusion,
         drop_rate=recipe.drop,
         drop_path_rate=recipe.drop_path,
         kernels=options.kernels,
-        **overrides,
+        **dict(options.set),
     )
     model.set_grad_checkpointing(recipe.grad_checkpointing)
     return model

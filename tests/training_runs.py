@@ -9,8 +9,8 @@ from PIL import Image
 
 from crossvit.train import main
 
-TINY = """--model crossvit_tiny_240 --image-size 48 --model-kwargs embed_dim=(16,32) num_heads=(2,2)
-    depth=((1,1,0),(1,1,1)) --preset small --epochs 2 --batch-size 8 --workers 0 --log-every 2
+TINY = """--model crossvit_tiny_240 --image-size 48 --set embed_dim=[16,32] --set num_heads=[2,2]
+    --set depth=[[1,1,0],[1,1,1]] --preset small --epochs 2 --batch-size 8 --workers 0 --log-every 2
     --device cpu""".split()  # noqa: SIM905  as it is typed
 CLASSES = 3
 

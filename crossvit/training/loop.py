@@ -5,7 +5,7 @@ import signal
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -68,6 +68,7 @@ class Trainer:
     log_every: int
     checkpoint_every: int
     stop: Stop
+    _said_slow: bool = field(default=False, init=False)
 
     def train(self) -> int:
         """Runs to the end, or until `stop`: the exit status, 0 or the stop's. Raises DivergedError for a loss that is
@@ -183,7 +184,8 @@ class Trainer:
             return
         text = "".join(f"  {name} {value:.4g}" for name, value in found.items())
         print(f"epoch {position.epoch}/{run.recipe.epochs}{text}  {images_per_second:.4g} images/s", flush=True)
-        if waiting > SLOW:
+        if waiting > SLOW and not self._said_slow:
+            self._said_slow = True
             workers = self.training.num_workers
             print(
                 f"reading images does not keep up with the model: {waiting:.0%} of the epoch went by waiting for them; "

@@ -8,11 +8,15 @@ from .recipes import Recipe
 
 
 def build_optimizer(model: Classifier, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW or SGD over `model.parameter_groups`: no decay on biases, norms, CLS tokens and positions."""
+    """AdamW or SGD over `model.parameter_groups`: no decay on biases, norms, CLS tokens and positions. Fused: one call
+    a step instead of six per parameter, which is what a small model on a CPU waits for.
+    """
     groups = model.parameter_groups(weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay)
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=recipe.scaled_lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
-    return torch.optim.AdamW(groups, lr=recipe.scaled_lr, betas=recipe.betas, eps=recipe.eps)
+        return torch.optim.SGD(
+            groups, lr=recipe.scaled_lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=True
+        )
+    return torch.optim.AdamW(groups, lr=recipe.scaled_lr, betas=recipe.betas, eps=recipe.eps, fused=True)
 
 
 class Schedule:
