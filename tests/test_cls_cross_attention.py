@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import inputs
-from crossvit_kernels import cls_cross_attention
+from crossvit_kernels import backends, cls_cross_attention
 from inputs import KINDS, LAYOUTS, Random
 from numerics import DEVICES, FLOAT32, PRECISIONS, Precision, assert_same_nonfinite, check, evaluate, place
 
@@ -134,3 +134,17 @@ def test_gradcheck_of_the_reference(rng: Random) -> None:
 
     torch.autograd.gradcheck(call, tuple(tensors.values()))
     torch.autograd.gradgradcheck(call, tuple(tensors.values()), fast_mode=True)
+
+
+@pytest.mark.parametrize("width, served_by", [(768, "cuda"), (780, "reference")])
+def test_tokens_too_wide_for_the_cuda_kernels_go_to_the_reference(width: int, served_by: str, rng: Random) -> None:
+    if not backends.available("cuda"):
+        pytest.skip(backends.reason("cuda"))
+    given = place(inputs.cls_cross_attention(rng, 2, 3, width, 12), "cuda")
+    leaf = given["patches"].requires_grad_()
+    results = [cls_cross_attention(**given, kernels=kernels) for kernels in ("cuda", "reference")]
+    grads = [torch.autograd.grad(out.sum(), leaf)[0] for out in results]
+    same = all(torch.equal(*pair) for pair in (results, grads))
+    assert same == (served_by == "reference")
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)

@@ -14,7 +14,7 @@ tensors have no rows. Every backend saves the same tensors, so any backend's bac
 import functools
 import operator
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,6 +68,8 @@ class Op:
     backward_flops  (backend, {input: whether its gradient is needed}, *inputs) -> int
     passed          the input to which out's gradient passes unchanged; the backward does not see it
     takes_out       whether the backward sees out
+    fits            for a backend whose kernels do not take every size, (*inputs) -> whether they take these; the
+                    reference serves others
     """
 
     def __init__(
@@ -86,9 +88,11 @@ class Op:
         backward_flops: Callable[..., int] | None = None,
         passed: str | None = None,
         takes_out: bool = False,
+        fits: Mapping[str, Callable[..., bool]] | None = None,
     ) -> None:
         self.name, self.reference, self.outputs, self.save, self.saved = name, reference, outputs, save, saved
         self.flops, self.backward_flops, self.takes_out = flops, backward_flops, takes_out
+        self.fits = fits or {}
         OPS[name] = self
         fields = inputs.split(", ")
         self.inputs = [field.split()[-1] for field in fields]
@@ -186,7 +190,8 @@ class Op:
             if inputs[i].numel() == 0:
                 return "reference"
         compute = inputs[self.compute]
-        return backends.resolve(kernels, compute.device, compute.dtype, self.name + suffix)
+        name = backends.resolve(kernels, compute.device, compute.dtype, self.name + suffix)
+        return name if name not in self.fits or self.fits[name](*inputs) else "reference"
 
     def run(self, *args: Any) -> Any:
         """Forward on the backend that serves these arguments."""

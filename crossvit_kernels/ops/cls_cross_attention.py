@@ -88,6 +88,14 @@ def _backward_flops(backend: str, needs: dict[str, bool], cls: Tensor, patches: 
     return 2 * batch * width * (projections * width + passes * tokens * num_heads)
 
 
+# The CUDA kernels hold sixteen tokens of a row tile and the rows beside them in shared memory: 768 floats wide.
+CUDA_ROW_BYTES = 3072
+
+
+def _fits_cuda(cls: Tensor, patches: Tensor, *rest: Any) -> bool:
+    return patches.shape[2] * max(cls.element_size(), patches.element_size(), rest[2].element_size()) <= CUDA_ROW_BYTES
+
+
 _op = Op(
     "cls_cross_attention",
     "Tensor cls, Tensor patches, Tensor norm_weight, Tensor? norm_bias, Tensor q_weight, Tensor? q_bias, "
@@ -102,6 +110,7 @@ _op = Op(
     # All float32: mean, rstd (B, 1 + N); p (B, H, 1 + N); z (B, H, D); q (B, D), unscaled; u without gamma (B, H, D)
     saved=("mean", "rstd", "probs", "context", "query", "key_query"),
     save=_save,
+    fits={"cuda": _fits_cuda},
 )
 
 
@@ -131,7 +140,8 @@ def cls_cross_attention(
             zeros.
         num_heads: a divisor of D.
         eps: added to LayerNorm's variance.
-        kernels: the backend, see `crossvit_kernels.backends`.
+        kernels: the backend, see `crossvit_kernels.backends`; "cuda" is served by the reference for tokens of more than
+            CUDA_ROW_BYTES.
 
     Returns:
         (B, D), heads joined, in the inputs' dtype; under autocast in autocast's.

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from . import _validate
 from ._registry import Op
+from .cls_cross_attention import CUDA_ROW_BYTES, cls_cross_attention_reference
 from .cls_cross_attention import _flops as attention_flops
-from .cls_cross_attention import cls_cross_attention_reference
 from .layer_norm_linear import layer_norm_linear_reference
 from .linear_residual import linear_residual_reference
 
@@ -69,6 +69,11 @@ def _flops(backend: str, cls: Tensor, patches: Tensor, *rest: Any) -> int:
     ) + 2 * batch * width * (2 * own_width + width)
 
 
+def _fits_cuda(cls: Tensor, patches: Tensor, *rest: Any) -> bool:
+    size = max(cls.element_size(), patches.element_size(), rest[2].element_size())
+    return max(cls.shape[1], patches.shape[2]) * size <= CUDA_ROW_BYTES
+
+
 _op = Op(
     "cls_fusion",
     "Tensor cls, Tensor patches, Tensor proj_norm_weight, Tensor? proj_norm_bias, Tensor proj_weight, "
@@ -81,6 +86,7 @@ _op = Op(
     flops=_flops,
     matrices=[f"{name}_{part}" for name in ("proj", "q", "k", "v", "out", "revert") for part in ("weight", "bias")],
     activations=("cls", "patches"),
+    fits={"cuda": _fits_cuda},
 )
 
 
