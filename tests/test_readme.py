@@ -26,7 +26,7 @@ def test_its_commands_exist() -> None:
         words = [word for word in shlex.split(command, comments=True) if not re.fullmatch(r"[A-Z_]+=\S*", word)]
         if words[0] == "make":
             assert set(words[1:]) <= targets, command
-        elif words[:2] == ["python", "-m"]:
-            assert find_spec(words[2]), command
+        elif "-m" in words and words[0] in ("python", "torchrun"):
+            assert find_spec(words[words.index("-m") + 1]), command
         else:
             assert words[0] in ("pip", "python"), command
