@@ -20,6 +20,9 @@ bench: $(PACKAGE)  ## CrossViT-9 and 15-dagger against timm, torch.compile, ONNX
 	$(PYTHON) -m benchmarks.throughput --model crossvit_9_240,crossvit_15_dagger_240 --batch 1,8 --dtype float32,bfloat16 \
 		--kernels reference,auto --peers all --json benchmarks/results/throughput.json
 
+demo: $(PACKAGE)  ## A small CrossViT learns handwritten digits, on the kernels and the reference; five fusions compared (6 minutes)
+	$(PYTHON) -m benchmarks.demo
+
 OUT := benchmarks/results
 gpu:  ## On a machine with an NVIDIA GPU, with its python3 and no network: build, tests, compute-sanitizer, figures (8 minutes; OUT=DIR)
 	python3 -m benchmarks.gpu --out $(OUT)
@@ -63,7 +66,7 @@ clean:  ## Remove what was built; .venv stays
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-.PHONY: help bench gpu test check format build cuda-report sanitize clean
+.PHONY: help bench demo gpu test check format build cuda-report sanitize clean
 
 $(PYTHON):
 	python3 -m venv .venv
