@@ -66,11 +66,13 @@ def gencode(names: Iterable[str]) -> list[str]:
 
 
 def shared_gencode(names: Sequence[str]) -> list[str]:
-    """nvcc's flags for a source that is the same for every architecture: code for sm_90 is made of sm_80's PTX, which
-    saves the compiler's longer half."""
-    if not {"sm_80", "sm_90"} <= set(names):
-        return gencode(names)
-    return ["-gencode=arch=compute_80,code=[sm_80,sm_90]", *gencode(n for n in names if n not in ("sm_80", "sm_90"))]
+    """nvcc's flags for a source that is the same for every architecture: code for all of them is made of the oldest's
+    PTX, which saves the compiler's longer half; of its own PTX code for sm_100 spills registers."""
+    code = [name for name in names if re.fullmatch(r"sm_\d+", name)]
+    return [
+        *([f"-gencode=arch=compute_{OLDEST},code=[{','.join(code)}]"] if code else []),
+        *gencode(name for name in names if name not in code),
+    ]
 
 
 def tells_architectures_apart(source: Path, folder: Path = Path("csrc")) -> bool:
