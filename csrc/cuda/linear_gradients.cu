@@ -50,8 +50,9 @@ struct WeightTile {
 };
 
 // A block a tile of grad^T x over a piece of the rows; those of the first column tile add up the bias's gradient, too.
+// Without the bound of three blocks of float32 the compiler keeps to registers for five on sm_100, and spills.
 template <class P, int kDepth, int kStages>
-__global__ void __launch_bounds__(P::kThreads)
+__global__ void __launch_bounds__(P::kThreads, sizeof(typename P::T) == 4 ? 3 : 1)
     weight_gradient_kernel(const WeightGradientArgs p, const WeightPlan plan) {
   using T = typename P::T;
   using Tile = WeightTile<P, kDepth>;
