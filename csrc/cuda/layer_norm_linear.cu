@@ -224,19 +224,12 @@ struct Plan {
   Share share;
 };
 
-int shared_limit() {
-  int device = 0, bytes = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return bytes;
-}
-
 // The plan of the least estimated time. Its unit: a multiply-add of a multiprocessor whose matrix units are busy. `slower`
 // says how much of that a tile's instructions and its reads of shared memory and L2 leave. Where blocks are beside each
 // other, one normalises while another multiplies. Row tiles that do not fill the machine once more share their columns.
 Plan plan_of(const LayerNormLinearArgs& args) {
   if (args.type == Type::float32 && args.rows > 256) return {};
-  const std::int64_t processors = multiprocessors(), limit = shared_limit();
+  const std::int64_t processors = multiprocessors(), limit = shared_memory_of_a_block();
   constexpr double kNormalize = 340, kStart = 2.7e6;  // of an element; of a block
   struct Candidate {
     Plan::Kind kind;
