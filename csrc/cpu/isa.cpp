@@ -1,5 +1,6 @@
 // The kernels for one instruction set: setup.py compiles this file once per set, with CROSSVIT_ISA naming it.
 #include "attention.h"
+#include "attention_grad.h"
 #include "cross_attention.h"
 #include "grad.h"
 #include "mlp.h"
