@@ -78,19 +78,29 @@ def test_logits_of_every_model(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["crossvit_9_240", "crossvit_9_dagger_240", *OTHERS])
 def test_errors_of_logits_and_gradients_are_those_of_timm(name: str) -> None:
-    """Against float64, of float32: in the mean at most four times timm's own, where an op alone is held to twice."""
-    model = build(name)
-    x, ulp = images(model), torch.finfo(torch.float32).eps
-    exact = results(copy.deepcopy(model).double(), x.double())
-    plain = results(model, x)
-    found = results(accelerate(model, verbose=False), x)
-    assert found.keys() == plain.keys() == exact.keys()
-    for key, value in exact.items():
-        error, plain_error = ((r[key].double() - value).square().mean().sqrt() for r in (found, plain))
-        scale = value.square().mean().sqrt()
-        if scale < 1e3 * plain_error:  # zero by mathematics, as the gradient of a key's bias is
-            scale = torch.ones(())
-        assert error <= 4 * plain_error + ulp * scale, key
+    """Against float64, of float32, by the rule for an op: the rms error is at most twice timm's own and an ulp.
+
+    Over several models: where tokens share a large part, the sum over them in the gradient of a fusion's query cancels,
+    and multiplies the few roundings before it by so much that in one model either side's error is a matter of luck.
+    """
+    squares: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for seed in range(4):
+        model = build(name, seed)
+        x = images(model)
+        exact = results(copy.deepcopy(model).double(), x.double())
+        plain = results(model, x)
+        found = results(accelerate(model, verbose=False), x)
+        assert found.keys() == plain.keys() == exact.keys()
+        for key, value in exact.items():
+            error, plain_error = ((r[key].double() - value).square().mean() for r in (found, plain))
+            scale = value.square().mean()
+            if scale < 1e6 * plain_error:  # zero by mathematics, as the gradient of a key's bias is
+                scale = torch.ones(())
+            squares.setdefault(key, []).append((error / scale, plain_error / scale))
+    ulp = torch.finfo(torch.float32).eps
+    for key, pairs in squares.items():
+        error, plain_error = (torch.stack(side).mean().sqrt() for side in zip(*pairs))
+        assert error <= 2 * plain_error + ulp, key
 
 
 @pytest.mark.parametrize("name", ["crossvit_9_240", *OTHERS])

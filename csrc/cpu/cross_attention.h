@@ -52,7 +52,7 @@ inline void absorb_run(const AbsorbArgs& a, int64_t task, char* scratch) {
   for (int64_t b = 0; b < a.batch; b += kBlock) {
     const int64_t count = smaller(a.batch - b, kBlock);
     with_vectors(static_cast<int>(ceil_div(columns, VL)), [&]<int NV>() {
-      multiply_block<NV>(rows, b, count, a.head_width, panel, s.c, kAbsorbColumns, nullptr);
+      multiply_block<NV>(rows, b, count, a.head_width, panel, s.c, kAbsorbColumns, nullptr, kScoreChunk);
     });
     for (int64_t e = 0; e < count; e++)
       for (int64_t j = 0; j < columns; j += VL)
@@ -101,7 +101,7 @@ inline void project_heads_run(const ProjectHeadsArgs& a, int64_t task, char* scr
       const int n = static_cast<int>(smaller(a.head_width - e, VL));
       for (int64_t i = 0; i < n; i += kBlock)
         multiply_block<NV>(a.weight, head * a.head_width + e + i, n - i, a.width, panel, s.c + i * lanes, lanes,
-                           s.widened);
+                           s.widened, kScoreChunk);
       const Vec bias = load(s.bias + e);
       for_each_row<NV>(s.c, lanes, count,
                        [&](int64_t r, Vec y) { out.store(r, head * a.head_width + e, (y + bias) * a.scale, n); });
