@@ -5,6 +5,7 @@
 #include "grad.h"
 #include "mlp.h"
 #include "patch.h"
+#include "weight_grad.h"
 
 #define CROSSVIT_STRING_(x) #x
 #define CROSSVIT_STRING(x) CROSSVIT_STRING_(x)
@@ -14,10 +15,12 @@ namespace crossvit::CROSSVIT_ISA {
 extern const Kernels kernels;
 const Kernels kernels = {
     .name = CROSSVIT_STRING(CROSSVIT_ISA),
+    .dot_bf16 = kDotBf16,
+    .operand_bytes = operand_bytes,
     .linear = {linear_tasks, linear_scratch, linear_run},
     .mlp = {mlp_tasks, mlp_scratch, mlp_run},
-    .linear_grad_input = {linear_grad_input_tasks, linear_grad_input_scratch, linear_grad_input_run},
-    .mlp_grad_input = {mlp_grad_input_tasks, mlp_grad_input_scratch, mlp_grad_input_run},
+    .linear_grad = {linear_grad_tasks, linear_grad_scratch, linear_grad_run},
+    .mlp_grad = {mlp_grad_tasks, mlp_grad_scratch, mlp_grad_run},
     .weight_grad = {weight_grad_tasks, weight_grad_scratch, weight_grad_run},
     .transpose = {transpose_tasks, transpose_scratch, transpose_run},
     .attention = {attention_tasks, attention_scratch, attention_run},

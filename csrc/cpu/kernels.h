@@ -66,46 +66,54 @@ struct MlpArgs {
   Scale scale;
 };
 
-// The gradient of LinearArgs' x: through the activation, the product with the weight (given transposed, (in, out)) and
-// LayerNorm. add: rows added to the result (a residual path), where data is not null.
-struct LinearGradInputArgs {
+// The gradient of a weight (out, in) is left (out, rows) times right (rows, in): the gradient of what the weight made, and
+// what it took. The kernels below leave both as operands.h lays them out, in the dtype of the products.
+
+// The gradient of LinearArgs' x, through the activation, the product with the weight (transposed: (in, out)) and LayerNorm,
+// and the operands of the weight's gradient; each where its pointers are not null.
+struct LinearGradArgs {
   Rows grad, pre, x, grad_x;
   int64_t rows, in, out_features;
+  DType products = DType::f32;
   Norm norm;
   bool gelu_in = false, gelu_out = false;
-  Matrix weight_t;  // float32
+  Matrix weight_t;
   Scale scale;
   float *grad_norm_weight = nullptr, *grad_norm_bias = nullptr;  // (tasks, in) partial sums, one row per task
+  void *left = nullptr, *right = nullptr;
 };
 
-// The gradient of MlpArgs' x and of the hidden pre-activations (grad_hidden, float32 rows, for the weights' gradients).
-struct MlpGradInputArgs {
-  Rows grad, pre, x, grad_x, grad_hidden;
+// The same of MlpArgs, whose weights' gradients are left1 right1 and (left2 right2)^T: left2 is the hidden activations.
+struct MlpGradArgs {
+  Rows grad, pre, x, grad_x;
   int64_t rows, width, hidden;
+  DType products = DType::f32;
   Norm norm;
-  Matrix w1_t, w2_t;  // float32: (width, hidden), (hidden, width)
+  Matrix w1_t, w2_t;  // (width, hidden), (hidden, width)
   Scale scale;
   float *grad_norm_weight = nullptr, *grad_norm_bias = nullptr;
+  void *left1 = nullptr, *right1 = nullptr, *left2 = nullptr, *right2 = nullptr;
 };
 
-// grad_weight (out, in) = sum over rows of (scale * grad * act'(pre)) x act_in(norm(x)); grad_bias likewise.
+// grad_weight = left right, or its transpose; the bias's gradient is the sum over rows of the side that is the gradient,
+// the left one or, where the product is transposed, the right one.
 struct WeightGradArgs {
-  Rows grad, pre, x;
-  int64_t rows, in, out_features;
-  Norm norm;
-  bool gelu_in = false, gelu_out = false;
-  Scale scale;
-  Rows grad_weight;           // rows of the result; null: only the bias is wanted
+  const void *left, *right;
+  int64_t rows, out, in;  // out: of the left side, in: of the right one
+  DType products;
+  bool transposed = false;
+  Rows grad_weight;           // null: only the bias is wanted
   void* grad_bias = nullptr;  // null: not wanted
   DType grad_bias_dtype = DType::f32;
   int64_t out_chunk = 0, in_chunk = 0;  // chosen by tasks()
 };
 
-// to (columns, rows) float32 = transpose of from (rows, columns).
+// to (columns, rows) = transpose of from (rows, columns), in the dtype asked for.
 struct TransposeArgs {
   Rows from;
   int64_t rows, columns;
-  float* to;
+  void* to;
+  DType to_dtype;
 };
 
 // Multi-head self-attention over packed qkv (batch, tokens, 3 * heads * width), and its gradient.
@@ -219,10 +227,12 @@ struct Kernel {
 
 struct Kernels {
   const char* name;
+  bool dot_bf16;                                                             // products of bfloat16 pairs
+  int64_t (*operand_bytes)(int64_t rows, int64_t features, DType products);  // of a left or right operand
   Kernel<LinearArgs> linear;
   Kernel<MlpArgs> mlp;
-  Kernel<LinearGradInputArgs> linear_grad_input;
-  Kernel<MlpGradInputArgs> mlp_grad_input;
+  Kernel<LinearGradArgs> linear_grad;
+  Kernel<MlpGradArgs> mlp_grad;
   Kernel<WeightGradArgs> weight_grad;
   Kernel<TransposeArgs> transpose;
   Kernel<AttentionArgs> attention;

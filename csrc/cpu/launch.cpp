@@ -75,10 +75,14 @@ WeightTensor::WeightTensor(const Tensor& t) : tensor(t.stride(1) == 1 || t.size(
   matrix = {tensor.const_data_ptr(), dtype_of(tensor), tensor.stride(0)};
 }
 
+at::ScalarType products_of(const Tensor& weight) {
+  return active().dot_bf16 && weight.scalar_type() == at::kBFloat16 ? at::kBFloat16 : at::kFloat;
+}
+
 WeightTensor transposed(const Tensor& weight) {
-  const Tensor result = empty_f32({weight.size(1), weight.size(0)});
+  const Tensor result = empty_like_dtype({weight.size(1), weight.size(0)}, products_of(weight));
   const RowTensor from(weight);
-  TransposeArgs args{from.rows, weight.size(0), weight.size(1), float_data(result)};
+  TransposeArgs args{from.rows, weight.size(0), weight.size(1), result.data_ptr(), dtype_of(result)};
   launch(active().transpose, args);
   return WeightTensor(result);
 }

@@ -58,7 +58,10 @@ struct WeightTensor {
   explicit WeightTensor(const Tensor& t);
 };
 
-// A weight transposed, in float32, as the gradients of the inputs want it.
+// The dtype of the products of a backward pass with this weight.
+at::ScalarType products_of(const Tensor& weight);
+
+// A weight transposed, in that dtype, as the gradients of the inputs want it.
 WeightTensor transposed(const Tensor& weight);
 
 // The factor of linear_residual and layer_norm_mlp; owns a contiguous copy if it needs one.

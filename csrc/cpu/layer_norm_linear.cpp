@@ -39,42 +39,18 @@ std::vector<Tensor> layer_norm_linear_backward(const Tensor& grad_out, const Ten
                                                const Tensor& mean, const Tensor& rstd, const Tensor& pre, bool gelu_in,
                                                bool gelu_out, Needs needs) {
   const RowTensor grad(grad_out), in(x);
-  Rows pre_rows;
-  if (gelu_out) pre_rows = RowTensor(pre).rows;
-  Norm norm = norm_of(norm_weight, norm_bias, 0);
-  norm.mean = float_data(mean);
-  norm.rstd = float_data(rstd);
-  std::vector<Tensor> result;
-
-  if (needs.get(0) || needs.get(1) || needs.get(2)) {
-    const WeightTensor weight_t = transposed(weight);
-    LinearGradInputArgs args{};
-    args.grad = grad.rows;
-    args.pre = pre_rows;
-    args.x = in.rows;
-    args.rows = in.count;
-    args.in = x.size(-1);
-    args.out_features = weight.size(0);
-    args.norm = norm;
-    args.gelu_in = gelu_in;
-    args.gelu_out = gelu_out;
-    args.weight_t = weight_t.matrix;
-    const NormGradients partial(needs.get(1), needs.get(2), active().linear_grad_input.tasks(args, threads_here()),
-                                args.in, x);
-    args.grad_norm_weight = needs.get(1) ? float_data(partial.weight) : nullptr;
-    args.grad_norm_bias = needs.get(2) ? float_data(partial.bias) : nullptr;
-    if (needs.get(0)) {
-      result.push_back(empty_like_dtype(x.sizes(), x.scalar_type()));
-      args.grad_x = RowTensor(result.back()).rows;
-    }
-    launch(active().linear_grad_input, args);
-    if (needs.get(1)) result.push_back(total(partial.weight, norm_weight));
-    if (needs.get(2)) result.push_back(total(partial.bias, norm_bias ? *norm_bias : norm_weight));
-  }
-  if (needs.get(3) || needs.get(4))
-    weight_gradients(grad.rows, pre_rows, in.rows, in.count, norm, gelu_in, gelu_out, Scale{}, weight,
-                     weight.scalar_type(), needs.get(3), needs.get(4), result);
-  return result;
+  LinearGradArgs args{};
+  args.grad = grad.rows;
+  if (gelu_out) args.pre = RowTensor(pre).rows;
+  args.x = in.rows;
+  args.rows = in.count;
+  args.norm = norm_of(norm_weight, norm_bias, 0);
+  args.norm.mean = float_data(mean);
+  args.norm.rstd = float_data(rstd);
+  args.gelu_in = gelu_in;
+  args.gelu_out = gelu_out;
+  return linear_gradients(args, x, weight, norm_weight, norm_bias, weight.scalar_type(),
+                          {needs.get(0), needs.get(1), needs.get(2), needs.get(3), needs.get(4)});
 }
 
 }  // namespace crossvit

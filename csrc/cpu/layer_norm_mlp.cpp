@@ -43,63 +43,49 @@ std::vector<Tensor> layer_norm_mlp_backward(const Tensor& grad_out, const Tensor
                                             const Tensor& rstd, const Tensor& pre, Needs needs) {
   const RowTensor grad(grad_out), in(x), hidden(pre);
   const ScaleTensor factor(scale, x);
-  Norm norm = norm_of(norm_weight, norm_bias, 0);
-  norm.mean = float_data(mean);
-  norm.rstd = float_data(rstd);
+  const bool below = needs.get(0) || needs.get(1) || needs.get(2);
+  const int64_t width = x.size(-1), features = w1.size(0);
   std::vector<Tensor> result;
 
-  Tensor grad_hidden;
-  if (needs.get(0) || needs.get(1) || needs.get(2) || needs.get(3) || needs.get(4)) {
-    const WeightTensor w1_t = transposed(w1), w2_t = transposed(w2);
-    MlpGradInputArgs args{};
-    args.grad = grad.rows;
-    args.pre = hidden.rows;
-    args.x = in.rows;
-    args.rows = in.count;
-    args.width = x.size(-1);
-    args.hidden = w1.size(0);
-    args.norm = norm;
-    args.w1_t = w1_t.matrix;
-    args.w2_t = w2_t.matrix;
-    args.scale = factor.scale;
-    const NormGradients partial(needs.get(1), needs.get(2), active().mlp_grad_input.tasks(args, threads_here()),
-                                args.width, x);
-    args.grad_norm_weight = needs.get(1) ? float_data(partial.weight) : nullptr;
-    args.grad_norm_bias = needs.get(2) ? float_data(partial.bias) : nullptr;
-    if (needs.get(3) || needs.get(4)) {
-      grad_hidden = empty_f32({in.count, w1.size(0)});
-      args.grad_hidden = RowTensor(grad_hidden).rows;
-    }
-    if (needs.get(0)) {
-      result.push_back(empty_like_dtype(x.sizes(), x.scalar_type()));
-      args.grad_x = RowTensor(result.back()).rows;
-    }
-    launch(active().mlp_grad_input, args);
-    if (needs.get(1)) result.push_back(total(partial.weight, norm_weight));
-    if (needs.get(2)) result.push_back(total(partial.bias, norm_bias ? *norm_bias : norm_weight));
+  MlpGradArgs args{};
+  args.grad = grad.rows;
+  args.pre = hidden.rows;
+  args.x = in.rows;
+  args.rows = in.count;
+  args.width = width;
+  args.hidden = features;
+  args.norm = norm_of(norm_weight, norm_bias, 0);
+  args.norm.mean = float_data(mean);
+  args.norm.rstd = float_data(rstd);
+  args.products = products_of(w1) == at::kFloat ? DType::f32 : DType::bf16;
+  args.scale = factor.scale;
+  const WeightOperands first(w1, in.count, features, width, needs.get(3) || needs.get(4), needs.get(3));
+  const WeightOperands second(w2, in.count, features, width, needs.get(5), needs.get(5) || needs.get(6));
+  args.left1 = first.left_data();
+  args.right1 = first.right_data();
+  args.left2 = second.left_data();
+  args.right2 = second.right_data();
+  std::optional<WeightTensor> w1_t, w2_t;
+  if (below) args.w1_t = w1_t.emplace(transposed(w1)).matrix;
+  if (below || args.left1) args.w2_t = w2_t.emplace(transposed(w2)).matrix;
+  const NormGradients partial(needs.get(1), needs.get(2), active().mlp_grad.tasks(args, threads_here()), width, x);
+  args.grad_norm_weight = needs.get(1) ? float_data(partial.weight) : nullptr;
+  args.grad_norm_bias = needs.get(2) ? float_data(partial.bias) : nullptr;
+  if (needs.get(0)) {
+    result.push_back(empty_like_dtype(x.sizes(), x.scalar_type()));
+    args.grad_x = RowTensor(result.back()).rows;
   }
+  if (below || args.left1 || args.right2) launch(active().mlp_grad, args);
+  if (needs.get(1)) result.push_back(total(partial.weight, norm_weight));
+  if (needs.get(2)) result.push_back(total(partial.bias, norm_bias ? *norm_bias : norm_weight));
   if (needs.get(3) || needs.get(4))
-    weight_gradients(RowTensor(grad_hidden).rows, {}, in.rows, in.count, norm, false, false, Scale{}, w1,
-                     w1.scalar_type(), needs.get(3), needs.get(4), result);
-  // The second product's input is gelu(pre): made again on the way in.
+    weight_gradients(first, in.count, w1, w1.scalar_type(), false, needs.get(3), needs.get(4), result);
   if (needs.get(5) || needs.get(6))
-    weight_gradients(grad.rows, {}, hidden.rows, in.count, Norm{}, true, false, factor.scale, w2, w2.scalar_type(),
-                     needs.get(5), needs.get(6), result);
+    weight_gradients(second, in.count, w2, w2.scalar_type(), true, needs.get(5), needs.get(6), result);
   if (needs.get(7)) {
     const Tensor activated = at::gelu(pre.to(at::kFloat));
-    Tensor unscaled;
-    if (factor.scale.kind == Scale::sample) {
-      const WeightTensor w2_t = transposed(w2);
-      unscaled = empty_f32(pre.sizes());
-      LinearGradInputArgs args{};
-      args.grad = grad.rows;
-      args.grad_x = RowTensor(unscaled).rows;
-      args.rows = in.count;
-      args.in = w2.size(1);
-      args.out_features = w2.size(0);
-      args.weight_t = w2_t.matrix;
-      launch(active().linear_grad_input, args);
-    }
+    const bool per_sample = factor.scale.kind == Scale::sample;
+    const Tensor unscaled = per_sample ? input_gradient(grad, activated.sizes(), w2) : Tensor();
     result.push_back(scale_gradient(grad_out, activated, w2, b2, *scale, unscaled, factor.scale.kind));
   }
   return result;

@@ -62,12 +62,33 @@ std::vector<Tensor> patch_embed_backward(const Tensor& grad_out, const Tensor& i
                                          const OptionalTensor& bias, const Tensor& cls_token, const Tensor& pos_embed,
                                          int64_t height, int64_t width, Needs needs);
 
-// Shared by the backward passes: the gradients of a Linear's weight and bias (appended to result), and of the factor on
-// its result.
-void weight_gradients(const Rows& grad, const Rows& pre, const Rows& x, int64_t rows, const Norm& norm, bool gelu_in,
-                      bool gelu_out, const Scale& scale, const Tensor& weight, at::ScalarType bias_dtype,
-                      bool weight_wanted, bool bias_wanted, std::vector<Tensor>& result);
+// Shared by the backward passes (weight_gradients.cpp). The operands of one weight's gradient, for the kernels to fill.
+struct WeightOperands {
+  Tensor left, right;
+  WeightOperands(const Tensor& weight, int64_t rows, int64_t out, int64_t in, bool left_wanted, bool right_wanted);
+  void* left_data() const { return left.defined() ? left.data_ptr() : nullptr; }
+  void* right_data() const { return right.defined() ? right.data_ptr() : nullptr; }
+};
+
+// The gradients of a Linear's weight and bias from their operands, appended to result; transposed: the operands are those of
+// the weight's transpose.
+void weight_gradients(const WeightOperands& operands, int64_t rows, const Tensor& weight, at::ScalarType bias_dtype,
+                      bool transposed, bool weight_wanted, bool bias_wanted, std::vector<Tensor>& result);
+
+// All of a Linear's backward, what args say of the gradient's way to it included. needs: of x, LayerNorm's weight and bias,
+// the weight, the bias.
+struct LinearNeeds {
+  bool x = false, norm_weight = false, norm_bias = false, weight = false, bias = false;
+};
+std::vector<Tensor> linear_gradients(LinearGradArgs& args, const Tensor& x, const Tensor& weight,
+                                     const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
+                                     at::ScalarType bias_dtype, LinearNeeds needs);
+
+// The gradient of the factor on a Linear's result.
 Tensor scale_gradient(const Tensor& grad_out, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                       const Tensor& scale, const Tensor& unscaled, Scale::Kind kind);
+
+// grad W, in float32, of the shape that the Linear's input has.
+Tensor input_gradient(const RowTensor& grad, at::IntArrayRef shape, const Tensor& weight);
 
 }  // namespace crossvit

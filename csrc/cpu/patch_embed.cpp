@@ -119,17 +119,7 @@ std::vector<Tensor> patch_embed_backward(const Tensor& grad_out, const Tensor& i
   const RowTensor grad(grad_out.narrow(1, 1, resized.images.per_image));
   std::vector<Tensor> result;
   if (needs.get(0)) {
-    const Tensor rows = empty_f32({resized.patches, matrix.size(1)});
-    const WeightTensor weight_t = transposed(matrix);
-    LinearGradInputArgs product{};
-    product.grad = grad.rows;
-    product.rows = resized.patches;
-    product.in = matrix.size(1);
-    product.out_features = matrix.size(0);
-    product.weight_t = weight_t.matrix;
-    product.grad_x = RowTensor(rows).rows;
-    launch(active().linear_grad_input, product);
-
+    const Tensor rows = input_gradient(grad, {resized.patches, matrix.size(1)}, matrix);
     const ResizedImages written(empty_like_dtype(images.sizes(), images.scalar_type()), height, width, weight.size(3));
     PatchGradImagesArgs args{written.images, images.size(0), float_data(rows)};
     launch(active().patch_grad_images, args);
@@ -142,9 +132,14 @@ std::vector<Tensor> patch_embed_backward(const Tensor& grad_out, const Tensor& i
       PatchRowsArgs args{resized.images, resized.patches, float_data(rows)};
       launch(active().patch_rows, args);
     }
-    weight_gradients(grad.rows, {}, needs.get(1) ? RowTensor(rows).rows : Rows{}, resized.patches, Norm{}, false, false,
-                     Scale{}, matrix, bias ? bias->scalar_type() : weight.scalar_type(), needs.get(1), needs.get(2),
-                     result);
+    LinearGradArgs args{};
+    args.grad = grad.rows;
+    if (needs.get(1)) args.x = RowTensor(rows).rows;
+    args.rows = resized.patches;
+    for (Tensor& gradient :
+         linear_gradients(args, rows, matrix, {}, {}, bias ? bias->scalar_type() : weight.scalar_type(),
+                          {.weight = needs.get(1), .bias = needs.get(2)}))
+      result.push_back(gradient);
     if (needs.get(1)) {
       Tensor& grad_weight = result[needs.get(0) ? 1 : 0];
       grad_weight = grad_weight.view(weight.sizes());
