@@ -1,15 +1,13 @@
 """accelerate: timm's models on the kernels, in place, with the same results; what is not what it seems stays."""
 
 import copy
-import io
 import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-import timm
 import torch
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -17,52 +15,7 @@ import crossvit
 import crossvit_kernels
 from crossvit_kernels import accelerate, acceleration, restore
 from crossvit_kernels.swaps import Swap
-
-CROSSVITS = timm.list_models("crossvit_*")
-OTHERS = ["cait_xxs24_224", "deit_tiny_patch16_224", "siglip"]
-SHALLOW: dict[str, Any] = {"crossvit": ((1, 1, 0), (1, 2, 0)), "cait": 3, "deit": 3}
-
-
-def build(name: str, seed: int = 0, *, whole: bool = False, **options: Any) -> nn.Module:
-    """One of timm's models with all its parameters random, so that biases, norms and positions count; for small images,
-    and with few blocks unless `whole`."""
-    family = name.partition("_")[0]
-    if family in SHALLOW and not whole:
-        options["depth"] = SHALLOW[family]
-    with torch.device("meta"):  # initialising as timm does takes far longer than a forward
-        if family == "siglip":
-            options |= {"img_size": 48, "embed_dim": 96, "depth": 2, "num_heads": 3, "global_pool": "map"}
-            model = VisionTransformer(class_token=False, num_classes=10, **options)
-        else:
-            size = 120 if family == "crossvit" else 64
-            model = timm.create_model(name, img_size=size, num_classes=10, **options)
-    generator = torch.Generator().manual_seed(seed)
-    model = model.to_empty(device="cpu").eval()
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            vector = parameter.dim() not in (2, 4)
-            mean = 1.0 if vector and key.endswith("weight") else 0.0  # of a norm
-            parameter.normal_(mean, 0.2 if vector else parameter[0].numel() ** -0.5, generator=generator)
-    return model
-
-
-def images(model: nn.Module, batch: int = 2) -> Tensor:
-    size = getattr(model, "img_size", None) or model.patch_embed.img_size
-    return torch.rand(batch, 3, *size, generator=torch.Generator().manual_seed(1)) - 0.5
-
-
-def results(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Logits and the gradients of the images and of every parameter."""
-    x = x.clone().requires_grad_()
-    logits = model(x)
-    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2)).to(logits)
-    leaves = {"images": x} | {n: p for n, p in model.named_parameters() if p.requires_grad}
-    gradients = torch.autograd.grad((logits * weights).sum(), leaves.values(), allow_unused=True)
-    return {"logits": logits.detach()} | {n: g for n, g in zip(leaves, gradients) if g is not None}
-
-
-def swapped(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, Swap)]
+from timm_models import CROSSVITS, OTHERS, build, images, results, swapped
 
 
 @pytest.mark.parametrize("name", CROSSVITS + OTHERS)
@@ -242,47 +195,6 @@ def test_layer_scale_and_masks() -> None:
             torch.testing.assert_close(accelerated(x, **options), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_half_precision_and_autocast() -> None:
-    for name in ("crossvit_9_240", "siglip"):
-        model = build(name)
-        x = images(model)
-        with torch.no_grad():
-            expected = model(x)
-            accelerate(model, verbose=False)
-            with torch.autocast("cpu", torch.bfloat16):
-                mixed = model(x)
-            low = model.bfloat16()(x.bfloat16())
-        for found in (mixed, low):
-            assert found.dtype is torch.bfloat16
-            assert (found - expected).abs().max() <= 0.03 * expected.abs().max()
-
-
-def test_copies_files_and_weights() -> None:
-    """deepcopy (an EMA's), torch.save of the state dict and of the model, load_state_dict after accelerate."""
-    model = accelerate(build("crossvit_9_240"), verbose=False)
-    x = images(model)
-    with torch.no_grad():
-        model(x)
-        copied = copy.deepcopy(model)
-        other = build("crossvit_9_240", seed=7)
-        expected = other(x)
-        state = io.BytesIO()
-        torch.save(other.state_dict(), state)
-        state.seek(0)
-        model.load_state_dict(torch.load(state, weights_only=True))
-        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
-        whole = io.BytesIO()
-        torch.save(model, whole)
-        whole.seek(0)
-        loaded = torch.load(whole, weights_only=False)
-        assert torch.equal(loaded(x), model(x))
-        assert swapped(loaded) == swapped(copied) == swapped(model)
-        assert not torch.equal(copied(x), model(x))
-        lora(copied.blocks[0].blocks[0][0])  # the copy looks at its own children
-        assert acceleration(copied).left.keys() - acceleration(model).left.keys() == {"blocks.0.blocks.0.0"}
-        assert copied(x).isfinite().all()
-
-
 def test_tied_and_frozen_parameters_train() -> None:
     model = build("deit_tiny_patch16_224")
     model.blocks[1].mlp.fc1.weight = model.blocks[0].mlp.fc1.weight
@@ -293,47 +205,6 @@ def test_tied_and_frozen_parameters_train() -> None:
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-4 * value.abs().max().item(), msg=key)
-
-
-@pytest.mark.parametrize("name", ["crossvit_9_240", "deit_tiny_patch16_224"])
-def test_gradient_checkpointing(name: str) -> None:
-    model = build(name)
-    if name.startswith("crossvit"):  # timm's has no such option: a user wraps the stages
-        from torch.utils.checkpoint import checkpoint
-
-        for stage in model.blocks:
-            stage.register_forward_pre_hook(lambda m, i: None)
-        forward = lambda m, x: checkpoint(m, x, use_reentrant=False)  # noqa: E731
-    else:
-        model.set_grad_checkpointing()
-        forward = lambda m, x: m(x)  # noqa: E731
-    accelerate(model, verbose=False)
-    x = images(model).requires_grad_()
-    plain = torch.autograd.grad(model(x).square().sum(), x)[0]
-    again = torch.autograd.grad(forward(model.train(), x).square().sum(), x)[0]
-    torch.testing.assert_close(again, plain)
-
-
-@pytest.mark.parametrize("name", ["crossvit_9_240", "cait_xxs24_224", "siglip"])
-def test_compile_and_export(name: str) -> None:
-    if name == "cait_xxs24_224":
-        model = timm.models.cait.Cait(
-            64, 16, num_classes=10, embed_dim=48, depth=1, num_heads=2, depth_token_only=1
-        ).eval()
-    elif name == "siglip":
-        model = build(name)
-    else:
-        model = build(name, embed_dim=(32, 48), num_heads=(2, 2))
-    accelerate(model, verbose=False)
-    x = images(model)
-    with torch.no_grad():
-        expected = model(x)
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
-        exported = torch.export.export(model, (x,)).module()(x)
-    torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(exported, expected, rtol=1e-4, atol=1e-5)
-    ops = {str(node.target) for node in torch.export.export(model, (x,)).graph.nodes if node.op == "call_function"}
-    assert any(op.startswith("crossvit_kernels.") for op in ops), ops
 
 
 def test_again_with_other_kernels_and_ours() -> None:
