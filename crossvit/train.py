@@ -16,9 +16,10 @@ from .commands import assignment, size
 from .data import ImageError
 from .datasets import Images, open_dataset
 from .factory import create_model
+from .files import remove_unfinished
 from .fusion import FUSIONS
 from .training.distributed import STRATEGIES, Processes, processes, replicate, shard
-from .training.files import Log, load, remove_unfinished
+from .training.files import Log, load
 from .training.loading import EpochSampler, Seeded, Shard, evaluation_loader, training_loader
 from .training.loop import DivergedError, Stop, Trainer
 from .training.objective import Objective, Teacher

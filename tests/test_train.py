@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,10 @@ import torch
 from PIL import Image
 
 import crossvit
+import training_runs
+from crossvit.files import remove_unfinished
 from crossvit.training import files, loop
-from training_runs import TINY, make_images, train
+from training_runs import TINY, train
 
 # Everything random and everything with a state of its own
 EVERYTHING = """--mixup 0.8 --cutmix 1 --auto-augment rand-m9-mstd0.5-inc1 --erasing 0.25 --repeats 3 --drop 0.1
@@ -30,19 +31,7 @@ NOTHING = """--no-augment --drop-path 0 --no-shuffle --label-smoothing 0 --lr 1e
     --log-every 1""".split()  # noqa: SIM905
 REPOSITORY = Path(__file__).parent.parent
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models as small as these wait for their threads longer than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_images(tmp_path_factory.mktemp("data"))
+one_thread, data = training_runs.one_thread, training_runs.data  # fixtures
 
 
 @pytest.fixture(scope="module")
@@ -97,24 +86,41 @@ def test_a_run(undisturbed: Path) -> None:
     assert best["metrics"]["top1"] == max(line["top1"] for line in evaluations)
 
 
-def test_a_kill_changes_nothing(data: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """SIGKILL in the second epoch, with workers reading ahead, and resumed without them: the same
-    weights, averages, optimizer, generators and log."""
-    script = (
-        "import os, signal, sys\n"
-        "from crossvit.train import main\n"
-        "from crossvit.training.loop import Trainer\n"
-        "step = Trainer._step\n"
-        "def killed(self, batches):\n"
-        "    if self.run.position.steps == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return step(self, batches)\n"
-        "Trainer._step = killed\n"
-        "main(sys.argv[1:])\n"
-    )
+# Forks before torch has threads: importing it takes longest.
+KILLED = """
+import os, signal, sys
+from crossvit.train import main
+from crossvit.training.loop import Trainer
+step = Trainer._step
+for last in map(int, sys.argv[1].split(",")):
+    def killed(self, batches):
+        if self.run.position.steps == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, batches)
+    child = os.fork()
+    if not child:
+        Trainer._step = killed
+        os._exit(main(sys.argv[2:]))
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status != -signal.SIGKILL:
+        sys.exit(f"status {status} instead of a kill at step {last}")
+"""
+
+
+def test_kills_change_nothing(data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """SIGKILL before the first checkpoint and within both epochs, with workers reading ahead, and resumed each time, at
+    last without them: the same weights, averages, optimizer, generators and log."""
     out = tmp_path / "run"
-    arguments = [sys.executable, "-c", script, str(data), "--out", str(out), *TINY, *EVERYTHING, "--workers", "2"]
-    process = subprocess.run(arguments, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=300)
-    assert process.returncode == -signal.SIGKILL, process.stderr
+    arguments = [str(data), "--out", str(out), *TINY, *EVERYTHING, "--workers", "2", "--resume", "auto"]
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED, "0,2,5", *arguments],
+        cwd=REPOSITORY,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr
     assert torch.load(out / "last.pth", weights_only=True)["position"]["steps"] == 4
     status, printed = train(data, out, *EVERYTHING, "--resume", "auto")
     assert status == 0, printed
@@ -145,6 +151,34 @@ def test_a_stop_saves(
     assert_same_run(out, undisturbed)
 
 
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_all_its_processes_stops_a_run(data: Path, tmp_path: Path, number: int, status: int) -> None:
+    """As a terminal or a batch system sends it: the workers leave it to their parent, which saves and ends."""
+    out = tmp_path / "run"
+    arguments = [str(data), "--out", str(out), *TINY, "--workers", "2", "--epochs", "10000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "crossvit", "train", *arguments],
+        cwd=REPOSITORY,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout is not None
+        while not (line := process.stdout.readline()).startswith("epoch 1/"):
+            assert line, process.communicate()[1]
+        os.killpg(process.pid, number)
+        _, said = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == status, said
+    assert said.splitlines()[-1] == f"stopped; go on with --resume {out / 'last.pth'}"
+    assert "Traceback" not in said
+    assert torch.load(out / "last.pth", weights_only=True)["position"]["steps"] >= 3
+
+
 WEIGHTS = torch.arange(1 << 18)
 
 
@@ -155,11 +189,11 @@ def _write_for_ever(path: Path) -> None:
 
 
 def test_kills_leave_no_half_written_file(tmp_path: Path) -> None:
-    """Twenty processes killed while they write one checkpoint after another: what bears the name is always whole."""
+    """Fifty processes killed while they write one checkpoint after another: what bears the name is always whole."""
     context = multiprocessing.get_context("fork")
     deadline = time.monotonic() + 60
     path, pause = tmp_path / "last.pth", random.Random(0)
-    for _ in range(20):
+    for _ in range(50):
         writer = context.Process(target=_write_for_ever, args=(path,))
         writer.start()
         before = path.stat().st_ino if path.exists() else None
@@ -170,7 +204,8 @@ def test_kills_leave_no_half_written_file(tmp_path: Path) -> None:
         writer.kill()
         writer.join()
         assert torch.equal(files.load(path)["weights"], WEIGHTS)
-    files.remove_unfinished(tmp_path)
+    assert len(list(tmp_path.glob(".last.pth.*"))) > 1  # what was being written when the kill came
+    remove_unfinished(tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["last.pth"]
 
 

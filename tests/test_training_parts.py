@@ -4,7 +4,6 @@ import argparse
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from PIL import Image
 from sklearn.metrics import average_precision_score
 
 import crossvit
+import training_runs
 from crossvit.datasets import open_dataset
 from crossvit.training.curves import draw_curves
 from crossvit.training.evaluation import mean_average_precision
@@ -26,21 +26,9 @@ from crossvit.training.objective import Objective, Teacher
 from crossvit.training.optimizer import Schedule, build_optimizer
 from crossvit.training.recipes import PRESETS, Recipe, add_recipe_arguments, recipe, recipe_from
 from crossvit.transforms import IMAGENET_MEAN, IMAGENET_STD, training_transform
-from training_runs import CLASSES, make_images, train
+from training_runs import CLASSES, train
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models as small as these wait for their threads longer than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_images(tmp_path_factory.mktemp("data"))
+one_thread, data = training_runs.one_thread, training_runs.data  # fixtures
 
 
 # Recipes

@@ -2,9 +2,12 @@
 
 import contextlib
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
 from PIL import Image
 
 from crossvit.train import main
@@ -26,6 +29,21 @@ def make_images(root: Path, train: int = 24, val: int = 7) -> Path:
             pixels[..., k % CLASSES] += 55
             Image.fromarray(pixels).save(folder / f"{k:03}.png")
     return root
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models as small as these wait for their threads longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`make_images`' folder."""
+    return make_images(tmp_path_factory.mktemp("data"))
 
 
 def train(data: Path, out: Path, *options: str) -> tuple[int, str]:

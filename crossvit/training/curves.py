@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .files import read_lines, replacing
+from ..files import replacing
+from .files import read_lines
 
 
 def draw_curves(logs: Mapping[str, Path], path: Path) -> None:
@@ -38,8 +39,8 @@ def draw_curves(logs: Mapping[str, Path], path: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[1]:
             axes.legend()
-    with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=100)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
 
 
 def _plot(axes: Any, lines: list[dict[str, Any]], key: str, **style: Any) -> None:

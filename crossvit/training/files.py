@@ -1,45 +1,18 @@
-"""Files that are whole or not there, whenever the process is killed: checkpoints, the log of metrics."""
+"""A run's files: checkpoints, the log of metrics."""
 
 import json
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
-TEMPORARY = ".writing"  # suffix of what is not complete
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes the name `path` only when it is complete and on the disk; on an error, never."""
-    temporary = path.with_name(f".{path.name}{TEMPORARY}")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name too is on the disk
-        finally:
-            os.close(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Removes what a killed process left half written."""
-    for path in folder.glob(f".*{TEMPORARY}"):
-        path.unlink(missing_ok=True)
+from ..files import replacing, write_text
 
 
 def save(content: dict[str, Any], path: Path) -> None:
     """Writes plain Python values and tensors, as `load` reads them."""
-    with replacing(path) as file:
+    with replacing(path) as temporary, open(temporary, "wb") as file:  # by a path torch would write that path into it
         torch.save(content, file)
 
 
@@ -69,8 +42,7 @@ class Log:
         if path is None:
             return
         kept = [line for line in read_lines(path) if 0 < line["step"] <= step] if path.exists() else []
-        with replacing(path) as file:
-            file.writelines(_line(line).encode() for line in kept)
+        write_text(path, "".join(map(_line, kept)))
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by close
         if tensorboard is not None and (writer := _tensorboard()) is not None:
             self.board = writer(str(tensorboard), purge_step=step + 1)

@@ -151,9 +151,11 @@ def _options(workers: int, pin: bool) -> dict:
 
 
 def _start_worker(worker: int) -> None:
-    """A worker leaves Ctrl-C to its parent, and ends at once when told to."""
+    """A worker leaves signals to its parent, whose group they are often sent to: a worker that ends at once would end
+    the parent within its step. It has a minute to save.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
 
 
 def _states() -> tuple:

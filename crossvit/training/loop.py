@@ -25,6 +25,7 @@ from .optimizer import Schedule
 from .state import Run
 
 SLOW = 0.2  # share of an epoch spent waiting for images that is worth a word
+DRAW_EVERY = 30.0  # seconds between two pictures of the curves, each of which takes a third of one
 ASK_EVERY = {"cpu": 1, "cuda": 16}  # steps between asking all processes whether to stop; on a GPU it waits for the GPU
 
 
@@ -69,6 +70,7 @@ class Trainer:
     checkpoint_every: int
     stop: Stop
     _said_slow: bool = field(default=False, init=False)
+    _drawn: float = field(default=-math.inf, init=False)  # when the curves were
 
     def train(self) -> int:
         """Runs to the end, or until `stop`: the exit status, 0 or the stop's. Raises DivergedError for a loss that is
@@ -79,7 +81,9 @@ class Trainer:
         while self.run.position.epoch < self.run.recipe.epochs:
             if not self._epoch():
                 self._save()
+                self._draw()
                 return self.stop.code or 128 + signal.SIGTERM
+        self._draw()
         return 0
 
     def autocast(self) -> AbstractContextManager:
@@ -193,8 +197,13 @@ class Trainer:
                 file=sys.stderr,
                 flush=True,
             )
-        if self.log.file is not None:
+        if time.monotonic() - self._drawn > DRAW_EVERY:
+            self._draw()
+
+    def _draw(self) -> None:
+        if self.run.place.first:
             draw_curves({"run": self.folder / "metrics.jsonl"}, self.folder / "curves.png")
+            self._drawn = time.monotonic()
 
     def _save(self, best: dict[str, float] | None = None) -> None:
         """Writes last.pth, and best.pth with the weights that were evaluated."""
