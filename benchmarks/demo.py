@@ -83,7 +83,7 @@ def compare_fusions(data: Path, root: Path, epochs: int) -> list[dict[str, Any]]
     """Each fusion scheme, trained alike: its figures, and the paper's for CrossViT-S on ImageNet."""
     rows = []
     for fusion, (top1, giga, million) in PAPER.items():
-        found = train(data, root / fusion, "--fusion", fusion, *STAGES, epochs=epochs)
+        found = train(data, root / fusion, "--set", f"fusion={fusion}", *STAGES, epochs=epochs)
         model, _ = crossvit.load_model(root / fusion / "best.pth")
         described = model.describe()
         paper = {"top1": top1, "multiply_adds": giga * 1e9, "parameters": million * 1e6}

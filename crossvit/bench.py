@@ -20,7 +20,9 @@ ROUNDS, TURN_SECONDS = 9, 0.1  # the fewest turns that each takes, and how long 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=_counts, default=[1, 8], metavar="N,N", help="images per call (default: 1,8)")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns that each takes (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", metavar="N", type=int, default=ROUNDS, help="turns that each takes (default: %(default)s)"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     parser.add_argument(
         "--peers",

@@ -54,7 +54,16 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model", metavar="NAME", help="which model the weights are for, where they do not say (crossvit_15_240, …)"
     )
+    group.add_argument("--device", default=None, help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
     group.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="what the model computes in (default: %(default)s)"
+    )
+    add_building_arguments(group)
+
+
+def add_building_arguments(parser: argparse._ActionsContainer) -> None:
+    """The arguments that say how a model is built, whose values are those of `create_model`."""
+    parser.add_argument(
         "--set",
         metavar="NAME=VALUE",
         action="append",
@@ -62,12 +71,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         type=assignment,
         help="another argument of create_model, such as fusion=none or depth=[[1,2,0]] (may be repeated)",
     )
-    group.add_argument("--image-size", metavar="SIZE", type=size, help="the input's side, or HEIGHTxWIDTH")
-    group.add_argument("--device", default=None, help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
-    group.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="what the model computes in (default: %(default)s)"
-    )
-    group.add_argument(
+    parser.add_argument("--image-size", metavar="SIZE", type=size, help="the input's side, or HEIGHTxWIDTH")
+    parser.add_argument(
         "--kernels",
         choices=("auto", *backends.BACKENDS),
         default="auto",
@@ -177,6 +182,8 @@ def assignment(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    if name in ("image_size", "kernels", "checkpoint"):
+        raise argparse.ArgumentTypeError(f"{name} has an option of its own, --{name.replace('_', '-')}")
     try:
         return name, json.loads(value)
     except ValueError:

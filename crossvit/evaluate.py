@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "data",
         help="a folder with one folder of images per class, or one that holds such a val/ (test/, validation/); with a "
-        "labels.csv for several labels per image",
+        "labels.csv for several labels per image; or cifar10:FOLDER, cifar100:FOLDER as torchvision stores them",
     )
     parser.add_argument("--split", choices=("val", "train"), default="val", help="which of them (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the results there; - prints them instead of the table")

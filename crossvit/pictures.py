@@ -117,9 +117,19 @@ def batches(
 
 def add_loading_arguments(parser: argparse.ArgumentParser, batch_size: int = 32) -> None:
     """How pictures are read: the arguments of `batches` and `transform_of`."""
-    parser.add_argument("--batch-size", type=_positive, default=batch_size, help="(default: %(default)s)")
     parser.add_argument(
-        "--workers", type=_natural, default=default_workers(), help="processes that decode (default here: %(default)s)"
+        "--batch-size",
+        metavar="N",
+        type=_positive,
+        default=batch_size,
+        help="pictures at a time, in each process (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--workers",
+        metavar="N",
+        type=_natural,
+        default=default_workers(),
+        help="processes that decode (default here: %(default)s)",
     )
     parser.add_argument(
         "--crop-ratio",

@@ -65,8 +65,12 @@ class VisionTransformer(Classifier):
             attn_drop_rate=attn_drop_rate,
             drop_path_rate=drop_path_rate,
         )
-        if depth < 1:
-            raise ValueError(f"depth must be at least 1, got {depth}")
+        sizes = dict(patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
+        for name, value in sizes.items():
+            if not isinstance(value, int):  # two branches have a tuple of each
+                raise TypeError(f"{name} must be an int for a model of one branch, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         self.embed_dim = self.num_features = self.head_hidden_size = embed_dim
         self.pos_drop_rate = pos_drop_rate
         self.patch_embed = PatchEmbed(

@@ -9,15 +9,12 @@ from pathlib import Path
 import torch
 from timm.utils import ModelEmaV3
 
-from crossvit_kernels import backends
-
 from .classifier import Classifier
-from .commands import assignment, size
+from .commands import add_building_arguments
 from .data import ImageError
 from .datasets import Images, open_dataset
 from .factory import create_model
 from .files import remove_unfinished
-from .fusion import FUSIONS
 from .training.distributed import STRATEGIES, Processes, processes, replicate, shard
 from .training.files import Log, load
 from .training.loading import EpochSampler, Seeded, Shard, evaluation_loader, training_loader
@@ -28,6 +25,14 @@ from .training.recipes import Recipe, add_recipe_arguments, recipe_from
 from .training.state import Run, seed_generators
 from .transforms import IMAGENET_MEAN, IMAGENET_STD, evaluation_transform, training_transform
 
+# Arguments of create_model that a run has from elsewhere
+SETTLED = {
+    "num_classes": "the data",
+    "in_chans": "the images, which are RGB",
+    "drop_rate": "--drop",
+    "drop_path_rate": "--drop-path",
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
@@ -36,33 +41,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "torchrun --nproc-per-node 8 -m crossvit train …. The folder --out gets last.pth (everything, to resume from), "
         "best.pth (the weights that scored best), metrics.jsonl and curves.png. Ctrl-C saves and ends with status 130."
     )
-    parser.add_argument("data", help="folder with train/ and val/, each of one folder per class; or cifar10:FOLDER")
-    parser.add_argument("--out", type=Path, default=Path("run"), metavar="FOLDER", help="where everything goes (run)")
-    parser.add_argument("--model", default="crossvit_9_240", metavar="NAME", help="one of crossvit.list_models()")
-    parser.add_argument("--checkpoint", metavar="FILE", help="weights to start from; another head starts anew")
-    parser.add_argument("--image-size", type=size, metavar="SIZE", help="the input's side, or HEIGHTxWIDTH")
-    parser.add_argument("--fusion", default="cross_attention", choices=FUSIONS)
     parser.add_argument(
-        "--set",
-        metavar="NAME=VALUE",
-        action="append",
-        default=[],
-        type=assignment,
-        help="another argument of create_model, such as depth=[[1,2,0]] (may be repeated)",
+        "data",
+        help="folder with train/ and val/, each of one folder of images per class, or with a labels.csv for several "
+        "labels per image; or cifar10:FOLDER, cifar100:FOLDER as torchvision stores them",
     )
-    parser.add_argument("--kernels", default="auto", choices=("auto", *backends.BACKENDS))
+    parser.add_argument("--out", type=Path, default=Path("run"), metavar="FOLDER", help="where everything goes (run)")
+    parser.add_argument(
+        "--model",
+        default="crossvit_9_240",
+        metavar="NAME",
+        help="one of those that crossvit info lists (crossvit_9_240)",
+    )
+    parser.add_argument(
+        "--checkpoint", metavar="FILE", help="weights to start from, or a name on timm's hub; another head starts anew"
+    )
+    add_building_arguments(parser)
     parser.add_argument("--resume", metavar="auto|FILE", help="go on from a last.pth; auto: --out's, if there is one")
     parser.add_argument("--teacher", metavar="NAME", help="timm's model to distil from, with --distillation")
     parser.add_argument("--teacher-checkpoint", metavar="FILE", help="its weights; without, timm fetches them")
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, order and augmentation (0)")
+    parser.add_argument(
+        "--device",
+        default="auto",
+        choices=("auto", "cpu", "cuda"),
+        help="auto is cuda where there is one; under torchrun each process has its own",
+    )
     parser.add_argument("--strategy", default="auto", choices=STRATEGIES, help="auto is ddp, with several processes")
     parser.add_argument("--deterministic", action="store_true", help="on a GPU too, the same run gives the same bits")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that read images, for every process")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that read images, beside each that computes (as the cores allow)",
+    )
     parser.add_argument("--eval-batch-size", type=int, metavar="N", help="per process; by default training's")
-    parser.add_argument("--on-broken", default="stop", choices=("stop", "skip"), help="what a broken image does")
-    parser.add_argument("--log-every", type=int, default=50, metavar="STEPS")
-    parser.add_argument("--checkpoint-every", type=int, default=0, metavar="STEPS", help="beside each epoch's end")
+    parser.add_argument(
+        "--on-broken", default="stop", choices=("stop", "skip"), help="what a broken image does to the run (stop)"
+    )
+    parser.add_argument(
+        "--log-every", type=int, default=50, metavar="STEPS", help="between two lines of metrics.jsonl (50)"
+    )
+    parser.add_argument(
+        "--checkpoint-every",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="write last.pth this often within an epoch too (0: at its end alone)",
+    )
     add_recipe_arguments(parser)
 
 
@@ -148,7 +174,10 @@ def prepare(options: argparse.Namespace, place: Processes, stop: Stop) -> Traine
     seed_generators(options.seed, 1 + place.rank)
     run = Run(model, optimizer, scaler, ema, recipe, training, place)
     if place.first:
-        options.out.mkdir(parents=True, exist_ok=True)
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--out {options.out}: {error.strerror}") from error
         remove_unfinished(options.out)
     place.wait()
     _resume(options, run)
@@ -178,6 +207,9 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    for name, _ in options.set:
+        if name in SETTLED:
+            raise ValueError(f"--set {name}=… cannot be: {name} is given by {SETTLED[name]}")
     if options.strategy == "fsdp" and "WORLD_SIZE" not in os.environ:
         raise ValueError("--strategy fsdp needs processes to shard over: start it with torchrun -m crossvit train …")
 
@@ -196,7 +228,6 @@ def _model(options: argparse.Namespace, recipe: Recipe, training: Images) -> Cla
         checkpoint=options.checkpoint,
         num_classes=len(training.classes),
         image_size=options.image_size,
-        fusion=options.fusion,
         drop_rate=recipe.drop,
         drop_path_rate=recipe.drop_path,
         kernels=options.kernels,

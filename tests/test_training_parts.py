@@ -314,6 +314,15 @@ def test_curves_of_several_runs(tmp_path: Path) -> None:
         (["--batch-size", "25"], "batch_size must be at most the number of training images, 24, got 25"),
         (["--accumulate", "3"], "batch_size must be a multiple of processes × accumulate, 1 × 3, got 8"),
         (["--set", "width=3"], "has no argument width"),
+        (["--set", "fusion=none", "--set", "num_classes=4"], "num_classes is given by the data"),
+        (["--set", "in_chans=1"], "in_chans is given by the images, which are RGB"),
+        (["--model", "deit_tiny_patch16_224"], "embed_dim must be an int for a model of one branch, got [16, 32]"),
+        (["--teacher", "no", "--distillation", "soft"], "teacher must be a model of timm's, got 'no'"),
+        (
+            ["--teacher", "deit_tiny_patch16_224", "--teacher-checkpoint", "no.pth", "--distillation", "hard"],
+            "teacher's checkpoint must be a file, there is no no.pth",
+        ),
+        (["--out", "/dev/null/run"], "--out /dev/null/run: Not a directory"),
         (["--strategy", "fsdp"], "needs processes to shard over: start it with torchrun"),
         (["--log-every", "0"], "--log-every must be at least 1, got 0"),
         (["--auto-augment", "nonsense"], "auto_augment must be 'none' or a policy"),
@@ -322,7 +331,7 @@ def test_curves_of_several_runs(tmp_path: Path) -> None:
         (["--distillation", "soft"], "distillation='soft' and the teacher must be given together"),
         (["--lr", "0"], "lr must be more than 0, got 0"),
     ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
 )
 def test_bad_arguments(data: Path, tmp_path: Path, options: list[str], message: str) -> None:
     """Status 2 and one line that names the argument; no traceback, nothing trained."""

@@ -24,7 +24,7 @@ from .objective import Objective
 from .optimizer import Schedule
 from .state import Run
 
-SLOW = 0.2  # share of an epoch spent waiting for images that is worth a word
+SLOW, SECONDS = 0.2, 2.0  # share of an epoch spent waiting for images, and how long, that are worth a word
 DRAW_EVERY = 30.0  # seconds between two pictures of the curves, each of which takes a third of one
 ASK_EVERY = {"cpu": 1, "cuda": 16}  # steps between asking all processes whether to stop; on a GPU it waits for the GPU
 
@@ -118,7 +118,8 @@ class Trainer:
                         self._save()
         seconds = time.perf_counter() - started
         position.epoch, position.step = position.epoch + 1, 0
-        self._end_of_epoch(steps * self.run.recipe.batch_size / seconds, waited / max(seconds - first, 1e-9))
+        slow = waited > SECONDS and waited / (seconds - first) > SLOW
+        self._end_of_epoch(steps * self.run.recipe.batch_size / seconds, waited / (seconds - first) if slow else 0.0)
         return not self._stopping() or position.epoch == self.run.recipe.epochs
 
     def _step(self, batches: Any) -> float:
@@ -172,6 +173,8 @@ class Trainer:
         return self.run.place.sum(value.clone()).item() / self.run.place.world
 
     def _end_of_epoch(self, images_per_second: float, waiting: float) -> None:
+        """Evaluates, saves and says how it went; waiting: the share of the time that images were waited for, where it
+        is worth a word."""
         run, place = self.run, self.run.place
         position = run.position
         found: dict[str, float] = {}
@@ -188,7 +191,7 @@ class Trainer:
             return
         text = "".join(f"  {name} {value:.4g}" for name, value in found.items())
         print(f"epoch {position.epoch}/{run.recipe.epochs}{text}  {images_per_second:.4g} images/s", flush=True)
-        if waiting > SLOW and not self._said_slow:
+        if waiting and not self._said_slow:
             self._said_slow = True
             workers = self.training.num_workers
             print(

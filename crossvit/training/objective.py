@@ -1,5 +1,6 @@
 """What is minimised: targets smoothed and mixed, cross entropy or binary decisions, and a teacher's part."""
 
+import os
 from typing import Any, cast
 
 import torch
@@ -80,8 +81,8 @@ class Teacher(nn.Module):
     """A model of timm's that says what it sees in a student's input: it gets its own normalisation and, where it needs
     one, its own size. `forward`: (B, 3, H, W) normalised by mean and std -> logits (B, num_classes), without gradients.
 
-    checkpoint: a file of timm's; without one timm's pretrained weights are fetched, which needs a network. Raises what
-    timm raises.
+    checkpoint: a file of timm's; without one timm's pretrained weights are fetched, which needs a network. Raises
+    ValueError for a name that timm does not know, and weights that are not there or of another model.
     """
 
     def __init__(
@@ -94,11 +95,7 @@ class Teacher(nn.Module):
         checkpoint: str | None = None,
     ) -> None:
         super().__init__()
-        import timm
-
-        self.model = timm.create_model(
-            name, pretrained=checkpoint is None, num_classes=num_classes, checkpoint_path=checkpoint or ""
-        )
+        self.model = _timms(name, num_classes, checkpoint)
         config = cast(dict[str, Any], self.model.pretrained_cfg)
         own_mean, own_std = (torch.tensor(config[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
         mine_mean, mine_std = torch.tensor(mean).view(1, 3, 1, 1), torch.tensor(std).view(1, 3, 1, 1)
@@ -112,3 +109,21 @@ class Teacher(nn.Module):
         if self.size is not None:
             images = F.interpolate(images, self.size, mode="bicubic", align_corners=False, antialias=True)
         return cast(Tensor, self.model(images * cast(Tensor, self.scale) + cast(Tensor, self.shift)))
+
+
+def _timms(name: str, num_classes: int, checkpoint: str | None) -> nn.Module:
+    import timm
+
+    if not timm.is_model(name):
+        raise ValueError(f"teacher must be a model of timm's, got {name!r}")
+    if checkpoint is not None and not os.path.isfile(checkpoint):
+        raise ValueError(f"teacher's checkpoint must be a file, there is no {checkpoint}")
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=checkpoint is None, num_classes=num_classes)
+        if checkpoint is not None:
+            timm.models.load_checkpoint(model, checkpoint)
+    except Exception as error:  # of files and the hub timm and what it calls raise whatever comes up
+        text = "; ".join(line.strip()[:200] for line in str(error).splitlines()[:3]) or type(error).__name__
+        weights = checkpoint or f"{name}, which timm was to fetch (a file: --teacher-checkpoint)"
+        raise ValueError(f"the teacher {name} cannot have the weights {weights}: {text}") from error
+    return model

@@ -170,11 +170,18 @@ def recipe(preset: str, model: str = "", **changes: Any) -> Recipe:
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """One option per setting of `Recipe`, absent unless given, and --preset."""
-    parser.add_argument("--preset", default="paper", choices=PRESETS, help="what the options below are by default")
+    parser.add_argument(
+        "--preset",
+        default="paper",
+        choices=PRESETS,
+        help="what the options below are by default: the paper's Table 9; the authors' code, where it differs; the "
+        "paper's fine-tuning at 384 pixels and its transfer to other data; or, unpublished, for some thousand images",
+    )
     group = parser.add_argument_group("recipe (defaults are the preset's; here: the paper's)")
+    paper = recipe("paper")
     for f in fields(Recipe):
-        name = "--" + f.name.replace("_", "-")
-        options: dict[str, Any] = dict(default=None, help=f"{f.metadata['help']} ({f.default})")
+        name, value = "--" + f.name.replace("_", "-"), getattr(paper, f.name)
+        options: dict[str, Any] = dict(default=None, help=f"{f.metadata['help']} ({_shown(value)})")
         if f.type is bool:
             group.add_argument(name, action=argparse.BooleanOptionalAction, **options)
         elif isinstance(f.default, tuple):
@@ -183,6 +190,12 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
             group.add_argument(name, choices=f.metadata["choices"], **options)
         else:
             group.add_argument(name, type=f.type, metavar=METAVARS[f.type], **options)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return " ".join(map(str, value)) if isinstance(value, tuple) else f"{value}"
 
 
 def recipe_from(options: argparse.Namespace) -> Recipe:
