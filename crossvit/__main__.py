@@ -57,6 +57,9 @@ def _run(run: Callable[[argparse.Namespace], int], options: argparse.Namespace) 
     except BrokenPipeError:  # whoever read our output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:  # a full disk, a folder that may not be written to
+        print(f"crossvit {options.command}: error: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

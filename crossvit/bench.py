@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .commands import CommandError, Loaded, add_model_arguments, load, progress
+from .commands import CommandError, Loaded, add_model_arguments, check_writable, load, progress
 from .export import TOLERANCE
 from .files import write_text
 
@@ -37,6 +37,7 @@ def run(options: argparse.Namespace) -> int:
     """0; with --peers, what benchmarks.throughput returns."""
     if options.rounds < 1:
         raise CommandError(f"--rounds must be at least 1, got {options.rounds}")
+    check_writable("--json", options.json)
     if options.peers:
         return _with_peers(options)
     loaded = load(options, needs_weights=False)

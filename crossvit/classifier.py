@@ -81,6 +81,7 @@ class Classifier(KernelModule):
         global_pool: str,
         *,
         kernels: str,
+        pos_std: float,
         **rates: float,
     ) -> None:
         super().__init__(kernels=kernels)
@@ -88,11 +89,14 @@ class Classifier(KernelModule):
             raise ValueError(f"in_chans must be at least 1, got {in_chans}")
         if num_classes < 0:
             raise ValueError(f"num_classes must be at least 0, got {num_classes}")
+        if not pos_std > 0:
+            raise ValueError(f"pos_std must be more than 0, got {pos_std}")
         check_rates(**rates)
         self.image_size = to_size(image_size)
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.global_pool = check_pool(global_pool)
+        self.pos_std = pos_std
         self.drop_rate = rates["drop_rate"]
         self.grad_checkpointing = False
 
@@ -210,7 +214,11 @@ class Classifier(KernelModule):
         return list(groups.values())
 
     def apply_init(self, *embeddings: nn.Parameter) -> None:
-        """The authors' initial weights for the whole model; `embeddings` are its CLS tokens and positions."""
+        """The authors' initial weights for the whole model, with positions of deviation `pos_std`; `embeddings` are its
+        CLS tokens and positions.
+        """
+        positions = [getattr(self, name) for name in self.position_grids()]
         for embedding in embeddings:
-            nn.init.normal_(embedding, std=INITIAL_DEVIATION)
+            is_position = any(embedding is position for position in positions)
+            nn.init.normal_(embedding, std=self.pos_std if is_position else INITIAL_DEVIATION)
         self.apply(init_weights)

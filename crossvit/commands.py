@@ -142,6 +142,16 @@ def read_classes(path: str) -> list[str]:
         ) from error
 
 
+def check_writable(option: str, path: str | None) -> None:
+    """Raises CommandError, before any work, where a file cannot be written for want of its folder."""
+    if path is None or path == "-":
+        return
+    if Path(path).is_dir():
+        raise CommandError(f"{option} must be a file, {path} is a folder")
+    if not Path(path).parent.is_dir():
+        raise CommandError(f"{option} {path}: there is no folder {Path(path).parent}")
+
+
 def progress(steps: Iterable[Any] | None = None, *, total: int, unit: str, shown: bool = True) -> Any:
     """tqdm's bar on standard error, over `steps` or to be moved by hand; none where nobody watches."""
     from tqdm import tqdm

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .commands import CommandError, Loaded, add_class_argument, add_model_arguments, load, progress
+from .commands import CommandError, Loaded, add_class_argument, add_model_arguments, check_writable, load, progress
 from .datasets import SPLITS, Images, open_dataset, open_folder
 from .draw_confusion import draw_confusion
 from .files import replacing, write_text
@@ -55,6 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """0, or 1 where files could not be read: they are named and left out."""
+    check_writable("--json", options.json)
+    check_writable("--confusion", options.confusion)
     with processes("cpu" if options.device == "cpu" else "auto") as group:
         if group.group:
             options.device = str(group.device)
@@ -218,7 +220,7 @@ def _table(result: dict[str, Any]) -> str:
         count, waiting = result["processes"], result["waiting_for_images"]
         where = f"{count} processes" if count > 1 else "1 process"
         lines.append(f"{result['images_per_second']:.1f} images/s on {result['device']}, {where}")
-        if waiting > 0.2:
+        if waiting > 0.2 and waiting * result["images"] / result["images_per_second"] > 2:  # seconds
             lines.append(f"{waiting:.0%} of the time the model waited for images to be read: more --workers may help")
     if result["failed"]:
         lines.append(f"{len(result['failed'])} files could not be read and are left out")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import LAYOUTS, save_checkpoint
-from .commands import CommandError, Loaded, add_class_argument, add_model_arguments, load
+from .commands import CommandError, Loaded, add_class_argument, add_model_arguments, check_writable, load
 from .files import replacing
 
 WEIGHTS = (".safetensors", ".pth")
@@ -57,6 +57,7 @@ def run(options: argparse.Namespace) -> int:
         raise CommandError(f"--fixed-batch must be at least 1, got {options.fixed_batch}")
     if path.suffix in PROGRAMS and options.layout != "timm":
         raise CommandError(f"--layout is for weights ({', '.join(WEIGHTS)}), got {options.output}")
+    check_writable("FILE", options.output)
     loaded = load(options)
     try:
         told = _write(loaded, path, options)
@@ -71,9 +72,10 @@ def _write(loaded: Loaded, path: Path, options: argparse.Namespace) -> str:
     if path.suffix in WEIGHTS:
         noted = dict(classes=loaded.classes, crop_ratio=loaded.crop_ratio, multi_label=loaded.multi_label or None)
         save_checkpoint(loaded.model, path, options.layout, **noted)  # type: ignore[arg-type]
+        names = ", the authors' names" if options.layout == "authors" else ", timm's names"
         if path.suffix == ".pth" and loaded.classes:
-            return f", {options.layout}'s names; a .pth file has no place for class names, a .safetensors file has"
-        return f", {options.layout}'s names"
+            return f"{names}; a .pth file has no place for class names, a .safetensors file has"
+        return names
     batch = options.fixed_batch or 2
     images = torch.randn(batch, loaded.model.in_chans, *loaded.model.image_size, device=loaded.device).to(loaded.dtype)
     model = loaded.model.requires_grad_(False)

@@ -39,8 +39,8 @@ def create_model(
     head, the model returns pooled features. image_size: the input's side or (height, width), by default the variant's.
     fusion: a key of `FUSIONS`. global_pool: "token" or "avg". drop_rate: dropout in front of the head. drop_path_rate:
     stochastic depth of the last block. kernels: which backend the ops use. overrides: any other argument of the class,
-    such as depth, embed_dim, num_heads, patch_size, mlp_ratio, multi_conv, pos_drop_rate. The names that start with
-    deit_ are the paper's single-branch baselines and give a `VisionTransformer`, with the same methods.
+    such as depth, embed_dim, num_heads, patch_size, mlp_ratio, multi_conv, pos_std. The names that start with deit_ are
+    the paper's single-branch baselines and give a `VisionTransformer`, with the same methods.
 
     Raises ValueError or TypeError, naming the argument, for an unknown name, option or unfit size, and what
     `load_checkpoint` raises.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .commands import CommandError, Loaded, add_class_argument, add_model_arguments, load, progress
+from .commands import CommandError, Loaded, add_class_argument, add_model_arguments, check_writable, load, progress
 from .files import write_text
 from .pictures import add_loading_arguments, batches, find_files, of_files
 
@@ -35,6 +35,7 @@ def run(options: argparse.Namespace) -> int:
     """0, or 1 where files could not be read: they are reported with the reason."""
     if options.top < 1:
         raise CommandError(f"--top must be at least 1, got {options.top}")
+    check_writable("--output", options.output)
     loaded = load(options)
     if loaded.model.num_classes == 0:
         raise CommandError("the model has no head (num_classes=0): it has no classes to choose from")

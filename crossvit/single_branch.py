@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from crossvit_kernels.nn import Block, PatchEmbed
 
-from .classifier import Classifier, drop_path_rates, take_indices
+from .classifier import INITIAL_DEVIATION, Classifier, drop_path_rates, take_indices
 from .describe import (
     Description,
     Part,
@@ -29,7 +29,9 @@ class VisionTransformer(Classifier):
     carry timm's names.
 
     The image is resized to the nearest multiple of `patch_size` where that does not divide it. `multi_conv`: the †
-    models' stem. Raises ValueError or TypeError, naming the argument, for sizes that do not fit.
+    models' stem. pos_std: as in `CrossViT`.
+
+    Raises ValueError or TypeError, naming the argument, for sizes that do not fit.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class VisionTransformer(Classifier):
         proj_drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        pos_std: float = INITIAL_DEVIATION,
         kernels: str = "auto",
     ) -> None:
         super().__init__(
@@ -59,6 +62,7 @@ class VisionTransformer(Classifier):
             num_classes,
             global_pool,
             kernels=kernels,
+            pos_std=pos_std,
             drop_rate=drop_rate,
             pos_drop_rate=pos_drop_rate,
             proj_drop_rate=proj_drop_rate,

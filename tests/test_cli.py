@@ -1,5 +1,6 @@
 """The command line as a whole: help, errors, `info` and `bench`."""
 
+import errno
 import json
 import os
 import subprocess
@@ -78,6 +79,16 @@ def test_the_console_script() -> None:
         (["bench", "--model", "crossvit_9_240", "--set", "fusion"], "expected NAME=VALUE, got 'fusion'"),
         (["bench", "--model", "crossvit_9_240", "--set", "fusion=x"], "fusion must be one of"),
         (["bench", "--model", "crossvit_9_240", "--set", "colour=red"], "has no argument colour"),
+        (["bench", "--model", "crossvit_9_240", "--set", "image_size=9"], "has an option of its own, --image-size"),
+        (
+            ["bench", "--model", "crossvit_9_240", "--json", "/nowhere/x"],
+            "--json /nowhere/x: there is no folder /nowhere",
+        ),
+        (["predict", "x.jpg", "--checkpoint", "x.pth", "--output", "/"], "--output must be a file, / is a folder"),
+        (
+            ["evaluate", "x", "--checkpoint", "x.pth", "--confusion", "/nowhere/x"],
+            "--confusion /nowhere/x: there is no",
+        ),
         (["bench", "--model", "crossvit_9_240", "--device", "toaster"], "--device toaster: "),
         (["bench", "--model", "crossvit_9_240", "--kernels", "fpga"], "argument --kernels: invalid choice: 'fpga'"),
         (["bench", "--model", "crossvit_9_240", "--batch", "0"], "expected positive integers"),
@@ -96,6 +107,18 @@ def test_bad_arguments(arguments: list[str], reason: str) -> None:
     assert done.status == 2
     assert reason in done.err
     assert "Traceback" not in done.err
+
+
+def test_what_the_system_refuses_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk, say: no traceback, status 1."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x.json")
+
+    monkeypatch.setattr("crossvit.bench.write_text", full)
+    given = ["--checkpoint", save_small(tmp_path), "--batch", "1", "--rounds", "1", "--json", tmp_path / "x.json"]
+    done = command("bench", *given)
+    assert (done.status, done.err) == (1, "crossvit bench: error: [Errno 28] No space left on device: 'x.json'\n")
 
 
 def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:

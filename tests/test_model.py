@@ -339,6 +339,20 @@ def test_initial_weights() -> None:
     assert model(torch.zeros(1, 3, 240, 240)).shape == (1, 500)
 
 
+@pytest.mark.parametrize("name", [TINY, "deit_tiny_patch16_224"])
+def test_positions_of_another_deviation(name: str) -> None:
+    """All else starts as it would without; and what is written into a checkpoint says it."""
+    models = []
+    for given in ({}, {"pos_std": 0.5}):
+        torch.manual_seed(0)
+        models.append(crossvit.create_model(name, **given))
+    assert models[1].arguments["pos_std"] == 0.5
+    for (key, usual), (_, other) in zip(*(model.named_parameters() for model in models)):
+        torch.testing.assert_close(other, usual * (25 if key.startswith("pos_embed") else 1), msg=key)
+    with pytest.raises(ValueError, match="pos_std must be more than 0, got 0"):
+        crossvit.create_model(name, pos_std=0)
+
+
 def test_gradient_checkpointing() -> None:
     """Recomputed blocks give the same loss and gradients, drop path included, and can be switched off again."""
     images = photographs(2, 48)
