@@ -33,29 +33,94 @@ struct MultiplyBf16 {
 };
 #endif
 
-// One register tile. a: kBlock row pointers; b: steps x NV vectors, ldb floats apart; c: kBlock x NV vectors, ldc apart.
+// What a product asks of memory meanwhile, a line now and then: prefetches in one burst would hold up the loads of the
+// panel, which wait for the same buffers.
+struct NothingAhead {
+  static constexpr bool active = false;
+};
+// weights: the lines of the rows that the next block multiplies, one behind the other where rows lie so (elsewhere it asks for
+// lines that nobody wants). With lines, also of the rows that an epilogue will write and read, `last + 1` of them.
+template <bool lines>
+struct Ahead {
+  static constexpr bool active = true;
+  const char* weights = nullptr;
+  char *const *write = nullptr, *const *read = nullptr;
+  int64_t write_offset = 0, read_offset = 0, last = 0, at = 0;
+  CROSSVIT_INLINE void step() {
+    __builtin_prefetch(weights);
+    weights += 64;
+    if constexpr (lines) {
+      __builtin_prefetch(write[at] + write_offset, 1);
+      __builtin_prefetch(read[at] + read_offset);
+      at += at < last;
+    }
+  }
+};
+constexpr int64_t kAheadSteps = 2;  // a block of kBlock rows has a line for every two steps
+
+// Where a tile's kBlock rows of A are: anywhere, or at equal distances, which leaves registers for what lies ahead.
+struct ScatteredRows {
+  const char* row[kBlock];
+  CROSSVIT_INLINE const char* operator[](int e) const { return row[e]; }
+  CROSSVIT_INLINE void advance(int64_t bytes) {
+    CROSSVIT_UNROLL
+    for (int e = 0; e < kBlock; e++) row[e] += bytes;
+  }
+};
+struct EvenRows {
+  const char *low, *high;
+  int64_t distance;
+  EvenRows(const char* first, int64_t bytes) : low(first), high(first + kBlock / 2 * bytes), distance(bytes) {}
+  CROSSVIT_INLINE const char* operator[](int e) const {
+    return e < kBlock / 2 ? low + e * distance : high + (e - kBlock / 2) * distance;
+  }
+  CROSSVIT_INLINE void advance(int64_t bytes) {
+    low += bytes;
+    high += bytes;
+    // Kept from turning them into a register per row.
+    __asm__("" : "+r"(low), "+r"(high));
+  }
+};
+
+// One register tile. b: steps x NV vectors, ldb floats apart; c: kBlock x NV vectors, ldc apart.
 // What c held is added after the products are summed, so that a long sum is made of short ones and rounds like them.
-template <class Multiply, int NV, bool accumulate>
-CROSSVIT_INLINE void tile(const char* const* a, const float* b, int64_t ldb, int64_t steps, float* c, int64_t ldc) {
+template <class Multiply, int NV, bool accumulate, class ARows, class Meanwhile>
+CROSSVIT_INLINE void tile(ARows a, const float* b, int64_t ldb, int64_t steps, float* c, int64_t ldc,
+                          Meanwhile& ahead) {
   Vec sum[kBlock][NV];
   CROSSVIT_UNROLL
   for (int e = 0; e < kBlock; e++)
     CROSSVIT_UNROLL
     for (int v = 0; v < NV; v++) sum[e][v] = Vec{};
-  const char* row[kBlock];
-  CROSSVIT_UNROLL
-  for (int e = 0; e < kBlock; e++) row[e] = a[e];
-  for (int64_t k = 0; k < steps; k++, b += ldb) {
+  auto step = [&](int64_t i) __attribute__((always_inline)) {
     Vec lanes[NV];
     CROSSVIT_UNROLL
     for (int v = 0; v < NV; v++) lanes[v] = load(b + v * VL);
     CROSSVIT_UNROLL
     for (int e = 0; e < kBlock; e++) {
       typename Multiply::Element s;
-      __builtin_memcpy(&s, row[e] + 4 * k, 4);
+      __builtin_memcpy(&s, a[e] + 4 * i, 4);
       CROSSVIT_UNROLL
       for (int v = 0; v < NV; v++) sum[e][v] = Multiply::fma(sum[e][v], s, lanes[v]);
     }
+    b += ldb;
+  };
+  int64_t k = 0;
+  if constexpr (Meanwhile::active) {
+    Meanwhile local = ahead;
+    for (; k + kAheadSteps <= steps; k += kAheadSteps) {
+      local.step();
+      CROSSVIT_UNROLL
+      for (int i = 0; i < kAheadSteps; i++) step(i);
+      a.advance(4 * kAheadSteps);
+    }
+    ahead = local;
+    for (; k < steps; k++) {
+      step(0);
+      a.advance(4);
+    }
+  } else {
+    for (; k < steps; k++) step(k);
   }
   CROSSVIT_UNROLL
   for (int e = 0; e < kBlock; e++)
@@ -90,37 +155,48 @@ CROSSVIT_INLINE bool multiplies_pairs(DType dtype, int64_t depth) {
   return kDotBf16 && dtype == DType::bf16 && depth % 2 == 0;
 }
 
+template <int NV, bool accumulate, class ARows, class Meanwhile>
+CROSSVIT_INLINE void multiply_rows(ARows row, int64_t depth, const Panel& b, float* c, int64_t ldc, int64_t chunk,
+                                   Meanwhile& ahead) {
+#if defined(__AVX512BF16__)
+  if (b.pairs) return tile<MultiplyBf16, NV, accumulate>(row, b.data, b.lanes, depth / 2, c, ldc, ahead);
+#endif
+  const int64_t pieces = ceil_div(depth, chunk);
+  for (int64_t p = 0; p < pieces; p++) {
+    const int64_t k = p * depth / pieces, steps = (p + 1) * depth / pieces - k;
+    if (p == 0)
+      tile<MultiplyF32, NV, accumulate>(row, b.data, b.lanes, steps, c, ldc, ahead);
+    else
+      tile<MultiplyF32, NV, true>(row, b.data + k * b.lanes, b.lanes, steps, c, ldc, ahead);
+    row.advance(4 * steps);
+  }
+}
+
 // c[e][r], e < kBlock, = sum_k A[first + e][k] panel[k][r]. Rows past count repeat the last one: their results are not
 // to be used. widened: scratch of kBlock * depth floats, for a bfloat16 matrix where the product runs in float32.
-template <int NV, bool accumulate = false>
+template <int NV, bool accumulate = false, class Meanwhile = NothingAhead>
 inline void multiply_block(const Matrix& a, int64_t first, int64_t count, int64_t depth, const Panel& b, float* c,
-                           int64_t ldc, float* widened, int64_t chunk = kDepthChunk) {
-  const char* row[kBlock];
+                           int64_t ldc, float* widened, int64_t chunk = kDepthChunk, Meanwhile* meanwhile = nullptr) {
   const int64_t bytes = a.row_stride * size_of(a.dtype);
-  for (int e = 0; e < kBlock; e++)
-    row[e] = static_cast<const char*>(a.data) + (first + smaller(e, count - 1)) * bytes;
-#if defined(__AVX512BF16__)
-  if (b.pairs) return tile<MultiplyBf16, NV, accumulate>(row, b.data, b.lanes, depth / 2, c, ldc);
-#endif
-  if (a.dtype == DType::bf16) {
+  const char* rows = static_cast<const char*>(a.data) + first * bytes;
+  if constexpr (Meanwhile::active) {
+    if (count >= kBlock && (b.pairs || a.dtype == DType::f32))
+      return multiply_rows<NV, accumulate>(EvenRows(rows, bytes), depth, b, c, ldc, chunk, *meanwhile);
+  }
+  ScatteredRows row;
+  for (int e = 0; e < kBlock; e++) row.row[e] = rows + smaller(e, count - 1) * bytes;
+  if (a.dtype == DType::bf16 && !b.pairs) {
     for (int e = 0; e < kBlock; e++) {
       const uint16_t* from = reinterpret_cast<const uint16_t*>(row[e]);
       float* to = widened + e * depth;
       int64_t k = 0;
       for (; k + VL <= depth; k += VL) store(to + k, load(from + k));
       for (; k < depth; k++) to[k] = widen(from[k]);
-      row[e] = reinterpret_cast<const char*>(to);
+      row.row[e] = reinterpret_cast<const char*>(to);
     }
   }
-  const int64_t pieces = ceil_div(depth, chunk);
-  for (int64_t p = 0; p < pieces; p++) {
-    const int64_t k = p * depth / pieces, steps = (p + 1) * depth / pieces - k;
-    if (p == 0)
-      tile<MultiplyF32, NV, accumulate>(row, b.data, b.lanes, steps, c, ldc);
-    else
-      tile<MultiplyF32, NV, true>(row, b.data + k * b.lanes, b.lanes, steps, c, ldc);
-    for (int e = 0; e < kBlock; e++) row[e] += 4 * steps;
-  }
+  NothingAhead nothing;
+  multiply_rows<NV, accumulate>(row, depth, b, c, ldc, chunk, nothing);
 }
 
 CROSSVIT_INLINE char* row_pointer(const Rows& rows, int64_t m) {

@@ -19,11 +19,21 @@ inline Panel prepare_panel(const Rows& x, int64_t m, int64_t count, int64_t dept
 }
 
 // c (VL columns of the result x lanes) = rows [first, first + columns) of the matrix times the panel.
-template <int NV>
+template <int NV, bool lines = false>
 inline void multiply_columns(const Matrix& matrix, int64_t first, int64_t columns, int64_t depth, const Panel& panel,
-                             float* c, float* widened) {
-  for (int64_t e = 0; e < columns; e += kBlock)
-    multiply_block<NV>(matrix, first + e, columns - e, depth, panel, c + e * panel.lanes, panel.lanes, widened);
+                             float* c, float* widened, Ahead<lines> ahead = {}) {
+  const int64_t bytes = matrix.row_stride * size_of(matrix.dtype);
+  for (int64_t e = 0; e < columns; e += kBlock) {
+    ahead.weights = static_cast<const char*>(matrix.data) + (first + e + kBlock) * bytes;
+    multiply_block<NV, false, Ahead<lines>>(matrix, first + e, columns - e, depth, panel, c + e * panel.lanes,
+                                            panel.lanes, widened, kDepthChunk, &ahead);
+  }
+}
+
+// The lines of an epilogue that stores these columns and, where there is a residual, reads its.
+CROSSVIT_INLINE Ahead<true> ahead_of(const PanelRows& out, const PanelRows* residual, int64_t count, int64_t column) {
+  const PanelRows& read = residual ? *residual : out;
+  return {nullptr, out.row, read.row, column * size_of(out.dtype), column * size_of(read.dtype), count - 1};
 }
 
 // The factor of one row and VL columns.
@@ -58,9 +68,8 @@ inline void linear_panel(const LinearArgs& a, int64_t m, int64_t count, int64_t 
   const PanelRows out(a.out, m, count), residual(a.residual, m, count), pre(a.pre, m, count);
   for (int64_t e = begin; e < end; e += VL) {
     const int n = static_cast<int>(smaller(end - e, VL));
-    out.prefetch<true>(count, e);
-    if (a.residual.data) residual.prefetch<false>(count, e);
-    multiply_columns<NV>(a.weight, e, n, a.in, panel, s.c, s.widened);
+    multiply_columns<NV, true>(a.weight, e, n, a.in, panel, s.c, s.widened,
+                               ahead_of(out, a.residual.data ? &residual : nullptr, count, e));
     const Vec bias = load(s.bias + e);
     for_each_row<NV>(s.c, panel.lanes, count, [&](int64_t r, Vec y) {
       y += bias;

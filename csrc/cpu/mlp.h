@@ -59,9 +59,7 @@ inline void mlp_panel(const MlpArgs& a, int64_t m, int64_t count, const MlpScrat
   const PanelRows out(a.out, m, count), x(a.x, m, count);
   for (int64_t e = 0; e < a.width; e += VL) {
     const int n = static_cast<int>(smaller(a.width - e, VL));
-    out.prefetch<true>(count, e);
-    x.prefetch<false>(count, e);
-    multiply_columns<NV>(a.w2, e, n, a.hidden, hidden, s.c, s.widened);
+    multiply_columns<NV, true>(a.w2, e, n, a.hidden, hidden, s.c, s.widened, ahead_of(out, &x, count, e));
     const Vec bias = load(s.b2 + e);
     for_each_row<NV>(s.c, lanes, count, [&](int64_t r, Vec y) {
       y += bias;
