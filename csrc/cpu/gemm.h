@@ -300,6 +300,28 @@ struct PanelRows {
   CROSSVIT_INLINE void store(int64_t r, int64_t column, Vec v, int n) const { store_as(dtype, row[r], column, v, n); }
 };
 
+// VL columns of c (columns x lanes) and their bias, as bfloat16 rows: neighbours share a lane before they are transposed, which
+// halves the shuffles.
+template <int NV>
+CROSSVIT_INLINE void store_pairs(const float* c, int64_t ldc, int64_t count, const float* bias, const PanelRows& out,
+                                 int64_t column) {
+  for (int64_t v = 0; v * VL < count; v++) {
+    Vec both[VL / 2];
+    CROSSVIT_UNROLL
+    for (int e = 0; e < VL / 2; e++) {
+      const float* at = c + 2 * e * ldc + v * VL;
+      both[e] = pair(CROSSVIT_ISA::load(at) + bias[2 * e], CROSSVIT_ISA::load(at + ldc) + bias[2 * e + 1]);
+    }
+    transpose_halves(both);
+    float rows[VL / 2 * VL];
+    CROSSVIT_UNROLL
+    for (int r = 0; r < VL / 2; r++) CROSSVIT_ISA::store(rows + r * VL, both[r]);
+    const int64_t here = smaller(count - v * VL, VL);
+    for (int64_t r = 0; r < here; r++)
+      __builtin_memcpy(out.row[v * VL + r] + 2 * column, rows + r % (VL / 2) * VL + r / (VL / 2) * (VL / 2), 2 * VL);
+  }
+}
+
 CROSSVIT_INLINE float element(const Vector& v, int64_t i) {
   return v.dtype == DType::f32 ? static_cast<const float*>(v.data)[i] : widen(static_cast<const uint16_t*>(v.data)[i]);
 }
@@ -316,33 +338,45 @@ inline void pack_pairs(float* data, int64_t lanes, int64_t depth) {
       store(data + k * lanes + r, pair(load(data + 2 * k * lanes + r), load(data + (2 * k + 1) * lanes + r)));
 }
 
-// How `rows` rows are cut into panels of nearly equal numbers of whole vectors.
+// How `rows` rows are cut into panels. For several threads: full panels, as many for each, then one of what is left for each,
+// so that all end at the same time.
 struct PanelSplit {
-  int64_t vectors, panels;
-  explicit PanelSplit(int64_t rows) : vectors(ceil_div(rows, VL)), panels(ceil_div(vectors, kPanelVectors)) {}
-  int64_t first(int64_t panel) const { return panel * vectors / panels * VL; }
+  int64_t vectors, full, panels;
+  explicit PanelSplit(int64_t rows, int64_t threads = 1)
+      : vectors(ceil_div(rows, VL)), full(threads > 1 ? vectors / (threads * kPanelVectors) * threads : 0) {
+    const int64_t rest = vectors - full * kPanelVectors;
+    panels = full + (threads > 1 ? smaller(rest, threads) : ceil_div(rest, kPanelVectors));
+  }
+  int64_t first(int64_t panel) const {
+    if (panel <= full) return panel * kPanelVectors * VL;
+    const int64_t rest = vectors - full * kPanelVectors;
+    return (full * kPanelVectors + ceil_div((panel - full) * rest, panels - full)) * VL;
+  }
   int vectors_of(int64_t panel) const { return static_cast<int>((first(panel + 1) - first(panel)) / VL); }
 };
 
-// Panels too few to divide over the threads are cut by the result's columns too, as long as a piece is worth preparing
-// its panel. How many pieces; an empty batch has no panels.
-inline int64_t column_pieces(int64_t panels, int64_t columns, int64_t threads) {
+// How a product's result is cut into tasks: by panels of its rows and, where these are too few to divide over the threads, by
+// its columns too, as long as a piece is worth preparing its panel. An empty batch has no panels.
+inline int64_t choose_pieces(int64_t rows, int64_t columns, int64_t threads, Pieces& pieces) {
+  const int64_t panels = PanelSplit(rows).panels;
   const int64_t wanted = panels >= 8 * threads || threads == 1 || panels == 0 ? 1 : ceil_div(4 * threads, panels);
-  return larger(1, smaller(wanted, columns / (4 * VL)));
+  pieces.of_columns = larger(1, smaller(wanted, columns / (4 * VL)));
+  pieces.threads = pieces.of_columns == 1 ? threads : 1;
+  return PanelSplit(rows, pieces.threads).panels * pieces.of_columns;
 }
 
 // One of them: rows [m, m + count), which are so many vectors of lanes, and columns [begin, end).
 struct PanelPiece {
   int64_t m, count, begin, end;
   int vectors;
-  PanelPiece(int64_t rows, int64_t columns, int64_t pieces, int64_t task) {
-    const PanelSplit split(rows);
-    const int64_t panel = task / pieces, piece = task % pieces, blocks = ceil_div(columns, VL);
+  PanelPiece(int64_t rows, int64_t columns, const Pieces& pieces, int64_t task) {
+    const PanelSplit split(rows, pieces.threads);
+    const int64_t panel = task / pieces.of_columns, piece = task % pieces.of_columns, blocks = ceil_div(columns, VL);
     m = split.first(panel);
     count = smaller(split.first(panel + 1), rows) - m;
     vectors = split.vectors_of(panel);
-    begin = piece * blocks / pieces * VL;
-    end = smaller((piece + 1) * blocks / pieces * VL, columns);
+    begin = piece * blocks / pieces.of_columns * VL;
+    end = smaller((piece + 1) * blocks / pieces.of_columns * VL, columns);
   }
 };
 

@@ -44,6 +44,11 @@ struct Scale {
   int64_t rows_per_sample = 1;
 };
 
+// How a product's result is cut into tasks (gemm.h); chosen by tasks().
+struct Pieces {
+  int64_t of_columns = 1, threads = 1;  // pieces of the columns; threads that panels of the rows are divided over
+};
+
 // out = residual + scale * act(Linear(pre_act(norm(x)))), every part but Linear optional.
 struct LinearArgs {
   Rows x, out, residual, pre;  // pre: Linear's result before the activation, wanted where data is not null
@@ -53,7 +58,7 @@ struct LinearArgs {
   Matrix weight;
   Vector bias;
   Scale scale;
-  int64_t splits = 1;  // of the output columns, chosen by tasks()
+  Pieces pieces;
 };
 
 // out = x + scale * (W2 gelu(W1 norm(x) + b1) + b2), a row panel at a time, the hidden activations in cache.
@@ -64,6 +69,7 @@ struct MlpArgs {
   Matrix w1, w2;
   Vector b1, b2;
   Scale scale;
+  Pieces pieces;
 };
 
 // The gradient of a weight (out, in) is left (out, rows) times right (rows, in): the gradient of what the weight made, and
@@ -199,7 +205,7 @@ struct PatchEmbedArgs {
   Matrix weight;  // (out, channels * patch * patch)
   Vector bias;
   Rows positions, out, cls_token, cls_position, cls_out;
-  int64_t splits = 1;  // of the output columns, chosen by tasks()
+  Pieces pieces;
 };
 
 // The patches as rows (patches, channels * patch * patch), for the weight's gradient.

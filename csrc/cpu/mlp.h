@@ -45,7 +45,7 @@ inline void mlp_panel(const MlpArgs& a, int64_t m, int64_t count, const MlpScrat
         for (int v = 0; v < NV; v++) {
           const float* at = c + e * lanes + v * VL;
           store(s.hidden + (h + e) / 2 * lanes + v * VL,
-                pair(gelu(load(at) + s.b1[h + e]), gelu(load(at + lanes) + s.b1[h + e + 1])));
+                pair(gelu_bf16(load(at) + s.b1[h + e]), gelu_bf16(load(at + lanes) + s.b1[h + e + 1])));
         }
     } else {
       for (int e = 0; e < n; e++)
@@ -69,12 +69,15 @@ inline void mlp_panel(const MlpArgs& a, int64_t m, int64_t count, const MlpScrat
   }
 }
 
-inline int64_t mlp_tasks(MlpArgs& a, int64_t) { return PanelSplit(a.rows).panels; }
+inline int64_t mlp_tasks(MlpArgs& a, int64_t threads) {
+  a.pieces.threads = threads;
+  return PanelSplit(a.rows, threads).panels;
+}
 inline int64_t mlp_scratch(const MlpArgs& a) { return MlpScratch(a, nullptr).bytes; }
 
 inline void mlp_run(const MlpArgs& a, int64_t task, char* scratch) {
   const MlpScratch s(a, scratch);
-  const PanelSplit split(a.rows);
+  const PanelSplit split(a.rows, a.pieces.threads);
   const int64_t m = split.first(task), count = smaller(split.first(task + 1), a.rows) - m;
   load_vector(a.norm.weight, 0, a.width, 1.0f, s.norm_weight);
   load_vector(a.norm.bias, 0, a.width, 0.0f, s.norm_bias);

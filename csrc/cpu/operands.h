@@ -39,15 +39,6 @@ inline int64_t operand_bytes(int64_t rows, int64_t features, DType products) {
   return OperandShape(rows, features, products).bytes();
 }
 
-CROSSVIT_INLINE void store_half(char* to, Vec v) {
-#if defined(__AVX512BF16__)
-  const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
-  __builtin_memcpy(to, &half, sizeof half);
-#else
-  store(reinterpret_cast<uint16_t*>(to), v);
-#endif
-}
-
 // Features [e, e + columns) of rows [m, m + count), which come as a panel of `lanes`, into a left operand. Lanes behind the
 // last row become zero.
 template <int NV>
@@ -62,7 +53,7 @@ inline void write_left(void* operand, const OperandShape& shape, int64_t m, int6
       if (here < VL)
         for (int64_t r = here; r < VL; r++) values[r] = 0.0f;
       if (shape.pairs())
-        store_half(to, values);
+        store(reinterpret_cast<uint16_t*>(to), values);
       else
         store(reinterpret_cast<float*>(to), values);
     }

@@ -222,16 +222,14 @@ inline void patch_embed_panel(const PatchEmbedArgs& a, int64_t m, int64_t count,
 }
 
 inline int64_t patch_embed_tasks(PatchEmbedArgs& a, int64_t threads) {
-  const int64_t panels = PanelSplit(a.patches).panels;
-  a.splits = column_pieces(panels, a.out_features, threads);
-  return panels * a.splits;
+  return choose_pieces(a.patches, a.out_features, threads, a.pieces);
 }
 
 inline int64_t patch_embed_scratch(const PatchEmbedArgs& a) { return PatchEmbedScratch(a, nullptr).bytes; }
 
 inline void patch_embed_run(const PatchEmbedArgs& a, int64_t task, char* scratch) {
   const PatchEmbedScratch s(a, scratch);
-  const PanelPiece piece(a.patches, a.out_features, a.splits, task);
+  const PanelPiece piece(a.patches, a.out_features, a.pieces, task);
   load_vector(a.bias, 0, a.out_features, 0.0f, s.bias);
   with_vectors(piece.vectors,
                [&]<int NV>() { patch_embed_panel<NV>(a, piece.m, piece.count, piece.begin, piece.end, s); });
