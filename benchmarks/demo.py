@@ -21,12 +21,13 @@ import crossvit.explain
 import crossvit.predict
 import crossvit.train
 from crossvit.__main__ import main as command
+from crossvit.files import write_text
 from crossvit.training.curves import draw_curves
 
 SIDE = 32
 HELD_OUT = 0.2
 MODEL = """--model crossvit_tiny_240 --image-size 24 --set patch_size=[4,6] --set img_scale=[1,1]
-    --set embed_dim=[48,96] --set num_heads=[3,3] --set depth=[[1,2,0]]""".split()  # noqa: SIM905
+    --set embed_dim=[48,96] --set num_heads=[3,3] --set depth=[[1,2,0]] --set pos_std=0.5""".split()  # noqa: SIM905
 RECIPE = """--preset small --batch-size 32 --lr 3e-3 --betas 0.9 0.98 --warmup-epochs 2 --clip-grad 1
     --weight-decay 0.01 --ema 0.99 --ema-warmup --label-smoothing 0.05 --drop-path 0 --flip 0 --color-jitter 0
     --crop-scale 0.8 --crop-ratio 1 --precision bfloat16 --device cpu --workers 1
@@ -75,7 +76,10 @@ def train(data: Path, out: Path, *options: str, epochs: int) -> dict[str, float]
     started = time.perf_counter()
     run("train", data, "--out", out, *MODEL, *RECIPE, "--epochs", str(epochs), *options)
     seconds = time.perf_counter() - started
-    run("evaluate", data, "--checkpoint", out / "best.pth", "--json", out / "evaluation.json", "--workers", "0")
+    run(
+        *("evaluate", data, "--checkpoint", out / "best.pth", "--workers", "0"),
+        *("--json", out / "evaluation.json", "--confusion", out / "confusion.png"),
+    )
     return {"top1": json.loads((out / "evaluation.json").read_text())["top1"], "seconds": round(seconds, 1)}
 
 
@@ -108,6 +112,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def pictured(out: Path) -> str:
+    """The pictures of a demo."""
+    return ", ".join(str(path.relative_to(out)) for path in sorted([out / "curves.png", *out.glob("attention/*.png")]))
+
+
 def main() -> None:
     """Everything, into the folder --out, which is emptied first of what an earlier demo left there."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
@@ -115,6 +124,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--fusion-epochs", type=int, default=FUSION_EPOCHS)
     options = parser.parse_args()
+    started = time.perf_counter()
     out, data = options.out, options.out / "digits"
     for name in ("digits", "runs", "attention"):
         shutil.rmtree(out / name, ignore_errors=True)
@@ -130,10 +140,11 @@ def main() -> None:
     run("predict", *pictures, "--checkpoint", best, "--top", "3", "--workers", "0")
     run("explain", *pictures, "--checkpoint", best, "--output", out / "attention", "--workers", "0")
     results["fusions"] = compare_fusions(data, out / "runs" / "fusions", options.fusion_epochs)
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
     print("\n" + table(results["fusions"]))
     for name in ("kernels", "reference"):
         print(f"{name}: {results[name]['top1']:.2f} % of the held-out digits, trained in {results[name]['seconds']} s")
+    print(f"pictures in {out}: {pictured(out)}; everything took {time.perf_counter() - started:.0f} s")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except ImportError as error:
             print(f"crossvit {name}: error: {error} (the commands need {PACKAGES})", file=sys.stderr)
             return 2
+        except KeyboardInterrupt:  # importing takes seconds
+            return 130
         module.add_arguments(sub)
     options = parser.parse_args(given)
     return _run(module.run, options)

@@ -24,7 +24,7 @@ class Panel:
 def draw_panels(picture: Image.Image, rows: Sequence[Sequence[Panel]], title: str, path: str | Path) -> None:
     """Draws rows of panels over `picture`, which shows what the model saw, as a PNG at `path`.
 
-    Each map is scaled from its smallest weight to its largest: colours say where a map is large, not how large.
+    Each map is scaled from its smallest weight to its largest: colours say where a map is large, titles how large.
     """
     import matplotlib
 
@@ -66,9 +66,11 @@ def overlay(picture: Image.Image, weights: Tensor) -> np.ndarray:
 
 
 def _enlarge(weights: Tensor, size: tuple[int, int]) -> np.ndarray:
-    """Weights (rows, columns) at (width, height) = `size`, from 0 for the smallest to 1 for the largest; bilinear."""
+    """Weights (rows, columns) at (width, height) = `size`, from 0 for the smallest to 1 for the largest; bicubic."""
     weights = weights.float().cpu()
     low, high = weights.min(), weights.max()
     scaled = (weights - low) / (high - low).clamp(min=1e-12)
-    enlarged: np.ndarray = interpolate(scaled[None, None], (size[1], size[0]), mode="bilinear")[0, 0].numpy()
-    return enlarged
+    # Bilinear shows the patches' centres as stars.
+    enlarged = interpolate(scaled[None, None], (size[1], size[0]), mode="bicubic")[0, 0]
+    clamped: np.ndarray = enlarged.clamp(0, 1).numpy()
+    return clamped

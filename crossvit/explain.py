@@ -97,8 +97,8 @@ def panels(
         for other, heads in zip(found.reads, found.pictures()):
             name, place = _describe(found, other, loaded), [f"stage {found.stage + 1}"] * several
             place += [f"layer {found.layer + 1}"] * (found.layer > 0)
-            own = [Panel(_over([*place, f"head {h}"], name), head) for h, head in enumerate(heads[0])]
-            mean = [Panel(_over(place, name), heads[0].mean(dim=0))]
+            own = [_panel([*place, f"head {h}"], name, head) for h, head in enumerate(heads[0])]
+            mean = [_panel(place, name, heads[0].mean(dim=0))]
             drawn.setdefault((found.stage, found.kind != "self"), []).append(own if options.heads else mean)
     if options.heads:
         return [first, *(row for rows in drawn.values() for row in rows)]
@@ -122,8 +122,9 @@ def _describe(found: AttentionMap, other: int, loaded: Loaded) -> str:
     return f"{_branch(found.branch, loaded)} reads {'itself' if found.kind == 'self' else _branch(other, loaded)}"
 
 
-def _over(place: list[str], name: str) -> str:
-    return f"{', '.join(place)}\n{name}" if place else name
+def _panel(place: list[str], name: str, weights: Tensor) -> Panel:
+    shares = f"{weights.min():.1%} to {weights.max():.1%} a patch"
+    return Panel("\n".join([", ".join(place)] * bool(place) + [name, shares]), weights)
 
 
 def _branch(b: int, loaded: Loaded) -> str:

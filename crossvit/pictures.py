@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from .commands import CommandError, Loaded
 from .data import ImageError
 from .datasets import Images
+from .training.loading import start_worker
 from .transforms import IMAGENET_MEAN, IMAGENET_STD, Transform, evaluation_transform
 
 
@@ -110,6 +111,7 @@ def batches(
         num_workers=workers if len(order) > batch_size else 0,  # starting one takes longer than a batch
         collate_fn=_collate,
         pin_memory=on_gpu,
+        worker_init_fn=start_worker,
     )
     for good, stacked, failures in loader:
         yield Batch(good, stacked.to(loaded.device, loaded.dtype, non_blocking=True), failures)

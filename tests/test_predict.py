@@ -3,7 +3,9 @@
 import io
 import json
 import os
+import signal
 import struct
+import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -17,6 +19,8 @@ import crossvit
 from commands import CLASSES, command, photograph, save_small
 from crossvit.data import load_image
 from crossvit.transforms import evaluation_transform
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +191,28 @@ def test_globs_standard_input_and_class_files(
     done = command("predict", tmp_path / "a.png", *shared, "--classes", tmp_path / "names.txt")
     assert done.status == 2
     assert "1 class names were given, but the model has 3 classes" in done.err
+
+
+def test_ctrl_c(checkpoint: Path, cat: Image.Image, tmp_path: Path) -> None:
+    """With processes that decode, which a terminal interrupts too: one word, status 130."""
+    cat.save(tmp_path / "a.png")
+    arguments = ["predict", *[tmp_path / "a.png"] * 10_000, "--checkpoint", checkpoint, "--workers", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "crossvit", *map(str, arguments), "--batch-size", "4"],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert (process.returncode, said.strip()) == (130, "interrupted")
 
 
 def test_what_cannot_be_asked(checkpoint: Path, cat: Image.Image, tmp_path: Path) -> None:

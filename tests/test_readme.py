@@ -1,5 +1,7 @@
 """What the README tells a reader to type works."""
 
+import argparse
+import importlib
 import re
 import shlex
 from importlib.util import find_spec
@@ -27,6 +29,11 @@ def test_its_commands_exist() -> None:
         if words[0] == "make":
             assert set(words[1:]) <= targets, command
         elif "-m" in words and words[0] in ("python", "torchrun"):
-            assert find_spec(words[words.index("-m") + 1]), command
+            name, *rest = words[words.index("-m") + 1 :]
+            assert find_spec(name), command
+            if name == "crossvit":
+                parser = argparse.ArgumentParser()
+                importlib.import_module(f"crossvit.{rest[0]}").add_arguments(parser)
+                parser.parse_args(rest[1:])  # exits where an option does not exist
         else:
             assert words[0] in ("pip", "python"), command

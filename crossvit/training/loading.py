@@ -6,6 +6,7 @@ import random
 import signal
 import sys
 from collections.abc import Iterator
+from types import TracebackType
 
 import numpy as np
 import torch
@@ -145,17 +146,26 @@ def _options(workers: int, pin: bool) -> dict:
         num_workers=workers,
         pin_memory=pin,
         persistent_workers=workers > 0,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         generator=torch.Generator(),  # its own: an iterator draws from it, which must not move the run's
     )
 
 
-def _start_worker(worker: int) -> None:
+def start_worker(worker: int) -> None:
     """A worker leaves signals to its parent, whose group they are often sent to: a worker that ends at once would end
     the parent within its step. It has a minute to save.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
+    sys.excepthook = _print_unless_the_parent_left
+
+
+def _print_unless_the_parent_left(
+    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    """The thread that hands a batch over says so when its parent is interrupted; nobody needs to read that."""
+    if not isinstance(error, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, traceback)
 
 
 def _states() -> tuple:
