@@ -377,6 +377,29 @@ def test_broken_images(data: Path, tmp_path: Path) -> None:
     assert f"skipped {broken}: truncated or broken" in printed
 
 
+def test_a_run_goes_on_with_other_settings(data: Path, tmp_path: Path) -> None:
+    """They are said, and count from there on; what cannot change is refused."""
+    out = tmp_path / "run"
+    assert train(data, out, "--epochs", "1")[0] == 0
+    changed = ["--epochs", "2", "--resume", "auto", "--lr", "0.5", "--warmup-epochs", "0", "--weight-decay", "0.2"]
+    status, printed = train(data, out, *changed)
+    assert status == 0, printed
+    assert "lr is 0.5, was 0.001" in printed
+    assert "weight_decay is 0.2, was 0.05" in printed
+    groups = load(out / "last.pth")["optimizer"]["param_groups"]
+    assert sorted(group["weight_decay"] for group in groups) == [0, 0.2]
+    assert read_lines(out / "metrics.jsonl")[-2]["lr"] == pytest.approx(
+        0.5 * (1 + math.cos(math.pi * 5 / 6)) / 2, rel=1e-3
+    )
+    for options, message in (
+        (["--optimizer", "sgd"], "optimizer must stay what it was within a run, adamw, got sgd"),
+        (["--layer-decay", "0.5"], "the checkpoint's optimizer groups the parameters in another way"),
+        (["--set", "depth=[[1,1,1],[1,1,1]]"], "the checkpoint's weights are of another model"),
+    ):
+        status, printed = train(data, out, "--resume", "auto", *options)
+        assert (status, message in printed) == (2, True), printed
+
+
 def test_a_loss_that_is_no_number_ends_the_run(data: Path, tmp_path: Path) -> None:
     status, printed = train(data, tmp_path / "run", "--lr", "1e30", "--optimizer", "sgd")
     assert status == 1

@@ -135,7 +135,15 @@ def load_whole(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Puts an optimizer's whole state into one over parameters that may be sharded, in the same order."""
+    """Puts an optimizer's whole state into one over parameters that may be sharded, in the same order. What its groups
+    are set to stays. Raises ValueError where the groups are of other sizes.
+    """
+    sizes = [[len(group["params"]) for group in groups] for groups in (state["param_groups"], optimizer.param_groups)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            "the checkpoint's optimizer groups the parameters in another way: layer_decay cannot be turned on or off "
+            "within a run, nor weight_decay"
+        )
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     entries = {
         index: {
@@ -144,7 +152,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
         }
         for index, entry in state["state"].items()
     }
-    optimizer.load_state_dict({"state": entries, "param_groups": state["param_groups"]})
+    optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _like(target: Tensor, value: Tensor) -> Tensor:

@@ -62,12 +62,15 @@ class Run:
     def restore(self, content: dict[str, Any]) -> list[str]:
         """Becomes what `capture` returned; returns what is not as it was then, in sentences.
 
-        Raises ValueError for the checkpoint of another model, or one within an epoch of other images.
+        Raises ValueError for the checkpoint of another model or optimizer, or one within an epoch of other images.
         """
         if content["classes"] != notes(self.model, self.training.classes)["classes"]:
             raise ValueError("the checkpoint is of other classes than the data's")
         position = Position(**content["position"])
         told = _changes(content["recipe"], asdict(self.recipe))
+        before = content["recipe"]["optimizer"]
+        if before != self.recipe.optimizer:
+            raise ValueError(f"optimizer must stay what it was within a run, {before}, got {self.recipe.optimizer}")
         batch = content["recipe"]["batch_size"]
         if position.step and (content["images"], batch) != (len(self.training), self.recipe.batch_size):
             raise ValueError(
