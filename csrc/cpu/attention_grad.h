@@ -1,94 +1,178 @@
-// Backward of attention.h, one head of one image a task: probabilities are made again from the saved log sum exp.
+// Backward of attention.h, one head of one image a task: probabilities are made again from the saved log sum exp. With S the
+// scaled scores, P = softmax(S), dP = dO V^T and dS = P * (dP - sum(dO * O)): dQ = dS K, dK = dS^T Q, dV = P^T dO. Products of
+// bfloat16 run on pairs where the machine has them, of keys in dQ and of queries in dK and dV.
 #pragma once
 
 #include "attention.h"
+#include "operands.h"
 
 namespace crossvit::CROSSVIT_ISA {
 
+constexpr int64_t kGroupSteps = 128;  // steps of the products dK and dV that a group of queries makes, at most
+
+// The queries are cut into groups, whose P^T and dS^T stay in L2 until K and V's gradients take them, and these into panels.
+struct QueryGroups {
+  int64_t vectors, groups;
+  QueryGroups(int64_t tokens, bool pairs)
+      : vectors(ceil_div(tokens, VL)), groups(ceil_div(vectors, kGroupSteps * (pairs ? 2 : 1) / VL)) {}
+  int64_t first(int64_t group) const { return group * vectors / groups * VL; }
+  int64_t most() const { return ceil_div(vectors, groups) * VL; }
+};
+
 struct AttentionGradScratch {
-  float *query, *grad, *scores, *grad_scores, *keys_t, *query_rows, *grad_rows, *grad_keys, *grad_values, *c, *widened;
-  int64_t keys_padded, width_padded, bytes;
+  float *query, *grad, *out, *scores, *keys, *values, *keys_t, *keys_f32, *grad_scores, *p_t, *ds_t, *query_rows;
+  float *grad_rows, *grad_keys, *grad_values;
+  int64_t keys_padded, width_padded, group, bytes;  // group: queries in one, at most
+  bool pairs, width_pairs;                          // of keys or queries, of the head's columns
   AttentionGradScratch(const AttentionGradArgs& a, char* base) {
     Arena arena{base};
-    const int64_t lanes = kPanelVectors * VL;
+    constexpr int64_t lanes = kPanelVectors * VL;
+    pairs = kDotBf16 && a.dtype == DType::bf16;
+    width_pairs = multiplies_pairs(a.dtype, a.width);
     keys_padded = round_up(a.tokens, VL);
     width_padded = round_up(a.width, VL);
+    group = QueryGroups(a.tokens, pairs).most();
     query = arena.floats(width_padded * lanes);
     grad = arena.floats(width_padded * lanes);
-    scores = arena.floats(keys_padded * lanes);
-    grad_scores = arena.floats(keys_padded * lanes);
+    out = arena.floats(width_padded * lanes);
+    scores = arena.floats(2 * kBlock * lanes);
+    keys = arena.floats(a.tokens * width_padded);
+    values = arena.floats(a.tokens * width_padded);
     keys_t = arena.floats(width_padded * keys_padded);
-    query_rows = arena.floats(lanes * width_padded);
-    grad_rows = arena.floats(lanes * width_padded);
+    keys_f32 = arena.floats(pairs ? width_padded * keys_padded : 0);
+    grad_scores = arena.floats(keys_padded * lanes);
+    p_t = arena.floats(keys_padded * group);
+    ds_t = arena.floats(keys_padded * group);
+    query_rows = arena.floats(group * width_padded);
+    grad_rows = arena.floats(group * width_padded);
     grad_keys = arena.floats(keys_padded * width_padded);
     grad_values = arena.floats(keys_padded * width_padded);
-    c = arena.floats(width_padded * lanes);
-    widened = arena.floats(kBlock * a.width);
     bytes = arena.used;
   }
 };
 
+// A head's keys or values as the matrix that meets queries or their gradients.
+inline Matrix gather_head(const AttentionGradArgs& a, const Rows& rows, const AttentionGradScratch& s, float* to) {
+  if (!s.width_pairs) {
+    load_rows(rows, 0, a.tokens, a.width, to, s.width_padded);
+    return {to, DType::f32, s.width_padded};
+  }
+  for (int64_t n = 0; n < a.tokens; n++)
+    __builtin_memcpy(reinterpret_cast<uint16_t*>(to) + n * a.width, row_pointer(rows, n), 2 * a.width);
+  return {to, DType::bf16, a.width};
+}
+
+// Rows [m, m + count) as the panel [row][column] that meets P^T or dS^T, as pairs of rows where asked.
+inline void load_row_panel(const Rows& rows, int64_t m, int64_t count, int64_t width, bool pairs, float* to,
+                           int64_t ldt) {
+  if (!pairs) return load_rows(rows, m, count, width, to, ldt);
+  for (int64_t r = 0; r < count; r += 2, to += ldt) {
+    const char *even = row_pointer(rows, m + r), *odd = r + 1 < count ? row_pointer(rows, m + r + 1) : nullptr;
+    for (int64_t j = 0; j < width; j += VL) {
+      const int n = static_cast<int>(smaller(width - j, VL));
+      store(to + j, pair(load_as(rows.dtype, even, j, n), odd ? load_as(rows.dtype, odd, j, n) : Vec{}));
+    }
+  }
+}
+
+// P and dS of up to kBlock keys from n on and one panel of queries: to the panel that meets K and, `column` queries into the
+// group, to P^T and dS^T.
+template <int NV, bool pairs>
+CROSSVIT_INLINE void score_gradients(const AttentionGradArgs& a, const AttentionGradScratch& s, int64_t n,
+                                     int64_t column, float scale2, const Vec* lse2, const Vec* delta) {
+  constexpr int64_t lanes = NV * VL;
+  const float *scores = s.scores, *grads = s.scores + kBlock * lanes;
+  const int64_t count = smaller(a.tokens - n, kBlock);
+  for (int64_t e = 0; e < count; e += pairs ? 2 : 1) CROSSVIT_UNROLL
+    for (int v = 0; v < NV; v++) {
+      const int64_t at = e * lanes + v * VL, to = (n + e) * s.group + column + v * VL;
+      const Vec p = exponential2_of_nonpositive(load(scores + at) * scale2 - lse2[v]);
+      const Vec ds = p * (load(grads + at) - delta[v]);
+      if constexpr (pairs) {
+        // Behind the last key lies a row that nothing reads.
+        const Vec q = exponential2_of_nonpositive(load(scores + at + lanes) * scale2 - lse2[v]);
+        const Vec dq = e + 1 < count ? q * (load(grads + at + lanes) - delta[v]) : Vec{};
+        char *p_t = reinterpret_cast<char*>(s.p_t) + 2 * to, *ds_t = reinterpret_cast<char*>(s.ds_t) + 2 * to;
+        store_half(p_t, p);
+        store_half(p_t + 2 * s.group, q);
+        store_half(ds_t, ds);
+        store_half(ds_t + 2 * s.group, dq);
+        store(s.grad_scores + (n + e) / 2 * lanes + v * VL, pair(ds, dq));
+      } else {
+        store(s.p_t + to, p);
+        store(s.ds_t + to, ds);
+        store(s.grad_scores + (n + e) * lanes + v * VL, ds);
+      }
+    }
+}
+
+// One panel of queries, `column` into its group: their gradient, and their columns of P^T and dS^T.
 template <int NV>
 inline void attention_grad_panel(const AttentionGradArgs& a, int64_t image, int64_t head, int64_t m, int64_t count,
+                                 int64_t column, const Matrix& keys, const Matrix& values, const Matrix& keys_t,
                                  const AttentionGradScratch& s) {
   constexpr int64_t lanes = NV * VL;
+  constexpr float kLog2E = 1.4426950408889634f;
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(a.width));
-  const Rows query = head_rows(a, image, head, 0), grad = joined_rows(a, a.grad_out, image, head);
-  const Matrix keys = as_matrix(head_rows(a, image, head, 1)), values = as_matrix(head_rows(a, image, head, 2));
-  load_transposed(query, m, count, 0, a.width, s.query, lanes);
-  load_rows(query, m, count, a.width, s.query_rows, s.width_padded);
-  load_rows(grad, m, count, a.width, s.grad_rows, s.width_padded);
-
-  // delta[q] = out[q] . grad[q], which is sum over keys of p times its gradient.
-  load_transposed(joined_rows(a, a.out, image, head), m, count, 0, a.width, s.grad, lanes);
-  Vec delta[NV] = {}, lse[NV];
-  load_transposed(grad, m, count, 0, a.width, s.c, lanes);
+  load_transposed(head_rows(a, image, head, 0), m, count, 0, a.width, s.query, lanes);
+  load_transposed(joined_rows(a, a.grad_out, image, head), m, count, 0, a.width, s.grad, lanes);
+  load_transposed(joined_rows(a, a.out, image, head), m, count, 0, a.width, s.out, lanes);
+  Vec delta[NV] = {}, lse2[NV];
   for (int64_t j = 0; j < a.width; j++)
-    for (int v = 0; v < NV; v++) delta[v] += load(s.grad + j * lanes + v * VL) * load(s.c + j * lanes + v * VL);
+    for (int v = 0; v < NV; v++) delta[v] += load(s.grad + j * lanes + v * VL) * load(s.out + j * lanes + v * VL);
   const float* saved = a.lse + (image * a.heads + head) * a.tokens + m;
   for (int v = 0; v < NV; v++) {
-    const int n = static_cast<int>(smaller(larger(count - v * VL, 0), VL));
-    lse[v] = n ? load_n(saved + v * VL, n) : Vec{};
+    const int64_t here = smaller(larger(count - v * VL, 0), VL);
+    lse2[v] = here ? load_n(saved + v * VL, static_cast<int>(here)) * kLog2E : Vec{};
+    for (int64_t r = here; r < VL; r++) lse2[v][r] = __builtin_inff();  // no query: a probability of zero
+  }
+  if (s.width_pairs) {
+    pack_pairs(s.query, lanes, a.width);
+    pack_pairs(s.grad, lanes, a.width);
   }
 
-  const Panel queries{s.query, lanes, false}, grads{s.c, lanes, false};
+  const Panel queries{s.query, lanes, s.width_pairs}, grads{s.grad, lanes, s.width_pairs};
   for (int64_t n = 0; n < a.tokens; n += kBlock) {
-    float *p = s.scores + n * lanes, *ds = s.grad_scores + n * lanes;
-    multiply_block<NV>(keys, n, a.tokens - n, a.width, queries, p, lanes, s.widened);
-    multiply_block<NV>(values, n, a.tokens - n, a.width, grads, ds, lanes, s.widened);
-    for (int e = 0; e < kBlock; e++) CROSSVIT_UNROLL
-      for (int v = 0; v < NV; v++) {
-        const int64_t at = e * lanes + v * VL;
-        const Vec probability = exponential(load(p + at) * scale - lse[v]);
-        store(p + at, probability);
-        store(ds + at, probability * (load(ds + at) - delta[v]) * scale);
-      }
+    multiply_block<NV>(keys, n, a.tokens - n, a.width, queries, s.scores, lanes, nullptr);
+    multiply_block<NV>(values, n, a.tokens - n, a.width, grads, s.scores + kBlock * lanes, lanes, nullptr);
+    if (s.pairs)
+      score_gradients<NV, true>(a, s, n, column, scale * kLog2E, lse2, delta);
+    else
+      score_gradients<NV, false>(a, s, n, column, scale * kLog2E, lse2, delta);
   }
 
-  const Panel grad_scores{s.grad_scores, lanes, false};
-  const Matrix keys_t{s.keys_t, DType::f32, s.keys_padded};
+  const Panel grad_scores{s.grad_scores, lanes, s.pairs};
+  const int64_t depth = s.pairs ? round_up(a.tokens, 2) : a.tokens;
+  for (int64_t j = 0; j < a.width; j += kBlock)
+    multiply_block<NV>(keys_t, j, a.width - j, depth, grad_scores, s.out + j * lanes, lanes, nullptr);
   Rows grad_query = head_rows(a, image, head, 0);
-  grad_query.data = static_cast<char*>(a.grad_qkv) +
-                    (image * a.tokens * 3 * a.heads + head) * a.width * size_of(a.dtype);
+  grad_query.data =
+      static_cast<char*>(a.grad_qkv) + (image * a.tokens * 3 * a.heads + head) * a.width * size_of(a.dtype);
   grad_query.row_stride = 3 * a.heads * a.width;
   const PanelRows to(grad_query, m, count);
-  for (int64_t j = 0; j < a.width; j += kBlock)
-    multiply_block<NV>(keys_t, j, a.width - j, a.tokens, grad_scores, s.c + j * lanes, lanes, nullptr);
   for (int64_t j = 0; j < a.width; j += VL)
-    for_each_row<NV>(s.c + j * lanes, lanes, count,
-                     [&](int64_t r, Vec g) { to.store(r, j, g, static_cast<int>(smaller(a.width - j, VL))); });
+    for_each_row<NV>(s.out + j * lanes, lanes, count, [&](int64_t r, Vec g) {
+      to.store(r, j, g * scale, static_cast<int>(smaller(a.width - j, VL)));
+    });
+}
 
-  const Matrix p{s.scores, DType::f32, lanes}, ds{s.grad_scores, DType::f32, lanes};
+// A group's part of the keys' and values' gradients.
+template <bool accumulate>
+inline void add_group(const AttentionGradArgs& a, int64_t count, const AttentionGradScratch& s) {
+  const DType dtype = s.pairs ? DType::bf16 : DType::f32;
+  const Matrix p_t{s.p_t, dtype, s.group}, ds_t{s.ds_t, dtype, s.group};
+  const int64_t depth = s.pairs ? round_up(count, 2) : count;
   const PanelSplit columns(a.width);
   for (int64_t c = 0; c < columns.panels; c++)
     with_vectors(columns.vectors_of(c), [&]<int NJ>() {
       const int64_t j = columns.first(c);
-      const Panel query_rows{s.query_rows + j, s.width_padded, false}, grad_rows{s.grad_rows + j, s.width_padded, false};
-      for (int64_t n = 0; n < a.tokens; n += kBlock) {
-        const int64_t at = n * s.width_padded + j;
-        multiply_block<NJ, true>(ds, n, a.tokens - n, count, query_rows, s.grad_keys + at, s.width_padded, nullptr);
-        multiply_block<NJ, true>(p, n, a.tokens - n, count, grad_rows, s.grad_values + at, s.width_padded, nullptr);
-      }
+      const Panel queries{s.query_rows + j, s.width_padded, s.pairs}, grads{s.grad_rows + j, s.width_padded, s.pairs};
+      for (int64_t n = 0; n < a.tokens; n += kBlock)
+        multiply_block<NJ, accumulate>(ds_t, n, a.tokens - n, depth, queries, s.grad_keys + n * s.width_padded + j,
+                                       s.width_padded, nullptr);
+      for (int64_t n = 0; n < a.tokens; n += kBlock)
+        multiply_block<NJ, accumulate>(p_t, n, a.tokens - n, depth, grads, s.grad_values + n * s.width_padded + j,
+                                       s.width_padded, nullptr);
     });
 }
 
@@ -98,27 +182,45 @@ inline int64_t attention_grad_scratch(const AttentionGradArgs& a) { return Atten
 inline void attention_grad_run(const AttentionGradArgs& a, int64_t task, char* scratch) {
   const AttentionGradScratch s(a, scratch);
   const int64_t image = task / a.heads, head = task % a.heads;
-  load_transposed(head_rows(a, image, head, 1), 0, a.tokens, 0, a.width, s.keys_t, s.keys_padded);
-  for (int64_t i = 0; i < s.keys_padded * s.width_padded; i += VL) {
-    store(s.grad_keys + i, Vec{});
-    store(s.grad_values + i, Vec{});
+  const Rows key_rows = head_rows(a, image, head, 1), query_rows = head_rows(a, image, head, 0);
+  const Rows grad_rows = joined_rows(a, a.grad_out, image, head);
+  const Matrix keys = gather_head(a, key_rows, s, s.keys);
+  const Matrix values = gather_head(a, head_rows(a, image, head, 2), s, s.values);
+  load_transposed(key_rows, 0, a.tokens, 0, a.width, s.pairs ? s.keys_f32 : s.keys_t, s.keys_padded);
+  if (s.pairs)
+    for (int64_t i = 0; i < a.width * s.keys_padded; i += VL)
+      store_half(reinterpret_cast<char*>(s.keys_t) + 2 * i, load(s.keys_f32 + i));
+  const Matrix keys_t{s.keys_t, s.pairs ? DType::bf16 : DType::f32, s.keys_padded};
+
+  const QueryGroups groups(a.tokens, s.pairs);
+  for (int64_t g = 0; g < groups.groups; g++) {
+    const int64_t m0 = groups.first(g), count = smaller(groups.first(g + 1), a.tokens) - m0;
+    load_row_panel(query_rows, m0, count, a.width, s.pairs, s.query_rows, s.width_padded);
+    load_row_panel(grad_rows, m0, count, a.width, s.pairs, s.grad_rows, s.width_padded);
+    const PanelSplit split(count);
+    for (int64_t p = 0; p < split.panels; p++) {
+      const int64_t m = split.first(p), here = smaller(split.first(p + 1), count) - m;
+      with_vectors(split.vectors_of(p), [&]<int NV>() {
+        attention_grad_panel<NV>(a, image, head, m0 + m, here, m, keys, values, keys_t, s);
+      });
+    }
+    if (g == 0)
+      add_group<false>(a, count, s);
+    else
+      add_group<true>(a, count, s);
   }
-  const PanelSplit split(a.tokens);
-  for (int64_t p = 0; p < split.panels; p++) {
-    const int64_t m = split.first(p), count = smaller(split.first(p + 1), a.tokens) - m;
-    with_vectors(split.vectors_of(p), [&]<int NV>() { attention_grad_panel<NV>(a, image, head, m, count, s); });
-  }
+
+  const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(a.width));
   const int64_t stride = 3 * a.heads * a.width;
   for (int64_t which = 1; which <= 2; which++) {
-    const float* from = which == 1 ? s.grad_keys : s.grad_values;
+    const float *from = which == 1 ? s.grad_keys : s.grad_values, factor = which == 1 ? scale : 1.0f;
     const int64_t offset = image * a.tokens * stride + (which * a.heads + head) * a.width;
     const Rows to{static_cast<char*>(a.grad_qkv) + offset * size_of(a.dtype), a.dtype, a.tokens, 0, stride};
-    for (int64_t n0 = 0; n0 < a.tokens; n0 += kPanelVectors * VL) {
-      const int64_t count = smaller(a.tokens - n0, kPanelVectors * VL);
-      const PanelRows rows(to, n0, count);
-      for (int64_t r = 0; r < count; r++)
-        for (int64_t j = 0; j < a.width; j += VL)
-          rows.store(r, j, load(from + (n0 + r) * s.width_padded + j), static_cast<int>(smaller(a.width - j, VL)));
+    for (int64_t n = 0; n < a.tokens; n++) {
+      char* row = row_pointer(to, n);
+      for (int64_t j = 0; j < a.width; j += VL)
+        store_as(a.dtype, row, j, load(from + n * s.width_padded + j) * factor,
+                 static_cast<int>(smaller(a.width - j, VL)));
     }
   }
 }
