@@ -51,28 +51,65 @@ struct AttentionGradScratch {
   }
 };
 
+constexpr int64_t kRowsAhead = 8;  // rows of a head by which a prefetch runs ahead: they lie far apart
+
+// Rows of a head, one after the other.
+struct HeadRows {
+  const char* row;
+  int64_t stride, bytes;
+  HeadRows(const Rows& rows, int64_t m, int64_t width)
+      : row(row_pointer(rows, m)), stride(rows.row_stride * size_of(rows.dtype)), bytes(width * size_of(rows.dtype)) {}
+  CROSSVIT_INLINE const char* next() {
+    const char* here = row;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(here + kRowsAhead * stride + i);
+    row += stride;
+    return here;
+  }
+};
+
+// Rows [m, m + count) as floats, padded to whole vectors.
+inline void load_head_rows(const Rows& rows, int64_t m, int64_t count, int64_t width, float* to, int64_t ldt) {
+  HeadRows from(rows, m, width);
+  for (int64_t r = 0; r < count; r++, to += ldt) {
+    const char* row = from.next();
+    for (int64_t j = 0; j < width; j += VL)
+      store(to + j, load_as(rows.dtype, row, j, static_cast<int>(smaller(width - j, VL))));
+  }
+}
+
 // A head's keys or values as the matrix that meets queries or their gradients.
 inline Matrix gather_head(const AttentionGradArgs& a, const Rows& rows, const AttentionGradScratch& s, float* to) {
   if (!s.width_pairs) {
-    load_rows(rows, 0, a.tokens, a.width, to, s.width_padded);
+    load_head_rows(rows, 0, a.tokens, a.width, to, s.width_padded);
     return {to, DType::f32, s.width_padded};
   }
+  HeadRows from(rows, 0, a.width);
   for (int64_t n = 0; n < a.tokens; n++)
-    __builtin_memcpy(reinterpret_cast<uint16_t*>(to) + n * a.width, row_pointer(rows, n), 2 * a.width);
+    __builtin_memcpy(reinterpret_cast<uint16_t*>(to) + n * a.width, from.next(), 2 * a.width);
   return {to, DType::bf16, a.width};
 }
 
 // Rows [m, m + count) as the panel [row][column] that meets P^T or dS^T, as pairs of rows where asked.
 inline void load_row_panel(const Rows& rows, int64_t m, int64_t count, int64_t width, bool pairs, float* to,
                            int64_t ldt) {
-  if (!pairs) return load_rows(rows, m, count, width, to, ldt);
+  if (!pairs) return load_head_rows(rows, m, count, width, to, ldt);
+  HeadRows from(rows, m, width);
   for (int64_t r = 0; r < count; r += 2, to += ldt) {
-    const char *even = row_pointer(rows, m + r), *odd = r + 1 < count ? row_pointer(rows, m + r + 1) : nullptr;
+    const char *even = from.next(), *odd = r + 1 < count ? from.next() : nullptr;
     for (int64_t j = 0; j < width; j += VL) {
       const int n = static_cast<int>(smaller(width - j, VL));
       store(to + j, pair(load_as(rows.dtype, even, j, n), odd ? load_as(rows.dtype, odd, j, n) : Vec{}));
     }
   }
+}
+
+// Rows [m, m + count) as the panel [column][row] that meets keys or values.
+inline void load_head_panel(const Rows& rows, int64_t m, int64_t count, int64_t width, bool pairs, float* to,
+                            int64_t lanes) {
+  if (pairs)
+    load_pairs(rows, m, count, 0, width, to, lanes);
+  else
+    load_transposed(rows, m, count, 0, width, to, lanes);
 }
 
 // P and dS of up to kBlock keys from n on and one panel of queries: to the panel that meets K and, `column` queries into the
@@ -92,11 +129,11 @@ CROSSVIT_INLINE void score_gradients(const AttentionGradArgs& a, const Attention
         // Behind the last key lies a row that nothing reads.
         const Vec q = exponential2_of_nonpositive(load(scores + at + lanes) * scale2 - lse2[v]);
         const Vec dq = e + 1 < count ? q * (load(grads + at + lanes) - delta[v]) : Vec{};
-        char *p_t = reinterpret_cast<char*>(s.p_t) + 2 * to, *ds_t = reinterpret_cast<char*>(s.ds_t) + 2 * to;
-        store_half(p_t, p);
-        store_half(p_t + 2 * s.group, q);
-        store_half(ds_t, ds);
-        store_half(ds_t + 2 * s.group, dq);
+        uint16_t *p_t = reinterpret_cast<uint16_t*>(s.p_t) + to, *ds_t = reinterpret_cast<uint16_t*>(s.ds_t) + to;
+        store(p_t, p);
+        store(p_t + s.group, q);
+        store(ds_t, ds);
+        store(ds_t + s.group, dq);
         store(s.grad_scores + (n + e) / 2 * lanes + v * VL, pair(ds, dq));
       } else {
         store(s.p_t + to, p);
@@ -114,21 +151,20 @@ inline void attention_grad_panel(const AttentionGradArgs& a, int64_t image, int6
   constexpr int64_t lanes = NV * VL;
   constexpr float kLog2E = 1.4426950408889634f;
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(a.width));
-  load_transposed(head_rows(a, image, head, 0), m, count, 0, a.width, s.query, lanes);
-  load_transposed(joined_rows(a, a.grad_out, image, head), m, count, 0, a.width, s.grad, lanes);
-  load_transposed(joined_rows(a, a.out, image, head), m, count, 0, a.width, s.out, lanes);
   Vec delta[NV] = {}, lse2[NV];
-  for (int64_t j = 0; j < a.width; j++)
-    for (int v = 0; v < NV; v++) delta[v] += load(s.grad + j * lanes + v * VL) * load(s.out + j * lanes + v * VL);
+  load_head_panel(head_rows(a, image, head, 0), m, count, a.width, s.width_pairs, s.query, lanes);
+  load_head_panel(joined_rows(a, a.grad_out, image, head), m, count, a.width, s.width_pairs, s.grad, lanes);
+  load_head_panel(joined_rows(a, a.out, image, head), m, count, a.width, s.width_pairs, s.out, lanes);
+  for (int64_t j = 0; j < (s.width_pairs ? a.width / 2 : a.width); j++)
+    for (int v = 0; v < NV; v++) {
+      const Vec g = load(s.grad + j * lanes + v * VL), o = load(s.out + j * lanes + v * VL);
+      delta[v] += s.width_pairs ? even_of(g) * even_of(o) + odd_of(g) * odd_of(o) : g * o;
+    }
   const float* saved = a.lse + (image * a.heads + head) * a.tokens + m;
   for (int v = 0; v < NV; v++) {
     const int64_t here = smaller(larger(count - v * VL, 0), VL);
     lse2[v] = here ? load_n(saved + v * VL, static_cast<int>(here)) * kLog2E : Vec{};
     for (int64_t r = here; r < VL; r++) lse2[v][r] = __builtin_inff();  // no query: a probability of zero
-  }
-  if (s.width_pairs) {
-    pack_pairs(s.query, lanes, a.width);
-    pack_pairs(s.grad, lanes, a.width);
   }
 
   const Panel queries{s.query, lanes, s.width_pairs}, grads{s.grad, lanes, s.width_pairs};
@@ -189,7 +225,7 @@ inline void attention_grad_run(const AttentionGradArgs& a, int64_t task, char* s
   load_transposed(key_rows, 0, a.tokens, 0, a.width, s.pairs ? s.keys_f32 : s.keys_t, s.keys_padded);
   if (s.pairs)
     for (int64_t i = 0; i < a.width * s.keys_padded; i += VL)
-      store_half(reinterpret_cast<char*>(s.keys_t) + 2 * i, load(s.keys_f32 + i));
+      store(reinterpret_cast<uint16_t*>(s.keys_t) + i, load(s.keys_f32 + i));
   const Matrix keys_t{s.keys_t, s.pairs ? DType::bf16 : DType::f32, s.keys_padded};
 
   const QueryGroups groups(a.tokens, s.pairs);
@@ -215,13 +251,11 @@ inline void attention_grad_run(const AttentionGradArgs& a, int64_t task, char* s
   for (int64_t which = 1; which <= 2; which++) {
     const float *from = which == 1 ? s.grad_keys : s.grad_values, factor = which == 1 ? scale : 1.0f;
     const int64_t offset = image * a.tokens * stride + (which * a.heads + head) * a.width;
-    const Rows to{static_cast<char*>(a.grad_qkv) + offset * size_of(a.dtype), a.dtype, a.tokens, 0, stride};
-    for (int64_t n = 0; n < a.tokens; n++) {
-      char* row = row_pointer(to, n);
+    char* row = static_cast<char*>(a.grad_qkv) + offset * size_of(a.dtype);
+    for (int64_t n = 0; n < a.tokens; n++, row += stride * size_of(a.dtype))
       for (int64_t j = 0; j < a.width; j += VL)
         store_as(a.dtype, row, j, load(from + n * s.width_padded + j) * factor,
                  static_cast<int>(smaller(a.width - j, VL)));
-    }
   }
 }
 

@@ -113,12 +113,18 @@ inline void linear_grad_run(const LinearGradArgs& a, int64_t task, char* scratch
                 count);
   with_vectors(split.vectors_of(task), [&]<int NV>() {
     constexpr int64_t lanes = NV * VL;
-    load_grad_panel(a.grad, a.pre, a.gelu_out, a.scale, m, count, 0, a.out_features, s.grad, s.other, lanes);
-    if (a.left)
-      write_left<NV>(a.left, OperandShape(a.rows, a.out_features, a.products), m, count, 0, a.out_features, s.grad);
-    if (!a.weight_t.data) return;
     const Panel grad{s.grad, lanes, multiplies_pairs(a.products, a.out_features)};
-    if (grad.pairs) pack_pairs(s.grad, lanes, a.out_features);
+    // What came as bfloat16 and stays as it is needs no packing.
+    const bool as_it_is = grad.pairs && a.grad.dtype == DType::bf16 && !a.gelu_out && a.scale.kind == Scale::none;
+    if (as_it_is)
+      load_pairs(a.grad, m, count, 0, a.out_features, s.grad, lanes);
+    else
+      load_grad_panel(a.grad, a.pre, a.gelu_out, a.scale, m, count, 0, a.out_features, s.grad, s.other, lanes);
+    if (a.left)
+      write_left<NV>(a.left, OperandShape(a.rows, a.out_features, a.products), m, count, 0, a.out_features, s.grad,
+                     as_it_is);
+    if (!a.weight_t.data) return;
+    if (grad.pairs && !as_it_is) pack_pairs(s.grad, lanes, a.out_features);
     for (int64_t k = 0; k < a.in; k += kBlock)
       multiply_block<NV>(a.weight_t, k, a.in - k, a.out_features, grad, s.dy + k * lanes, lanes, s.widened);
     finish_grad_input<NV>(a.x, a.grad_x, {}, a.norm, a.gelu_in, a.in, m, count, s.norm_weight, s.norm_bias, s.dy,
@@ -126,6 +132,8 @@ inline void linear_grad_run(const LinearGradArgs& a, int64_t task, char* scratch
                           a.grad_norm_bias ? a.grad_norm_bias + task * a.in : nullptr);
   });
 }
+
+constexpr int64_t kHiddenStep = 2 * VL;  // hidden features at a time; of bfloat16 a vector of pairs
 
 struct MlpGradScratch {
   float *grad, *hidden, *other, *c, *dy, *widened, *norm_weight, *norm_bias, *channels;
@@ -135,8 +143,8 @@ struct MlpGradScratch {
     const int64_t lanes = kPanelVectors * VL;
     grad = arena.floats(round_up(a.width, VL) * lanes);
     hidden = arena.floats(round_up(a.hidden, VL) * lanes);
-    other = arena.floats(round_up(larger(VL, a.width), VL) * lanes);
-    c = arena.floats(VL * lanes);
+    other = arena.floats(round_up(larger(kHiddenStep, a.width), VL) * lanes);
+    c = arena.floats(kHiddenStep * lanes);
     dy = arena.floats(round_up(a.width, VL) * lanes);
     widened = arena.floats(kBlock * larger(a.width, a.hidden));
     norm_weight = arena.floats(a.width + VL);
@@ -146,33 +154,77 @@ struct MlpGradScratch {
   }
 };
 
+// One step of mlp_grad_hidden: hidden features [h, h + n) from the gradient c of their activations.
+template <int NV>
+inline void mlp_grad_step(const MlpGradArgs& a, int64_t m, int64_t count, int64_t h, int64_t n, float* c,
+                          const MlpGradScratch& s) {
+  constexpr int64_t lanes = NV * VL;
+  load_transposed(a.pre, m, count, h, n, s.other, lanes);
+  for (int64_t i = 0; i < n * lanes; i += VL) {
+    Vec value, derivative;
+    gelu_and_derivative(load(s.other + i), value, derivative);
+    store(s.other + i, value);
+    store(c + i, load(c + i) * derivative);
+  }
+  const OperandShape shape(a.rows, a.hidden, a.products);
+  if (a.left1) write_left<NV>(a.left1, shape, m, count, h, n, c);
+  if (a.left2) write_left<NV>(a.left2, shape, m, count, h, n, s.other);
+}
+
+// The same in bfloat16, n even: everything stays in registers from c to the panel and the operands.
+template <int NV>
+inline void mlp_grad_step_pairs(const MlpGradArgs& a, int64_t m, int64_t count, int64_t h, int64_t n, const float* c,
+                                const MlpGradScratch& s) {
+  constexpr int64_t lanes = NV * VL;
+  load_pairs(a.pre, m, count, h, n, s.other, lanes);
+  const OperandShape shape(a.rows, a.hidden, a.products);
+  for (int64_t v = 0; v < NV; v++) {
+    const bool left1 = a.left1 && v * VL < count, left2 = a.left2 && v * VL < count;
+    LeftRows grad(a.left1, shape, m + v * VL, h), activation(a.left2, shape, m + v * VL, h);
+    for (int64_t e = 0; e < n; e += 2) {
+      const Vec pre = load(s.other + e / 2 * lanes + v * VL);
+      const float* at = c + e * lanes + v * VL;
+      Vec even_value, odd_value, even_derivative, odd_derivative;
+      gelu_and_derivative(even_of(pre), even_value, even_derivative);
+      gelu_and_derivative(odd_of(pre), odd_value, odd_derivative);
+      const Vec even = load(at) * even_derivative, odd = load(at + lanes) * odd_derivative;
+      store(s.hidden + (h + e) / 2 * lanes + v * VL, pair(even, odd));
+      if (left1) {
+        store(reinterpret_cast<uint16_t*>(grad.to), even);
+        store(reinterpret_cast<uint16_t*>(grad.to + grad.stride), odd);
+        grad.to += 2 * grad.stride;
+      }
+      if (left2) {
+        store(reinterpret_cast<uint16_t*>(activation.to), even_value);
+        store(reinterpret_cast<uint16_t*>(activation.to + activation.stride), odd_value);
+        activation.to += 2 * activation.stride;
+      }
+    }
+  }
+}
+
 // The gradient of the hidden pre-activations, as the panel that meets w1, and the operands that it and the activations are.
 template <int NV>
 inline Panel mlp_grad_hidden(const MlpGradArgs& a, int64_t m, int64_t count, const MlpGradScratch& s) {
   constexpr int64_t lanes = NV * VL;
-  const bool wanted = a.w2_t.data;  // if not: the activations alone
   load_grad_panel(a.grad, {}, false, a.scale, m, count, 0, a.width, s.grad, nullptr, lanes);
   const Panel grad{s.grad, lanes, multiplies_pairs(a.products, a.width)};
   if (grad.pairs) pack_pairs(s.grad, lanes, a.width);
   const Panel hidden{s.hidden, lanes, multiplies_pairs(a.products, a.hidden)};
   const OperandShape shape(a.rows, a.hidden, a.products);
-  for (int64_t h = 0; h < a.hidden; h += VL) {
-    const int64_t n = smaller(a.hidden - h, VL);
-    float* c = hidden.pairs ? s.c : s.hidden + h * lanes;
-    if (wanted) multiply_columns<NV>(a.w2_t, h, n, a.width, grad, c, s.widened);
-    load_transposed(a.pre, m, count, h, n, s.other, lanes);
-    for (int64_t i = 0; i < n * lanes; i += VL) {
-      Vec value, derivative;
-      gelu_and_derivative(load(s.other + i), value, derivative);
-      store(s.other + i, value);
-      if (wanted) store(c + i, load(c + i) * derivative);
+  for (int64_t h = 0; h < a.hidden; h += kHiddenStep) {
+    const int64_t n = smaller(a.hidden - h, kHiddenStep);
+    for (int64_t v = 0; v * VL < count; v += 2) {
+      if (a.left1) LeftRows(a.left1, shape, m + v * VL, h).prefetch(n);
+      if (a.left2) LeftRows(a.left2, shape, m + v * VL, h).prefetch(n);
     }
-    if (a.left1) write_left<NV>(a.left1, shape, m, count, h, n, c);
-    if (a.left2) write_left<NV>(a.left2, shape, m, count, h, n, s.other);
-    if (wanted && hidden.pairs)
-      for (int64_t e = 0; e < n; e += 2)
-        for (int64_t r = 0; r < lanes; r += VL)
-          store(s.hidden + (h + e) / 2 * lanes + r, pair(load(c + e * lanes + r), load(c + (e + 1) * lanes + r)));
+    float* c = hidden.pairs ? s.c : s.hidden + h * lanes;
+    // Without w2 only the activations are wanted.
+    if (a.w2_t.data) multiply_columns<NV>(a.w2_t, h, n, a.width, grad, c, s.widened);
+    if (hidden.pairs)
+      mlp_grad_step_pairs<NV>(a, m, count, h, n, c, s);
+    else
+      mlp_grad_step<NV>(a, m, count, h, n, c, s);
   }
   return hidden;
 }

@@ -8,6 +8,7 @@
 namespace crossvit::CROSSVIT_ISA {
 
 constexpr int64_t kStrip = kPanelVectors * VL;  // columns in a strip of right
+constexpr int64_t kWriteAhead = 4;              // rows of a strip by which a prefetch runs ahead of the writes
 constexpr int64_t kRowSteps = 96;               // steps of a product in a block: such a strip stays in L1
 
 struct OperandShape {
@@ -39,24 +40,46 @@ inline int64_t operand_bytes(int64_t rows, int64_t features, DType products) {
   return OperandShape(rows, features, products).bytes();
 }
 
-// Features [e, e + columns) of rows [m, m + count), which come as a panel of `lanes`, into a left operand. Lanes behind the
-// last row become zero.
+// Columns [k, k + depth) of rows of bfloat16, both even, as a panel of pairs: what lies side by side is a pair already.
+inline void load_pairs(const Rows& rows, int64_t m, int64_t count, int64_t k, int64_t depth, float* to, int64_t lanes) {
+  load_transposed_as<float>(rows, m, count, k / 2, depth / 2, to, lanes);
+}
+CROSSVIT_INLINE Vec even_of(Vec pairs) { return (Vec)((UVec)pairs << 16); }
+CROSSVIT_INLINE Vec odd_of(Vec pairs) { return (Vec)((UVec)pairs & 0xffff0000u); }
+
+// Where features from e on of the VL rows from `row` on begin in a left operand.
+struct LeftRows {
+  char* to;
+  int64_t stride;  // bytes from feature to feature
+  LeftRows(void* operand, const OperandShape& shape, int64_t row, int64_t e)
+      : to(static_cast<char*>(operand) + shape.left(row, e)), stride(shape.block_rows * shape.element) {}
+  // Asks for the memory of features [0, columns) while products keep the core busy.
+  CROSSVIT_INLINE void prefetch(int64_t columns) const {
+    for (int64_t j = 0; j < columns; j++) __builtin_prefetch(to + j * stride, 1);
+  }
+};
+
+// Features [e, e + columns) of rows [m, m + count), which come as a panel of `lanes` (pairs: of pairs), into a left operand.
+// Lanes behind the last row meet rows of zeros.
 template <int NV>
 inline void write_left(void* operand, const OperandShape& shape, int64_t m, int64_t count, int64_t e, int64_t columns,
-                       const float* panel) {
+                       const float* panel, bool pairs = false) {
   constexpr int64_t lanes = NV * VL;
   for (int64_t v = 0; v * VL < count; v++) {
-    char* to = static_cast<char*>(operand) + shape.left(m + v * VL, e);
-    const int64_t stride = shape.block_rows * shape.element, here = smaller(count - v * VL, VL);
-    for (int64_t j = 0; j < columns; j++, to += stride) {
-      Vec values = load(panel + j * lanes + v * VL);
-      if (here < VL)
-        for (int64_t r = here; r < VL; r++) values[r] = 0.0f;
-      if (shape.pairs())
-        store(reinterpret_cast<uint16_t*>(to), values);
-      else
-        store(reinterpret_cast<float*>(to), values);
-    }
+    const LeftRows left(operand, shape, m + v * VL, e);
+    const float* from = panel + v * VL;
+    char* to = left.to;
+    if (pairs)
+      for (int64_t j = 0; j < columns; j += 2, from += lanes, to += 2 * left.stride) {
+        store(reinterpret_cast<uint16_t*>(to), even_of(load(from)));
+        store(reinterpret_cast<uint16_t*>(to + left.stride), odd_of(load(from)));
+      }
+    else if (shape.pairs())
+      for (int64_t j = 0; j < columns; j++, from += lanes, to += left.stride)
+        store(reinterpret_cast<uint16_t*>(to), load(from));
+    else
+      for (int64_t j = 0; j < columns; j++, from += lanes, to += left.stride)
+        store(reinterpret_cast<float*>(to), load(from));
   }
 }
 
@@ -67,6 +90,7 @@ CROSSVIT_INLINE void write_right(void* operand, const OperandShape& shape, int64
   for (int64_t r = 0; r < count; r += shape.pairs() ? 2 : 1)
     for (int64_t strip = 0; strip < shape.features; strip += kStrip) {
       float* to = reinterpret_cast<float*>(base + shape.right(m + r, strip));
+      for (int64_t k = 0; k < kStrip; k += 16) __builtin_prefetch(to + kWriteAhead * kStrip + k, 1);
       for (int64_t k = strip; k < strip + kStrip; k += VL, to += VL) {
         const int n = static_cast<int>(smaller(VL, shape.features - k));
         if (n <= 0) {

@@ -53,8 +53,8 @@ inline void add_right_rows(const char* right, const OperandShape& shape, int64_t
     for (int64_t s = 0; s < steps; s++) {
       const Vec lanes = load(from + s * kStrip);
       if (shape.pairs()) {
-        even += (Vec)((UVec)lanes << 16);
-        odd += (Vec)((UVec)lanes & 0xffff0000u);
+        even += even_of(lanes);
+        odd += odd_of(lanes);
       } else {
         even += lanes;
       }
@@ -83,17 +83,19 @@ inline void weight_grad_tile(const char* left, int64_t stride, int64_t count, co
 // The finished chunk: element (e, k) of the product to row e or, transposed, to row k of the weight's gradient.
 inline void store_weight_grad(const WeightGradArgs& a, const WeightGradScratch& s, int64_t e0, int64_t out, int64_t k0,
                               int64_t in) {
-  const Rows& to = a.grad_weight;
+  const DType dtype = a.grad_weight.dtype;
+  const int64_t stride = a.grad_weight.row_stride * size_of(dtype);
+  char* to = static_cast<char*>(a.grad_weight.data) + (a.transposed ? k0 : e0) * stride;
   for (int64_t k = 0; k < in; k += VL) {
     const float* c = s.c + k / kStrip * s.strip_floats + k % kStrip;
     const int n = static_cast<int>(smaller(in - k, VL));
     if (!a.transposed) {
-      for (int64_t e = 0; e < out; e++) store_as(to.dtype, row_pointer(to, e0 + e), k0 + k, load(c + e * kStrip), n);
+      for (int64_t e = 0; e < out; e++) store_as(dtype, to + e * stride, k0 + k, load(c + e * kStrip), n);
       continue;
     }
     for (int64_t e = 0; e < out; e += VL)
       for_each_row<1>(c + e * kStrip, kStrip, n, [&](int64_t r, Vec values) {
-        store_as(to.dtype, row_pointer(to, k0 + k + r), e0 + e, values, static_cast<int>(smaller(out - e, VL)));
+        store_as(dtype, to + (k + r) * stride, e0 + e, values, static_cast<int>(smaller(out - e, VL)));
       });
   }
 }
