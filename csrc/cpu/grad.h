@@ -125,8 +125,7 @@ inline void linear_grad_run(const LinearGradArgs& a, int64_t task, char* scratch
                      as_it_is);
     if (!a.weight_t.data) return;
     if (grad.pairs && !as_it_is) pack_pairs(s.grad, lanes, a.out_features);
-    for (int64_t k = 0; k < a.in; k += kBlock)
-      multiply_block<NV>(a.weight_t, k, a.in - k, a.out_features, grad, s.dy + k * lanes, lanes, s.widened);
+    multiply_columns<NV>(a.weight_t, 0, a.in, a.out_features, grad, s.dy, s.widened);
     finish_grad_input<NV>(a.x, a.grad_x, {}, a.norm, a.gelu_in, a.in, m, count, s.norm_weight, s.norm_bias, s.dy,
                           s.other, a.grad_norm_weight ? a.grad_norm_weight + task * a.in : nullptr,
                           a.grad_norm_bias ? a.grad_norm_bias + task * a.in : nullptr);
@@ -252,11 +251,9 @@ inline void mlp_grad_run(const MlpGradArgs& a, int64_t task, char* scratch) {
                 count);
   if (a.right2) write_scaled(a, m, count, s.channels);
   with_vectors(split.vectors_of(task), [&]<int NV>() {
-    constexpr int64_t lanes = NV * VL;
     const Panel hidden = mlp_grad_hidden<NV>(a, m, count, s);
     if (!a.w1_t.data) return;
-    for (int64_t k = 0; k < a.width; k += kBlock)
-      multiply_block<NV>(a.w1_t, k, a.width - k, a.hidden, hidden, s.dy + k * lanes, lanes, s.widened);
+    multiply_columns<NV>(a.w1_t, 0, a.width, a.hidden, hidden, s.dy, s.widened);
     finish_grad_input<NV>(a.x, a.grad_x, a.grad, a.norm, false, a.width, m, count, s.norm_weight, s.norm_bias, s.dy,
                           s.other, a.grad_norm_weight ? a.grad_norm_weight + task * a.width : nullptr,
                           a.grad_norm_bias ? a.grad_norm_bias + task * a.width : nullptr);
