@@ -61,12 +61,15 @@ sanitize: $(PACKAGE)  ## The op tests on C++ and emulated CUDA kernels compiled 
 	$(CURDIR)/$(PYTHON) -m pytest --durations=5 -k "cpu or cuda or test_rule" \
 		tests/test_instruction_sets.py $(OP_TESTS:%=tests/test_%.py)
 
+random-calls: $(PACKAGE)  ## CALLS=200000 random calls of the ops on the C++ kernels, held to the reference; SEED=0
+	$(PYTHON) tests/random_calls.py --calls $(or $(CALLS),200000) --seed $(or $(SEED),0)
+
 clean:  ## Remove what was built; .venv stays
 	rm -rf build dist *.egg-info crossvit_kernels/*.so crossvit_kernels/_build.json
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-.PHONY: help bench demo gpu test check format build cuda-report sanitize clean
+.PHONY: help bench demo gpu test check format build cuda-report sanitize random-calls clean
 
 $(PYTHON):
 	python3 -m venv .venv

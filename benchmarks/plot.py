@@ -58,7 +58,7 @@ def throughput(rows: list[Row], path: Path) -> None:
     threads = "" if several_threads or "driver" in first else f", {first['threads']} threads"
     torch_version = first["versions"].get("torch", "")
     figure.suptitle(f"{mode}: {first['device']}{threads}, torch {torch_version}", fontsize=11)
-    _save(figure, path)
+    save(figure, path)
 
 
 def ops(rows: list[Row], path: Path) -> None:
@@ -108,7 +108,7 @@ def ops(rows: list[Row], path: Path) -> None:
     handles = [Patch(color=COLOURS.get(name, "#000000"), label=name) for name in names]
     figure.legend(handles=handles, loc="outside lower center", ncols=3 * len(dtypes), frameon=False, fontsize=9)
     figure.suptitle(f"Ops: {rows[0]['device']}, torch {rows[0]['versions'].get('torch', '')}", fontsize=11)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _duration(microseconds: float) -> str:
@@ -120,7 +120,7 @@ def _count(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{float(f'{value:.3g}'):,.0f}"
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
     """Under a temporary name first, so that a reader never meets half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
