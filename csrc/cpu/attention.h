@@ -6,25 +6,30 @@
 
 namespace crossvit::CROSSVIT_ISA {
 
-// exp((score - shift) * scale) down a panel, in place; returns the sums. Two keys become one row of pairs where asked.
-template <int NV>
-inline void exponentials(float* scores, int64_t keys, const Vec* shift, float scale, bool pairs, Vec* sum) {
+// exp((score - shift) * scale) down a panel, in place; returns the sums. As pairs two keys become one row.
+template <int NV, bool pairs>
+inline void exponentials(float* scores, int64_t keys, const Vec* shift, float scale, Vec* sum) {
   constexpr int64_t lanes = NV * VL;
   const float scale2 = scale * 1.4426950408889634f;
-  for (int v = 0; v < NV; v++) sum[v] = Vec{};
-  const int64_t step = pairs ? 2 : 1;
+  Vec shift2[NV];
+  for (int v = 0; v < NV; v++) {
+    shift2[v] = shift[v] * scale2;
+    sum[v] = Vec{};
+  }
+  constexpr int64_t step = pairs ? 2 : 1;
   for (int64_t n = 0; n < keys; n += step) CROSSVIT_UNROLL
     for (int v = 0; v < NV; v++) {
       const float* from = scores + n * lanes + v * VL;
-      const Vec p = exponential2_of_nonpositive((load(from) - shift[v]) * scale2);
+      const Vec p = exponential2_of_nonpositive<pairs>(load(from) * scale2 - shift2[v]);
       sum[v] += p;
-      if (!pairs) {
+      if constexpr (pairs) {
+        const Vec q =
+            n + 1 < keys ? exponential2_of_nonpositive<pairs>(load(from + lanes) * scale2 - shift2[v]) : Vec{};
+        sum[v] += q;
+        store(scores + n / 2 * lanes + v * VL, pair(p, q));
+      } else {
         store(scores + n * lanes + v * VL, p);
-        continue;
       }
-      const Vec q = n + 1 < keys ? exponential2_of_nonpositive((load(from + lanes) - shift[v]) * scale2) : Vec{};
-      sum[v] += q;
-      store(scores + n / 2 * lanes + v * VL, pair(p, q));
     }
 }
 
@@ -100,7 +105,10 @@ inline void attention_panel(const AttentionArgs& a, int64_t image, int64_t head,
       for (int v = 0; v < NV; v++) highest[v] = maximum(highest[v], load(scores + e * lanes + v * VL));
   }
   const bool pairs = values.dtype == DType::bf16 && kDotBf16;
-  exponentials<NV>(s.scores, a.tokens, highest, scale, pairs, sum);
+  if (pairs)
+    exponentials<NV, true>(s.scores, a.tokens, highest, scale, sum);
+  else
+    exponentials<NV, false>(s.scores, a.tokens, highest, scale, sum);
   if (a.lse) {
     float* lse = a.lse + (image * a.heads + head) * a.tokens + m;
     for (int v = 0; v < NV && v * VL < count; v++)
