@@ -123,11 +123,11 @@ CROSSVIT_INLINE void score_gradients(const AttentionGradArgs& a, const Attention
   for (int64_t e = 0; e < count; e += pairs ? 2 : 1) CROSSVIT_UNROLL
     for (int v = 0; v < NV; v++) {
       const int64_t at = e * lanes + v * VL, to = (n + e) * s.group + column + v * VL;
-      const Vec p = exponential2_of_nonpositive(load(scores + at) * scale2 - lse2[v]);
+      const Vec p = exponential2_of_nonpositive<pairs>(load(scores + at) * scale2 - lse2[v]);
       const Vec ds = p * (load(grads + at) - delta[v]);
       if constexpr (pairs) {
         // Behind the last key lies a row that nothing reads.
-        const Vec q = exponential2_of_nonpositive(load(scores + at + lanes) * scale2 - lse2[v]);
+        const Vec q = exponential2_of_nonpositive<pairs>(load(scores + at + lanes) * scale2 - lse2[v]);
         const Vec dq = e + 1 < count ? q * (load(grads + at + lanes) - delta[v]) : Vec{};
         uint16_t *p_t = reinterpret_cast<uint16_t*>(s.p_t) + to, *ds_t = reinterpret_cast<uint16_t*>(s.ds_t) + to;
         store(p_t, p);
