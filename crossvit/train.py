@@ -159,7 +159,9 @@ def prepare(options: argparse.Namespace, place: Processes, stop: Stop) -> Traine
     if validation is not None:
         validation.transform = evaluation
         each = options.eval_batch_size or recipe.batch_size // (place.world * recipe.accumulate)
-        validating = evaluation_loader(Shard(validation, place.rank, place.world), each, workers, pin)
+        validating = evaluation_loader(
+            Shard(validation, place.rank, place.world, options.on_broken), each, workers, pin
+        )
 
     ema = ModelEmaV3(model, decay=recipe.ema, use_warmup=recipe.ema_warmup) if recipe.ema else None
     model.train()

@@ -1,5 +1,6 @@
 """Datasets from folders and CIFAR's files, and the transforms: timm's evaluation, and training by its augmentation."""
 
+import json
 import pickle
 import random
 from pathlib import Path
@@ -10,9 +11,11 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
+from commands import command
 from crossvit.data import ImageError
 from crossvit.datasets import open_dataset
 from crossvit.transforms import evaluation_transform, training_transform
+from training_runs import train
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (60, 45)) -> Image.Image:
@@ -72,6 +75,13 @@ def test_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classes: int) ->
     assert dataset.classes == names
     assert list(dataset.targets) == [3, 1, 2, 0]
     assert dataset[0][0].size == (32, 32)
+    # And through the commands.
+    where, run = f"cifar{classes}:{tmp_path}", tmp_path / "run"
+    status, printed = train(where, run, "--epochs", "1", "--batch-size", "4")
+    assert status == 0, printed
+    assert f"images of {classes} classes, 4 to validate" in printed
+    found = command("evaluate", where, "--checkpoint", run / "best.pth", "--json", "-", "--workers", "0")
+    assert (found.status, json.loads(found.out)["images"]) == (0, 4)
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:

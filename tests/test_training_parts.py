@@ -375,6 +375,19 @@ def test_broken_images(data: Path, tmp_path: Path) -> None:
     status, printed = train(copy, tmp_path / "skipped", "--epochs", "1", "--on-broken", "skip")
     assert status == 0
     assert f"skipped {broken}: truncated or broken" in printed
+    unread = copy / "val" / "class0" / "000.png"
+    unread.write_bytes(b"")
+    status, printed = train(copy, tmp_path / "stopped", "--epochs", "1", "--on-broken", "stop")
+    assert status == 1
+    status, printed = train(copy, tmp_path / "validated", "--epochs", "1", "--on-broken", "skip")
+    assert status == 0
+    assert f"skipped {unread}: the file is empty" in printed
+    top1 = read_lines(tmp_path / "validated" / "metrics.jsonl")[-1]["top1"]
+    assert top1 * 6 / 100 == pytest.approx(round(top1 * 6 / 100))  # of 7 images 6 count
+    for path in (copy / "val").glob("*/*.png"):
+        path.write_bytes(b"")
+    status, printed = train(copy, tmp_path / "unread", "--epochs", "1", "--on-broken", "skip")
+    assert (status, "none of the validation images can be read" in printed) == (1, True)
 
 
 def test_a_run_goes_on_with_other_settings(data: Path, tmp_path: Path) -> None:

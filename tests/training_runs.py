@@ -46,7 +46,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_images(tmp_path_factory.mktemp("data"))
 
 
-def train(data: Path, out: Path, *options: str) -> tuple[int, str]:
+def train(data: Path | str, out: Path, *options: str) -> tuple[int, str]:
     """The exit status and all that is printed."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..data import ImageError
 from .distributed import Processes
 
 
@@ -39,6 +40,8 @@ def evaluate(
         sums += torch.cat([torch.stack([loss.new_tensor(len(logits)), loss.sum()]).double(), right.double()]).cpu()
     model.train(was_training)
     count, loss, top1, top5 = place.sum(sums).tolist()
+    if not count:
+        raise ImageError("none of the validation images can be read")
     found = {"loss": loss / count}
     if multi_label:
         everywhere = torch.cat([part for parts in place.gather(scores) for part in parts], dim=1)

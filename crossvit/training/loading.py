@@ -7,9 +7,11 @@ import signal
 import sys
 from collections.abc import Iterator
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
@@ -116,19 +118,30 @@ class Seeded(Dataset):
 
 class Shard(Dataset):
     """Every `world`-th image from `rank` on, as (image, target, counts). All processes have equally many, since sharded
-    models compute together: what fills up does not count.
+    models compute together: what fills up does not count, nor with on_broken="skip" what cannot be read, which is said.
     """
 
-    def __init__(self, images: Images, rank: int = 0, world: int = 1) -> None:
-        self.images, self.rank, self.world = images, rank, world
+    def __init__(self, images: Images, rank: int = 0, world: int = 1, on_broken: str = "stop") -> None:
+        self.images, self.rank, self.world, self.on_broken = images, rank, world, on_broken
 
     def __len__(self) -> int:
         return -(-len(self.images) // self.world)
 
     def __getitem__(self, item: int) -> tuple[Tensor, int | Tensor, bool]:
         index = item * self.world + self.rank
-        image, target = self.images[index if index < len(self.images) else 0]
-        return image, target, index < len(self.images)
+        if index >= len(self.images):
+            return self._blank(), self.images.targets[0], False
+        try:
+            return *self.images[index], True
+        except ImageError as error:
+            if self.on_broken == "stop":
+                raise
+            print(f"skipped {error}", file=sys.stderr, flush=True)
+            return self._blank(), self.images.targets[index], False
+
+    def _blank(self) -> Any:
+        blank = Image.new("RGB", (16, 16))
+        return blank if self.images.transform is None else self.images.transform(blank)
 
 
 def training_loader(dataset: Seeded, sampler: EpochSampler, workers: int, pin: bool) -> DataLoader:
