@@ -4,6 +4,8 @@ import argparse
 import json
 import math
 import shutil
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +290,29 @@ def test_log_is_cut_where_the_run_goes_on(tmp_path: Path) -> None:
     assert [line["step"] for line in read_lines(path)] == [2, 4, 5]
     Log(path).close()
     assert path.read_text() == ""
+
+
+def test_tensorboard_gets_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is installed; a run that goes on takes back what lies past its checkpoint."""
+    written: list[tuple[Any, ...]] = []
+
+    class Writer:
+        def __init__(self, folder: str, purge_step: int) -> None:
+            written.append((folder, purge_step))
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            written.append((name, value, step))
+
+        def close(self) -> None:
+            written.append(())
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = Writer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    log = Log(tmp_path / "metrics.jsonl", 4, tmp_path / "tensorboard")
+    log.write("train", 5, loss=0.5, lr=0.1)
+    log.close()
+    assert written == [(str(tmp_path / "tensorboard"), 5), ("train/loss", 0.5, 5), ("train/lr", 0.1, 5), ()]
 
 
 def test_curves_of_several_runs(tmp_path: Path) -> None:
