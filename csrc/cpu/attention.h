@@ -131,7 +131,14 @@ inline void attention_panel(const AttentionArgs& a, int64_t image, int64_t head,
 
 inline int64_t attention_tasks(AttentionArgs& a, int64_t threads) {
   const int64_t heads = a.batch * a.heads, panels = PanelSplit(a.tokens).panels;
-  a.splits = heads >= 4 * threads || threads == 1 || heads == 0 ? 1 : smaller(ceil_div(4 * threads, heads), panels);
+  // Pieces of a head gather its keys and values again: the fewest that keep the threads busy to the end.
+  const auto idle = [&](int64_t splits) {
+    return static_cast<double>(ceil_div(heads * splits, threads) * threads) / static_cast<double>(heads * splits) - 1;
+  };
+  a.splits = 1;
+  if (heads == 0) return 0;
+  for (int64_t splits = 2; splits <= panels && idle(a.splits) > 0.05; splits++)
+    if (idle(splits) < idle(a.splits)) a.splits = splits;
   return heads * a.splits;
 }
 inline int64_t attention_scratch(const AttentionArgs& a) { return AttentionScratch(a, nullptr).bytes; }

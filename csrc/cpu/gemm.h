@@ -338,14 +338,16 @@ inline void pack_pairs(float* data, int64_t lanes, int64_t depth) {
       store(data + k * lanes + r, pair(load(data + 2 * k * lanes + r), load(data + (2 * k + 1) * lanes + r)));
 }
 
-// How `rows` rows are cut into panels. For several threads: full panels, as many for each, then one of what is left for each,
-// so that all end at the same time.
+// How `rows` rows are cut into panels. For several threads: full panels, as many for each; what is left in as
+// many again or, with `cut` and where threads would wait, in panels that are cut by the result's columns too.
 struct PanelSplit {
   int64_t vectors, full, panels;
-  explicit PanelSplit(int64_t rows, int64_t threads = 1)
+  bool by_columns;  // whether the panels behind the full ones are to be cut
+  explicit PanelSplit(int64_t rows, int64_t threads = 1, bool cut = false)
       : vectors(ceil_div(rows, VL)), full(threads > 1 ? vectors / (threads * kPanelVectors) * threads : 0) {
-    const int64_t rest = vectors - full * kPanelVectors;
-    panels = full + (threads > 1 ? smaller(rest, threads) : ceil_div(rest, kPanelVectors));
+    const int64_t rest = vectors - full * kPanelVectors, idle = round_up(rest, threads) - rest;
+    by_columns = cut && 50 * idle > vectors;  // to prepare a panel once more costs 2 % too
+    panels = full + (threads == 1 || by_columns ? ceil_div(rest, kPanelVectors) : smaller(rest, threads));
   }
   int64_t first(int64_t panel) const {
     if (panel <= full) return panel * kPanelVectors * VL;
@@ -355,14 +357,14 @@ struct PanelSplit {
   int vectors_of(int64_t panel) const { return static_cast<int>((first(panel + 1) - first(panel)) / VL); }
 };
 
-// How a product's result is cut into tasks: by panels of its rows and, where these are too few to divide over the threads, by
-// its columns too, as long as a piece is worth preparing its panel. An empty batch has no panels.
+// A product's result as tasks: by panels of its rows and, where what is left of these does not divide over the threads, by its
+// columns, as long as a piece is worth preparing its panel again.
 inline int64_t choose_pieces(int64_t rows, int64_t columns, int64_t threads, Pieces& pieces) {
-  const int64_t panels = PanelSplit(rows).panels;
-  const int64_t wanted = panels >= 8 * threads || threads == 1 || panels == 0 ? 1 : ceil_div(4 * threads, panels);
-  pieces.of_columns = larger(1, smaller(wanted, columns / (4 * VL)));
-  pieces.threads = pieces.of_columns == 1 ? threads : 1;
-  return PanelSplit(rows, pieces.threads).panels * pieces.of_columns;
+  const PanelSplit split(rows, threads, true);
+  const int64_t rest = split.panels - split.full;
+  pieces.threads = threads;
+  pieces.of_columns = split.by_columns ? larger(1, smaller(threads, columns / (4 * VL))) : 1;
+  return split.full + rest * pieces.of_columns;
 }
 
 // One of them: rows [m, m + count), which are so many vectors of lanes, and columns [begin, end).
@@ -370,13 +372,15 @@ struct PanelPiece {
   int64_t m, count, begin, end;
   int vectors;
   PanelPiece(int64_t rows, int64_t columns, const Pieces& pieces, int64_t task) {
-    const PanelSplit split(rows, pieces.threads);
-    const int64_t panel = task / pieces.of_columns, piece = task % pieces.of_columns, blocks = ceil_div(columns, VL);
+    const PanelSplit split(rows, pieces.threads, true);
+    const int64_t cut = task < split.full ? 1 : pieces.of_columns, blocks = ceil_div(columns, VL);
+    const int64_t panel = task < split.full ? task : split.full + (task - split.full) / cut;
+    const int64_t piece = task < split.full ? 0 : (task - split.full) % cut;
     m = split.first(panel);
     count = smaller(split.first(panel + 1), rows) - m;
     vectors = split.vectors_of(panel);
-    begin = piece * blocks / pieces.of_columns * VL;
-    end = smaller((piece + 1) * blocks / pieces.of_columns * VL, columns);
+    begin = piece * blocks / cut * VL;
+    end = smaller((piece + 1) * blocks / cut * VL, columns);
   }
 };
 
