@@ -1,4 +1,4 @@
-"""benchmarks.scaling and benchmarks.memory: what they write, and that a wrong model has no figures."""
+"""benchmarks.scaling, memory and accelerated: what they write, and that a wrong model has no figures."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import memory, scaling, timing
+from benchmarks import accelerated, memory, scaling, timing
 
 MODEL = "crossvit_tiny_240"
 
@@ -94,3 +94,38 @@ def test_slow_calls_make_few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(timing, "host_seconds", lambda run, calls, s=seconds: s * calls)
         taken = scaling.in_turn({"a": lambda: None})
         assert taken == {"a": [seconds] * rounds}
+
+
+def run_accelerated(path: Path) -> tuple[int, list[dict[str, Any]]]:
+    accelerated._models.cache_clear()
+    status = accelerated.main(["--model", MODEL, "--batch", "1,2", "--json", str(path / "rows.json")])
+    return status, json.loads((path / "rows.json").read_text())
+
+
+def test_accelerated_writes_pairs_and_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(accelerated, "TURN_SECONDS", 0.0)
+    monkeypatch.setattr(accelerated, "CELL_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "WARM_UP_SECONDS", 0.0)
+    status, rows = run_accelerated(tmp_path)
+    assert status == 0
+    pairs = [(row["batch"], row["implementation"]) for row in rows]
+    assert pairs == [(batch, key) for batch in (1, 2) for key in ("timm-eager", "accelerated")]
+    assert all(row["rounds"] >= 9 and row["images_per_second"]["min"] > 0 for row in rows)
+    printed = capsys.readouterr().out
+    assert f"| {MODEL} | float32 | 2 |" in printed
+    assert "Geometric mean of the ratios" in printed
+
+
+def test_accelerated_leaves_out_what_disagrees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def wrong(model: torch.nn.Module, **options: Any) -> torch.nn.Module:
+        model.register_forward_hook(lambda module, args, output: output + 0.1)
+        return model
+
+    monkeypatch.setattr(accelerated, "accelerate", wrong)
+    status, rows = run_accelerated(tmp_path)
+    assert (status, rows) == (1, [])
+    assert f"left out: {MODEL}" in capsys.readouterr().out
