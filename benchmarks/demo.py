@@ -32,7 +32,7 @@ RECIPE = """--preset small --batch-size 32 --lr 1.5e-3 --betas 0.9 0.98 --warmup
     --weight-decay 0.01 --ema 0.99 --ema-warmup --label-smoothing 0.05 --drop-path 0 --flip 0 --color-jitter 0
     --crop-scale 0.8 --crop-ratio 1 --precision bfloat16 --device cpu --workers 1
     --log-every 11""".split()  # noqa: SIM905
-EPOCHS, FUSION_EPOCHS = 36, 10
+EPOCHS, FUSION_EPOCHS = 36, 14
 # What a fusion does to the patches shows in the next stage alone: with one stage class_token and pairwise are the same.
 STAGES = ("--set", "depth=[[1,1,0],[1,1,0]]")
 # Table 6 of the paper: CrossViT-S on ImageNet, top-1 in %, 10⁹ multiply-adds, 10⁶ parameters
