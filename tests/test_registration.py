@@ -160,11 +160,8 @@ def test_an_empty_batch_gives_an_empty_result_and_zero_gradients(backend: str, n
         assert not value.count_nonzero()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_the_same_call_twice_gives_the_same_bits(backend: str, name: str, dtype: torch.dtype, poisoned: None) -> None:
-    """Also where the memory that a kernel works in held NaN: a call with NaN everywhere comes between the two."""
-    small = interpreted(backend)
+def larger_example(name: str, *, small: bool = False) -> dict[str, Any]:
+    """Arguments of an op that keep several tasks busy; small: as few as the interpreter has time for."""
     batch, tokens, out, size = (1, 40, 100, (21, 14)) if small else (3, 130, 200, (42, 35))
     large = {
         "layer_norm_linear": lambda: inputs.layer_norm_linear(Random(), batch, tokens, 96, out=out),
@@ -177,7 +174,14 @@ def test_the_same_call_twice_gives_the_same_bits(backend: str, name: str, dtype:
         "cls_cross_attention": lambda: inputs.cls_cross_attention(Random(), batch, tokens, 96, 3),
         "cls_fusion": lambda: inputs.cls_fusion(Random(), batch, tokens, 64, 96, 3),
     }
-    given = large[name]()
+    return large[name]()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_same_call_twice_gives_the_same_bits(backend: str, name: str, dtype: torch.dtype, poisoned: None) -> None:
+    """Also where the memory that a kernel works in held NaN: a call with NaN everywhere comes between the two."""
+    given = larger_example(name, small=interpreted(backend))
     nan = {n: torch.full_like(v, torch.nan) if isinstance(v, Tensor) else v for n, v in given.items()}
     op, precision = getattr(crossvit_kernels, name), type(FLOAT32)(str(dtype), dtype)
 
@@ -189,6 +193,24 @@ def test_the_same_call_twice_gives_the_same_bits(backend: str, name: str, dtype:
     for key, value in call(given).items():
         assert torch.equal(value, first[key]), key
         assert not value.isnan().any(), key
+
+
+@pytest.mark.skipif("cpu" not in NATIVE, reason="the C++ kernels are not there")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [name for name in DIFFERENTIABLE if name != "cls_cross_attention"])
+def test_the_bits_do_not_depend_on_the_number_of_threads(name: str, dtype: torch.dtype) -> None:
+    """cls_cross_attention apart, whose tokens are divided over the threads where images are few."""
+    given, precision = larger_example(name), type(FLOAT32)(str(dtype), dtype)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(evaluate(getattr(crossvit_kernels, name), given, precision, "cpu"))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for key, value in results[0].items():
+            assert torch.equal(value, other[key]), key
 
 
 def test_calls_from_several_threads_do_not_meet(backend: str) -> None:
