@@ -1,7 +1,6 @@
 #include "launch.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #include <cstdlib>
 #include <new>
@@ -106,8 +105,8 @@ Norm norm_of(const Tensor& weight, const OptionalTensor& bias, double eps) {
 
 NormGradients::NormGradients(bool weight_wanted, bool bias_wanted, int64_t tasks, int64_t width, const Tensor& like) {
   const auto options = like.options().dtype(at::kFloat);
-  if (weight_wanted) weight = at::zeros({tasks, width}, options);
-  if (bias_wanted) bias = at::zeros({tasks, width}, options);
+  if (weight_wanted) weight = at::empty({tasks, width}, options);
+  if (bias_wanted) bias = at::empty({tasks, width}, options);
 }
 
 Tensor total(const Tensor& partial, const Tensor& parameter) { return partial.sum(0).to(parameter.scalar_type()); }

@@ -80,7 +80,7 @@ inline void gelu_panel(float* x, int64_t values) {
 }
 
 // The gradient through LayerNorm. x holds the rows, grad the gradient of the normalised rows; on return grad holds the
-// gradient of the rows. The parameters' gradients of these rows are added to grad_weight and grad_bias where wanted.
+// gradient of the rows. The parameters' gradients of these rows are written to grad_weight and grad_bias where wanted.
 template <int NV>
 inline void normalize_panel_backward(const float* x, float* grad, int64_t depth, const Norm& norm, const float* weight,
                                      int64_t m, int64_t count, float* grad_weight, float* grad_bias) {
@@ -98,8 +98,8 @@ inline void normalize_panel_backward(const float* x, float* grad, int64_t depth,
       sum[v] += g * weight[k];
       dot[v] += g * weight[k] * normalized;
     }
-    if (grad_weight) grad_weight[k] += CROSSVIT_ISA::sum(weight_sum);
-    if (grad_bias) grad_bias[k] += CROSSVIT_ISA::sum(bias_sum);
+    if (grad_weight) grad_weight[k] = CROSSVIT_ISA::sum(weight_sum);
+    if (grad_bias) grad_bias[k] = CROSSVIT_ISA::sum(bias_sum);
   }
   const float inverse = 1.0f / static_cast<float>(depth);
   for (int64_t k = 0; k < depth; k++)
