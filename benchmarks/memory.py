@@ -2,7 +2,9 @@
 
     python -m benchmarks.memory --model crossvit_15_dagger_240 --implementation auto --mode train
 
-prints one JSON row. Linux only: the peak is the kernel's own (VmHWM, reset by /proc/self/clear_refs).
+prints one JSON row. Linux only: the peak is the kernel's own (VmHWM, reset by /proc/self/clear_refs). The allocator
+gives memory back at once here: what it would keep in pieces between tensors is a matter of their order, not of the
+model.
 """
 
 import argparse
@@ -28,6 +30,8 @@ from .training import TrainingStep
 MODELS = [name for name in crossvit.list_models() if timm.is_model(name) and not VARIANTS[name].single_branch]
 IMPLEMENTATIONS = (*KERNELS, "timm-eager")
 CALLS = 2  # the second training step meets the gradients and the optimizer's state of the first
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+RETURNED = 2**18  # bytes of an allocation, from which on it goes back when it is freed
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -95,7 +99,10 @@ def peak_bytes(run: Any) -> int:
     Raises OSError where the kernel does not tell.
     """
     gc.collect()
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):  # glibc's
+        for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            libc.mallopt(option, RETURNED)
         libc.malloc_trim(0)  # memory that is free but kept would serve the first allocations unseen
     before = _status("VmRSS")
     CLEAR.write_text("5")
