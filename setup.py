@@ -1,15 +1,16 @@
 """Builds the extension module ``crossvit_kernels._C`` and the CUDA kernels; the rest is in pyproject.toml.
 
-``csrc/bindings.cpp`` and ``csrc/cpu/*.cpp`` see torch and are compiled once, for the baseline CPU. ``csrc/cpu/isa.cpp``
-sees no torch header and is compiled once per instruction set that the compiler knows, each time into an object of its
-own; which one runs is chosen at run time. Beside the module go the CUDA kernels (``csrc/build_cuda.py``) and
-``_build.json``: what was built, against which torch, or why it was not.
+``csrc/bindings.cpp`` and ``csrc/cpu/*.cpp`` see torch and are compiled once, together, for the baseline CPU.
+``csrc/cpu/isa.cpp`` sees no torch header and is compiled once per instruction set that the compiler knows, each time
+into an object of its own; which one runs is chosen at run time. Beside the module go the CUDA kernels
+(``csrc/build_cuda.py``) and ``_build.json``: what was built, against which torch, or why it was not.
 
 Environment: ``CXX`` the compiler, ``MAX_JOBS`` the number of compilations at once, ``CROSSVIT_KERNELS_SANITIZE`` a
 value for ``-fsanitize=``, and those of ``csrc/build_cuda.py``.
 """
 
 import fcntl
+import functools
 import json
 import os
 import platform
@@ -66,6 +67,8 @@ INSTRUCTION_SETS = {
 COMMON_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra", "-g0"]
 if SANITIZE:
     COMMON_FLAGS += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
+# What sees torch allocates and calls kernels: optimising it more only costs the compiler time.
+TORCH_FLAGS = [*COMMON_FLAGS, "-O1"]
 # GCC 12 warns of its own intrinsics headers.
 ISA_FLAGS = [
     "-ffp-contract=fast",
@@ -136,15 +139,17 @@ class BuildKernels(BuildExtension):
         (extension,) = self.extensions
         reason = missing()
         module = Path(self.build_lib, self.get_ext_filename(extension.name))
-        cuda = build_cuda.Build(cxx(), reason, COMMON_FLAGS, SANITIZE, Path(self.build_temp), module.parent)
+        cuda = build_cuda.Build(cxx(), reason, TORCH_FLAGS, SANITIZE, Path(self.build_temp), module.parent)
         workers = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
         with ThreadPoolExecutor(workers) as self.pool:
-            cuda.start(self.pool, workers)
+            self.start_cuda = functools.partial(cuda.start, self.pool, workers)
             if reason is None:
                 try:
                     super().build_extensions()
                 except Exception as error:  # ninja's, distutils' and torch's failures share no class
                     reason = f"the C++ sources did not compile on {platform.machine()} ({error})"
+            if not cuda.started:
+                self.start_cuda()
         if reason is not None:
             if "build_ext" in self.distribution.commands:  # the extension was asked for by name, not as part of a whole
                 sys.exit(f"crossvit-kernels: {reason}")
@@ -180,12 +185,11 @@ class BuildKernels(BuildExtension):
             )
             return compiled
 
-        if self.use_ninja:
-            ext.extra_objects = list(self.pool.map(compile_for, self.instruction_sets))
-        else:
-            ext.extra_objects = [compile_for(name) for name in self.instruction_sets]
-        bindings, *others = ext.sources
-        ext.sources = [bindings, str(build_cuda.together(map(Path, others), Path(self.build_temp, "cpu.cpp")))]
+        # The widest set takes longest. The CUDA kernels come behind, beside which the rest is compiled.
+        jobs = {n: self.pool.submit(compile_for, n) for n in reversed(self.instruction_sets) if self.use_ninja}
+        self.start_cuda()
+        ext.extra_objects = [jobs[n].result() if n in jobs else compile_for(n) for n in self.instruction_sets]
+        ext.sources = [str(build_cuda.together(map(Path, ext.sources), Path(self.build_temp, "cpu.cpp")))]
         ext.extra_compile_args["cxx"] += [f"-DCROSSVIT_HAVE_{name.upper()}" for name in self.instruction_sets]
         super().build_extension(ext)
 
@@ -211,9 +215,9 @@ class BuildKernels(BuildExtension):
 extension = CppExtension(
     "crossvit_kernels._C",
     [str(CSRC / "bindings.cpp"), *(str(path) for path in sorted(CSRC.glob("cpu/*.cpp")) if path != ISA_SOURCE)],
-    depends=[str(path) for path in (*sorted(CSRC.rglob("*.h")), *sorted(CSRC.glob("cpu/*.cpp")))],
+    depends=[str(path) for path in (*sorted(CSRC.rglob("*.h")), *sorted(CSRC.glob("**/*.cpp")))],
     # -fopenmp when compiling only: linked without libgomp, its calls go to the one that torch loaded: one thread pool.
-    extra_compile_args={"cxx": [*COMMON_FLAGS, "-fopenmp"]},
+    extra_compile_args={"cxx": [*TORCH_FLAGS, "-fopenmp"]},
     extra_link_args=[f"-fsanitize={SANITIZE}"] if SANITIZE else [],
     optional=True,
 )

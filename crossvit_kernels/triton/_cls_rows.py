@@ -74,6 +74,38 @@ def row_statistics(starts, valid, eps, D: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
+def absorb(
+    queries,
+    k_weight_ptr,
+    key_query_ptr,
+    rows,
+    valid,
+    head,
+    scale,
+    D: tl.constexpr,
+    HEAD: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Stores W_k^T query * scale of a head, whose query lies in registers in pieces of HEAD_BLOCK columns."""
+    heads = D // HEAD
+    for k in tl.range(0, D, BLOCK_K):
+        c = k + tl.arange(0, BLOCK_K)
+        absorbed = tl.zeros((16, BLOCK_K), tl.float32)
+        for j0 in tl.static_range(0, HEAD, HEAD_BLOCK):
+            j = j0 + tl.arange(0, HEAD_BLOCK)
+            key_weights = k_weight_ptr + (head * HEAD + j)[:, None] * D + c[None, :]
+            key_weight = load_tile(key_weights, j < HEAD, c < D, HEAD % HEAD_BLOCK != 0, D % BLOCK_K != 0)
+            absorbed = product(queries[j0 // HEAD_BLOCK], key_weight, absorbed, PRECISION)
+        tl.store(
+            key_query_ptr + ((rows * heads + head) * D)[:, None] + c[None, :],
+            absorbed * scale,
+            mask=valid[:, None] & (c < D)[None, :],
+        )
+
+
+@triton.jit
 def cls_query(
     cls_ptr,
     norm_weight_ptr,
@@ -132,20 +164,7 @@ def cls_query(
             )
         queries = queries + (query.to(dtype),)
 
-    heads = D // HEAD
-    for k in tl.range(0, D, BLOCK_K):
-        c = k + columns
-        absorbed = tl.zeros((16, BLOCK_K), tl.float32)
-        for j0 in tl.static_range(0, HEAD, HEAD_BLOCK):
-            j = j0 + tl.arange(0, HEAD_BLOCK)
-            key_weights = k_weight_ptr + (head * HEAD + j)[:, None] * D + c[None, :]
-            key_weight = load_tile(key_weights, j < HEAD, c < D, MASK_HEAD, MASK_K)
-            absorbed = product(queries[j0 // HEAD_BLOCK], key_weight, absorbed, PRECISION)
-        tl.store(
-            key_query_ptr + ((rows * heads + head) * D)[:, None] + c[None, :],
-            absorbed * scale,
-            mask=valid[:, None] & (c < D)[None, :],
-        )
+    absorb(queries, k_weight_ptr, key_query_ptr, rows, valid, head, scale, D, HEAD, HEAD_BLOCK, PRECISION, BLOCK_K)
 
 
 @triton.jit

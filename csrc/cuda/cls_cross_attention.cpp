@@ -28,17 +28,7 @@ CrossAttentionResult cls_cross_attention(const Tensor& cls, const Tensor& patche
   const Weights weights{q_weight, k_weight, v_weight};
   const Type type = type_of(q_weight);
 
-  ClsQuery query{};
-  dense.fill(query);
-  query.norm_weight = norm[0];
-  query.norm_bias = norm[1];
-  query.q_bias = norm[2];
-  query.q_weight = weights[0];
-  query.k_weight = weights[1];
-  query.type = type;
-  query.tf32 = allow_tf32();
-  query.aligned = weights.aligned();
-  query.eps = static_cast<float>(eps);
+  ClsQuery query = query_of(dense, norm, 0, 2, weights[0], weights[1], type, weights.aligned(), eps);
   const Tensor queries = empty_f32({kept, width}, patches);
   const Tensor key_query = empty_f32({batch, num_heads, width}, patches);
   if (save) query.query = queries.mutable_data_ptr<float>();
@@ -47,29 +37,18 @@ CrossAttentionResult cls_cross_attention(const Tensor& cls, const Tensor& patche
 
   const Tensor mean = empty_f32({kept, tokens}, patches), rstd = empty_f32({kept, tokens}, patches);
   const Tensor probs = empty_f32({kept, num_heads, tokens}, patches);
-  TokenPass pass{};
-  pass.tokens = dense.tokens;
-  pass.plan = plan_token_pass(dense.tokens, type);
-  check_width(pass.plan.shared, width);
-  pass.type = type;
-  pass.tf32 = query.tf32;
-  pass.key_query = query.key_query;
-  pass.norm_weight = query.norm_weight;
-  pass.eps = query.eps;
+  SplitResults of_splits(dense, query);
+  TokenPass& pass = of_splits.pass;
   if (save) {
     pass.mean = mean.mutable_data_ptr<float>();
     pass.rstd = rstd.mutable_data_ptr<float>();
     pass.scores = probs.mutable_data_ptr<float>();
   }
   const int64_t splits = pass.plan.splits;
-  const Tensor partial = empty_f32({batch, splits, num_heads, width}, patches);
-  const Tensor softmax = empty_f32({batch, splits, 2, num_heads}, patches);
-  pass.context = partial.mutable_data_ptr<float>();
-  pass.softmax = softmax.mutable_data_ptr<float>();
   check(token_pass(pass, stream), "token_pass");
 
   const Tensor context = !save         ? empty_f32({0, num_heads, width}, patches)
-                         : splits == 1 ? partial.view({batch, num_heads, width})
+                         : splits == 1 ? of_splits.context.view({batch, num_heads, width})
                                        : empty_f32({batch, num_heads, width}, patches);
   const Tensor out = empty({batch, width}, q_weight.scalar_type(), patches);
   ClsValue value{};

@@ -21,7 +21,7 @@ Tensor cls_fusion(const Tensor& cls, const Tensor& patches, const Tensor& proj_n
   const Parameters vectors{proj_norm_weight, proj_norm_bias, proj_bias,          norm_weight,      norm_bias,  q_bias,
                            v_bias,           out_bias,       revert_norm_weight, revert_norm_bias, revert_bias};
   const Weights weights{proj_weight, q_weight, k_weight, v_weight, out_weight, revert_weight};
-  const bool aligned = weights.aligned(), tf32 = allow_tf32();
+  const bool aligned = weights.aligned();
   const Type type = type_of(q_weight);
 
   // The CLS stays in float32 between the steps, whatever the model's dtype.
@@ -39,32 +39,12 @@ Tensor cls_fusion(const Tensor& cls, const Tensor& patches, const Tensor& proj_n
   query.weight = weights[0];
   query.aligned = aligned;
   query.projected = projected.mutable_data_ptr<float>();
-  dense.fill(query.query);
-  query.query.norm_weight = vectors[3];
-  query.query.norm_bias = vectors[4];
-  query.query.q_bias = vectors[5];
-  query.query.q_weight = weights[1];
-  query.query.k_weight = weights[2];
-  query.query.type = type;
-  query.query.tf32 = tf32;
-  query.query.aligned = aligned;
-  query.query.eps = static_cast<float>(eps);
+  query.query = query_of(dense, vectors, 3, 5, weights[1], weights[2], type, aligned, eps);
   query.query.key_query = key_query.mutable_data_ptr<float>();
   check(fusion_query(query, stream), "fusion_query");
 
-  TokenPass pass{};
-  pass.tokens = dense.tokens;
-  pass.plan = plan_token_pass(dense.tokens, type);
-  check_width(pass.plan.shared, width);
-  pass.type = type;
-  pass.tf32 = tf32;
-  pass.key_query = query.query.key_query;
-  pass.norm_weight = vectors[3];
-  pass.eps = query.query.eps;
-  const Tensor context = empty_f32({batch, pass.plan.splits, num_heads, width}, patches);
-  const Tensor softmax = empty_f32({batch, pass.plan.splits, 2, num_heads}, patches);
-  pass.context = context.mutable_data_ptr<float>();
-  pass.softmax = softmax.mutable_data_ptr<float>();
+  const SplitResults of_splits(dense, query.query);
+  const TokenPass& pass = of_splits.pass;
   check(token_pass(pass, stream), "token_pass");
 
   const Tensor of_heads = empty_f32({batch, num_heads, width}, patches);
@@ -79,7 +59,7 @@ Tensor cls_fusion(const Tensor& cls, const Tensor& patches, const Tensor& proj_n
   value.v_weight = weights[3];
   value.out_weight = weights[4];
   value.type = type;
-  value.tf32 = tf32;
+  value.tf32 = query.query.tf32;
   value.aligned = aligned;
   value.heads_aligned = aligned && head * q_weight.itemsize() % 16 == 0;
   value.out = of_heads.mutable_data_ptr<float>();
@@ -99,7 +79,7 @@ Tensor cls_fusion(const Tensor& cls, const Tensor& patches, const Tensor& proj_n
   revert.bias = vectors[10];
   revert.weight = weights[5];
   revert.type = type;
-  revert.tf32 = tf32;
+  revert.tf32 = value.tf32;
   revert.aligned = aligned;
   revert.eps = query.query.eps;
   revert.out = out.mutable_data_ptr();

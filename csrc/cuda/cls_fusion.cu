@@ -62,17 +62,12 @@ __global__ void __launch_bounds__(kRowThreads, 1)
     if (step < own_steps) {
       const int first = step * own_rows;
       rows_by_rows<kTf32>(y, own_stride, tile, own_stride, min(of_head.columns - first, own_rows), own_columns,
-                          [&](int row, int column, float v0, float v1) {
-                            const float v[2] = {v0, v1};
-#pragma unroll
-                            for (int e = 0; e < 2; e++) {
-                              const int c = first + column + e;
-                              if (c >= width) continue;
-                              const float value = v[e] + (a.bias.data ? load(a.bias.data, a.bias.type, c) : 0);
-                              projected[row * c_stride + c] = value;
-                              if (of_head.head == 0 && row < rows)
-                                a.projected[(of_head.image + row) * width + c] = value;
-                            }
+                          [&](int row, int column, float v) {
+                            const int c = first + column;
+                            if (c >= width) return;
+                            v += a.bias.data ? load(a.bias.data, a.bias.type, c) : 0;
+                            projected[row * c_stride + c] = v;
+                            if (of_head.head == 0 && row < rows) a.projected[(of_head.image + row) * width + c] = v;
                           });
       return;
     }
@@ -121,25 +116,18 @@ __global__ void __launch_bounds__(kRowThreads, 1) fusion_value_kernel(const Fusi
     if (step < v_steps) {
       const int first = step * tiles.rows;
       rows_by_rows<kTf32>(y, stride, tile, stride, min(padded_d - first, tiles.rows), columns,
-                          [&](int row, int column, float v0, float v1) {
-                            const float values[2] = {v0, v1};
-#pragma unroll
-                            for (int e = 0; e < 2; e++) {
-                              const int j = first + column + e;
-                              const bool biased = j < d && a.v_bias.data;
-                              const float bias = biased ? load(a.v_bias.data, a.v_bias.type, head * d + j) : 0;
-                              v[row * v_stride + j] = from_float<T>(j < d ? values[e] + bias : 0);
-                            }
+                          [&](int row, int column, float value) {
+                            const int j = first + column;
+                            if (j < d && a.v_bias.data) value += load(a.v_bias.data, a.v_bias.type, head * d + j);
+                            v[row * v_stride + j] = from_float<T>(j < d ? value : 0);
                           });
     } else {
       const int first = (step - v_steps) * tiles.columns;
       rows_by_rows<kTf32>(v, v_stride, tile, v_stride, min(columns - first, tiles.columns), padded_d,
-                          [&](int row, int column, float v0, float v1) {
+                          [&](int row, int column, float value) {
                             const int c = first + column;
-                            if (row >= rows) return;
-                            float* to = a.out + ((image + row) * a.heads + head) * a.width + c;
-                            if (c < a.width) to[0] = v0;
-                            if (c + 1 < a.width) to[1] = v1;
+                            if (row < rows && c < a.width)
+                              a.out[((image + row) * a.heads + head) * a.width + c] = value;
                           });
     }
   });
@@ -176,17 +164,12 @@ __global__ void __launch_bounds__(kRowThreads, 1)
                     gelu);
   };
   stream_tiles(1, buffers, fill, fuse, [&](int, int) {
-    rows_by_rows<kTf32>(y, stride, tile, stride, round_up(here, 16), columns,
-                        [&](int row, int column, float v0, float v1) {
-                          const float v[2] = {v0, v1};
-#pragma unroll
-                          for (int e = 0; e < 2; e++) {
-                            const int c = first + column + e;
-                            if (row >= rows || c >= a.own_width) continue;
-                            const float bias = a.bias.data ? load(a.bias.data, a.bias.type, c) : 0;
-                            static_cast<T*>(a.out)[(image + row) * a.own_width + c] = from_float<T>(v[e] + bias);
-                          }
-                        });
+    rows_by_rows<kTf32>(y, stride, tile, stride, round_up(here, 16), columns, [&](int row, int column, float v) {
+      const int c = first + column;
+      if (row >= rows || c >= a.own_width) return;
+      v += a.bias.data ? load(a.bias.data, a.bias.type, c) : 0;
+      static_cast<T*>(a.out)[(image + row) * a.own_width + c] = from_float<T>(v);
+    });
   });
 }
 

@@ -60,22 +60,18 @@ struct HeadQuery {
     if (step < q_steps) {
       const int first = step * tiles.rows;
       rows_by_rows<kTf32>(y, y_stride, tile, y_stride, min(padded_d - first, tiles.rows), columns,
-                          [&](int row, int column, float v0, float v1) {
-                            const float v[2] = {v0, v1};
-#pragma unroll
-                            for (int e = 0; e < 2; e++) {
-                              const int j = first + column + e;
-                              float value = 0;
-                              if (j < d) {
-                                value = v[e];
-                                if (a.q_bias.data) value += load(a.q_bias.data, a.q_bias.type, head * d + j);
-                                if (a.query && row < rows) a.query[(image + row) * a.width + head * d + j] = value;
-                              }
-                              const T high = from_float<T>(value);
-                              q[row * q_stride + j] = high;
-                              if constexpr (query_parts<T> == 2)
-                                q[(kImages + row) * q_stride + j] = from_float<T>(remainder_of(value, high));
+                          [&](int row, int column, float value) {
+                            const int j = first + column;
+                            if (j < d) {
+                              if (a.q_bias.data) value += load(a.q_bias.data, a.q_bias.type, head * d + j);
+                              if (a.query && row < rows) a.query[(image + row) * a.width + head * d + j] = value;
+                            } else {
+                              value = 0;
                             }
+                            const T high = from_float<T>(value);
+                            q[row * q_stride + j] = high;
+                            if constexpr (query_parts<T> == 2)
+                              q[(kImages + row) * q_stride + j] = from_float<T>(remainder_of(value, high));
                           });
     } else {
       const int first = (step - q_steps) * tiles.columns;

@@ -56,16 +56,11 @@ __global__ void __launch_bounds__(kRowThreads, 1) value_kernel(const ClsValue a,
   stream_tiles((d + tiles.rows - 1) / tiles.rows, 2, fill, join, [&](int step, int stage) {
     const int first = step * tiles.rows;
     rows_by_rows<kTf32>(y, stride, buffers + stage * tiles.rows * stride, stride,
-                        min(round_up(d, 16) - first, tiles.rows), columns,
-                        [&](int row, int column, float v0, float v1) {
-                          const float v[2] = {v0, v1};
-#pragma unroll
-                          for (int e = 0; e < 2; e++) {
-                            const int j = first + column + e;
-                            if (j >= d || row >= rows) continue;
-                            const float bias = a.v_bias.data ? load(a.v_bias.data, a.v_bias.type, head * d + j) : 0;
-                            static_cast<T*>(a.out)[(image + row) * a.width + head * d + j] = from_float<T>(v[e] + bias);
-                          }
+                        min(round_up(d, 16) - first, tiles.rows), columns, [&](int row, int column, float v) {
+                          const int j = first + column;
+                          if (j >= d || row >= rows) return;
+                          v += a.v_bias.data ? load(a.v_bias.data, a.v_bias.type, head * d + j) : 0;
+                          static_cast<T*>(a.out)[(image + row) * a.width + head * d + j] = from_float<T>(v);
                         });
   });
 }

@@ -60,29 +60,27 @@ __device__ __forceinline__ void fill_tile(T* tile, int stride, const MatrixView&
 // it all threads have met.
 template <class Fill, class Prepare, class Use>
 __device__ __forceinline__ void stream_tiles(int steps, int buffers, Fill&& fill, Prepare&& prepare, Use&& use) {
-  for (int step = 0; step < buffers; step++) {
-    if (step < steps) fill(step, step);
-    ptx::commit_copies();
-  }
-  prepare();
 #pragma unroll 1
-  for (int step = 0; step < steps; step++) {
-    const int buffer = buffers == 1 ? 0 : step % 2;
-    if (buffers == 1) {
-      ptx::wait_copies<0>();
-    } else {
-      ptx::wait_copies<1>();
+  for (int step = -buffers; step < steps; step++) {
+    const int buffer = buffers == 1 ? 0 : step & 1;
+    if (step == 0) prepare();
+    if (step >= 0) {
+      if (buffers == 1) {
+        ptx::wait_copies<0>();
+      } else {
+        ptx::wait_copies<1>();
+      }
+      __syncthreads();
+      use(step, buffer);
+      __syncthreads();
     }
-    __syncthreads();
-    use(step, buffer);
-    __syncthreads();
     if (step + buffers < steps) fill(step + buffers, buffer);
     ptx::commit_copies();
   }
 }
 
-// f(row, column, v0, v1) for the products (16, columns) of rows a (16, depth) in shared memory with a tile (columns, depth);
-// v1 belongs to column + 1. Depth and columns are multiples of 16.
+// f(row, column, v) for the products (16, columns) of rows a (16, depth) in shared memory with a tile (columns, depth). Depth
+// and columns are multiples of 16.
 template <bool kTf32, class T, class F>
 __device__ __forceinline__ void rows_by_rows(const T* a, int a_stride, const T* tile, int tile_stride, int columns,
                                              int depth, F&& f) {
@@ -90,12 +88,12 @@ __device__ __forceinline__ void rows_by_rows(const T* a, int a_stride, const T* 
   for (int n = threadIdx.x / 32 * 8; n < columns; n += kRowWarps * 8) {
     float d[1][4] = {};
     multiply_warp<kTf32, false, false>(d, a, a_stride, tile + n * tile_stride, tile_stride, depth);
-    f(row, n + column, d[0][0], d[0][1]);
-    f(row + 8, n + column, d[0][2], d[0][3]);
+#pragma unroll
+    for (int e = 0; e < 4; e++) f(row + e / 2 * 8, n + column + e % 2, d[0][e]);
   }
 }
 
-// The same with a tile (depth, columns), the rows the sum of `parts` matrices (16, depth), one behind the other.
+// f(row, column, v0, v1), v1 of column + 1, for the same with a tile (depth, columns), the rows the sum of `parts` matrices (16, depth), one behind the other.
 template <bool kTf32, class T, class F>
 __device__ __forceinline__ void rows_by_columns(const T* a, int a_stride, int parts, const T* tile, int tile_stride,
                                                 int columns, int depth, F&& f) {
@@ -112,9 +110,26 @@ __device__ __forceinline__ void rows_by_columns(const T* a, int a_stride, int pa
   }
 }
 
+// Elements first, first + 32, ... of a row of `type`, zero from `width` on. The type is asked for once, so that all loads
+// are on their way together.
+template <int kSize>
+__device__ __forceinline__ void read_row(float (&x)[kSize], const void* row, Type type, int first, int width) {
+  const auto read = [&](const auto* from) {
+#pragma unroll
+    for (int j = 0; j < kSize; j++) x[j] = first + 32 * j < width ? to_float(from[first + 32 * j]) : 0;
+  };
+  if (type == Type::float32) {
+    read(static_cast<const float*>(row));
+  } else if (type == Type::float16) {
+    read(static_cast<const __half*>(row));
+  } else {
+    read(static_cast<const __nv_bfloat16*>(row));
+  }
+}
+
 // f(column, x^) for this lane's share of a row in memory, x^ = (x - mean) rstd by two passes over x - x[0]; by a whole warp.
-template <class X, class F>
-__device__ __forceinline__ void layer_norm_row(const X* from, int width, float eps, F&& f) {
+template <class F>
+__device__ __forceinline__ void layer_norm_row(const void* from, Type type, int width, float eps, F&& f) {
   constexpr int kHeld = 24;  // that a lane keeps in registers for the statistics; of wider rows the rest is read again
   const int lane = threadIdx.x % 32;
   const auto sum_lanes = [](float value) {
@@ -122,17 +137,13 @@ __device__ __forceinline__ void layer_norm_row(const X* from, int width, float e
     for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(~0u, value, distance);
     return value;
   };
-  const float first = to_float(from[0]);
+  const float first = load(from, type, 0);
   float x[kHeld];
   float sum = 0, squares = 0;
+  read_row(x, from, type, lane, width);
 #pragma unroll
-  for (int j = 0; j < kHeld; j++) {
-    const int c = lane + 32 * j;
-    x[j] = c < width ? to_float(from[c]) - first : 0;
-  }
-#pragma unroll
-  for (int j = 0; j < kHeld; j++) sum += x[j];
-  for (int c = lane + 32 * kHeld; c < width; c += 32) sum += to_float(from[c]) - first;
+  for (int j = 0; j < kHeld; j++) sum += lane + 32 * j < width ? x[j] -= first : 0;
+  for (int c = lane + 32 * kHeld; c < width; c += 32) sum += load(from, type, c) - first;
   const float shift = sum_lanes(sum) / width;
 #pragma unroll
   for (int j = 0; j < kHeld; j++) {
@@ -140,13 +151,20 @@ __device__ __forceinline__ void layer_norm_row(const X* from, int width, float e
     squares += lane + 32 * j < width ? x[j] * x[j] : 0;
   }
   for (int c = lane + 32 * kHeld; c < width; c += 32) {
-    const float rest = (to_float(from[c]) - first) - shift;
+    const float rest = (load(from, type, c) - first) - shift;
     squares = fmaf(rest, rest, squares);
   }
   const float rstd = rsqrtf(sum_lanes(squares) / width + eps);
   // Read again, from L1, by a short loop: f may be long.
-#pragma unroll 4
-  for (int c = lane; c < width; c += 32) f(c, ((to_float(from[c]) - first) - shift) * rstd);
+  constexpr int kAtOnce = 4;
+#pragma unroll 1
+  for (int c = lane; c < width; c += 32 * kAtOnce) {
+    float again[kAtOnce];
+    read_row(again, from, type, c, width);
+#pragma unroll
+    for (int j = 0; j < kAtOnce; j++)
+      if (c + 32 * j < width) f(c + 32 * j, ((again[j] - first) - shift) * rstd);
+  }
 }
 
 // gamma x^ + beta, an absent one of them 1 or 0.
@@ -173,13 +191,8 @@ __device__ __forceinline__ void layer_norm_rows(const void* from, Type type, std
     }
     for (int c = width + lane; c < round_up(width, 16); c += 32) row[c] = from_float<T>(0);
     const auto keep = [&](int c, float x) { row[c] = from_float<T>(activation(affine(x, c))); };
-    if (type == Type::float32) {
-      layer_norm_row(static_cast<const float*>(from) + r * row_stride, width, eps, keep);
-    } else if (type == Type::float16) {
-      layer_norm_row(static_cast<const __half*>(from) + r * row_stride, width, eps, keep);
-    } else {
-      layer_norm_row(static_cast<const __nv_bfloat16*>(from) + r * row_stride, width, eps, keep);
-    }
+    const std::int64_t bytes = r * row_stride * (type == Type::float32 ? 4 : 2);
+    layer_norm_row(static_cast<const char*>(from) + bytes, type, width, eps, keep);
   }
 }
 

@@ -72,9 +72,49 @@ struct DenseTokens {
   }
 };
 
+// The query's arguments, but for where its results go and, of cls_fusion, the CLS tokens.
+inline ClsQuery query_of(const DenseTokens& dense, const Parameters& vectors, std::size_t norm, std::size_t q_bias,
+                         const void* q_weight, const void* k_weight, Type type, bool aligned, double eps) {
+  ClsQuery query{};
+  dense.fill(query);
+  query.norm_weight = vectors[norm];
+  query.norm_bias = vectors[norm + 1];
+  query.q_bias = vectors[q_bias];
+  query.q_weight = q_weight;
+  query.k_weight = k_weight;
+  query.type = type;
+  query.tf32 = allow_tf32();
+  query.aligned = aligned;
+  query.eps = static_cast<float>(eps);
+  return query;
+}
+
 inline void check_width(std::int64_t shared, std::int64_t width) {
   TORCH_CHECK(shared <= kSharedMemory, "cls_cross_attention's CUDA kernels hold tokens in shared memory; ", width,
               " elements are too wide for it");
 }
+
+// What the pass over the tokens leaves for every split of an image's tokens; owns it.
+struct SplitResults {
+  Tensor context, softmax;
+  TokenPass pass{};
+
+  // The pass behind `query`, but for the statistics and scores that a backward needs.
+  SplitResults(const DenseTokens& dense, const ClsQuery& query) {
+    const Tokens& tokens = dense.tokens;
+    pass.tokens = tokens;
+    pass.plan = plan_token_pass(tokens, query.type);
+    check_width(pass.plan.shared, tokens.width);
+    pass.type = query.type;
+    pass.tf32 = query.tf32;
+    pass.key_query = query.key_query;
+    pass.norm_weight = query.norm_weight;
+    pass.eps = query.eps;
+    context = empty_f32({tokens.batch, pass.plan.splits, tokens.heads, tokens.width}, dense.patches);
+    softmax = empty_f32({tokens.batch, pass.plan.splits, 2, tokens.heads}, dense.patches);
+    pass.context = context.mutable_data_ptr<float>();
+    pass.softmax = softmax.mutable_data_ptr<float>();
+  }
+};
 
 }  // namespace crossvit::cuda

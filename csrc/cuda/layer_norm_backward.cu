@@ -5,8 +5,8 @@
 
 #include "cuda/launch.cuh"
 #include "cuda/layer_norm_linear.h"
-#include "cuda/linear.h"
 #include "cuda/math.cuh"
+#include "cuda/matrix_sum.h"
 #include "cuda/quad.cuh"
 
 namespace crossvit::cuda {
@@ -223,16 +223,17 @@ Error layer_norm_backward(const LayerNormBackwardArgs& args, Stream stream) {
     return launch_types<T, float>(args, stream);
   });
   if (error || !args.partial) return error;
-  PartialSumArgs sum{};
-  sum.partial = args.partial;
+  MatrixSumArgs sum;
+  sum.matrices = {args.partial, Type::float32};
   sum.count = blocks_of(args.rows, args.width);
-  sum.stride = sum.size = 2 * args.width;
+  sum.stride = sum.width = 2 * args.width;
+  sum.aligned = sum.width % 4 == 0;
   sum.first_size = args.width;
   sum.first = args.grad_weight;
   sum.first_type = args.grad_weight_type;
   sum.second = args.grad_bias;
   sum.second_type = args.grad_bias_type;
-  return sum_partials(sum, stream);
+  return matrix_sum(sum, stream);
 }
 
 }  // namespace crossvit::cuda

@@ -88,8 +88,10 @@ struct Share {
   int whole = 0, splits = 1, tiles_per_block = 1;
 };
 
+// Without the bound of three blocks of float32 the compiler keeps to registers for more on sm_80, and spills.
 template <class F>
-__global__ void __launch_bounds__(F::P::kThreads) fused_kernel(const LayerNormLinearArgs p, const Share share) {
+__global__ void __launch_bounds__(F::P::kThreads, sizeof(typename F::T) == 4 ? 3 : 1)
+    fused_kernel(const LayerNormLinearArgs p, const Share share) {
   using P = typename F::P;
   using T = typename F::T;
   const int x_stride = F::x_stride(p.width), steps_per_tile = (p.width + F::kDepth - 1) / F::kDepth;
@@ -151,61 +153,6 @@ __global__ void __launch_bounds__(F::P::kThreads) fused_kernel(const LayerNormLi
       begin();
     }
   });
-}
-
-constexpr int kNormThreads = 128, kNormRows = kNormThreads / kLanesPerRow;
-
-// y = act(LayerNorm(x)) to memory, for products that are not fused. X is x's type.
-template <class T, class X>
-__global__ void __launch_bounds__(kNormThreads) norm_rows_kernel(const LayerNormLinearArgs p, bool given, bool staged) {
-  float* affine = reinterpret_cast<float*>(ptx::shared_memory());
-  if (staged) load_affine(affine, p.width, p.norm.weight, p.norm.bias);
-  __syncthreads();
-  const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * kNormRows + threadIdx.x / kLanesPerRow;
-  const X* from = row_of<const X>(p.x, min(row, p.rows - 1));
-  const auto read = [&](int column, float (&v)[4]) {
-    const Quad quad = to_quad(load_four(from, column, p.width, p.x.aligned));
-#pragma unroll
-    for (int e = 0; e < 4; e++) v[e] = quad.at[e];
-  };
-  RowStatistics statistics;
-  if (given) {
-    statistics = {p.mean[min(row, p.rows - 1)], 0.0f, p.rstd[min(row, p.rows - 1)]};
-  } else {
-    statistics = row_statistics<4>(p.width, p.norm.eps, to_float(from[0]), read);
-  }
-  if (row >= p.rows) return;
-  const int lane = threadIdx.x % kLanesPerRow;
-  if (p.mean && !given && lane == 0) {
-    p.mean[row] = statistics.first + statistics.shift;
-    p.rstd[row] = statistics.rstd;
-  }
-#pragma unroll 4
-  for (int column = lane * 4; column < p.width; column += kLanesPerRow * 4) {
-    Quad v;
-    read(column, v.at);
-#pragma unroll
-    for (int e = 0; e < 4; e++) {
-      const int c = min(column + e, p.width - 1);
-      const Vector &weight = p.norm.weight, &bias = p.norm.bias;
-      const float factor = staged ? affine[c] : load(weight.data, weight.type, c);
-      const float offset = staged ? affine[p.width + c] : bias.data ? load(bias.data, bias.type, c) : 0.0f;
-      v.at[e] = fmaf((v.at[e] - statistics.first - statistics.shift) * statistics.rstd, factor, offset);
-      if (p.gelu_in) v.at[e] = gelu<T>(v.at[e]);
-    }
-    store_four(row_of<T>(p.normalized, row), column, p.width, p.normalized.aligned, v);
-  }
-}
-
-template <class T>
-Error launch_norm_rows(const LayerNormLinearArgs& args, bool given, Stream stream) {
-  const dim3 grid(static_cast<unsigned>((args.rows + kNormRows - 1) / kNormRows));
-  const std::size_t affine = 2 * sizeof(float) * args.width;
-  const bool staged = affine <= 48 * 1024;
-  const std::size_t shared = staged ? affine : 0;
-  if (args.x.type == args.type)
-    return launch(norm_rows_kernel<T, T>, grid, kNormThreads, shared, stream, args, given, staged);
-  return launch(norm_rows_kernel<T, float>, grid, kNormThreads, shared, stream, args, given, staged);
 }
 
 // The tiles of the fused kernel: for few rows; for a multiprocessor's worth; and the large ones, which read the weight
@@ -301,10 +248,6 @@ Error launch16(const LayerNormLinearArgs& args, const Plan& plan, Stream stream)
 using namespace normalized_tiles;
 
 bool layer_norm_linear_in_two(const LayerNormLinearArgs& args) { return plan_of(args).kind == Plan::in_two; }
-
-Error layer_norm_rows(const LayerNormLinearArgs& args, bool given, Stream stream) {
-  return with_type(args.type, [&](auto example) { return launch_norm_rows<decltype(example)>(args, given, stream); });
-}
 
 Error launch_layer_norm_linear(const LayerNormLinearArgs& args, Stream stream) {
   if (!args.normalized.data) {

@@ -13,16 +13,35 @@
 namespace crossvit::cuda {
 namespace linear_tiles {
 
-// The forward's last steps for four sums, which begin with the bias: T is the operands' type, O the result's.
-template <class T, class O>
+// Four elements as they come from memory, float or T.
+struct alignas(16) Given {
+  std::uint32_t at[4];
+};
+
+template <class O>
+__device__ __forceinline__ Given load_given(const Rows& rows, std::int64_t row, int column, int columns) {
+  Given given;
+  const Four<O> four = load_four(row_of<const O>(rows, row), column, columns, rows.aligned);
+  memcpy(given.at, four.at, sizeof(four));
+  return given;
+}
+
+template <class O>
+__device__ __forceinline__ Four<O> four_of(const Given& given) {
+  Four<O> four;
+  memcpy(four.at, given.at, sizeof(four));
+  return four;
+}
+
+// The forward's last steps for four sums, which begin with the bias: T is the operands' type. One code for both types that
+// `out` may be of, since it is there once for every four of a thread's sums.
+template <class T>
 __device__ __forceinline__ void finish(const Epilogue& epilogue, std::int64_t row, int column, int columns, Quad v,
-                                       const Four<O>& residual) {
-  if constexpr (sizeof(O) == sizeof(T)) {
-    if (epilogue.pre.data) store_four(row_of<T>(epilogue.pre, row), column, columns, epilogue.pre.aligned, v);
-    if (epilogue.gelu) {
+                                       const Given& residual) {
+  if (epilogue.pre.data) store_four(row_of<T>(epilogue.pre, row), column, columns, epilogue.pre.aligned, v);
+  if (epilogue.gelu) {
 #pragma unroll
-      for (int e = 0; e < 4; e++) v.at[e] = gelu<T>(v.at[e]);
-    }
+    for (int e = 0; e < 4; e++) v.at[e] = gelu<T>(v.at[e]);
   }
   if (epilogue.scale.kind == Scale::sample) {
     const float scale = epilogue.scale.values[static_cast<std::uint32_t>(row) / epilogue.scale.rows_per_sample];
@@ -33,18 +52,28 @@ __device__ __forceinline__ void finish(const Epilogue& epilogue, std::int64_t ro
 #pragma unroll
     for (int e = 0; e < 4; e++) v.at[e] *= scale.at[e];
   }
-  if (epilogue.residual.data) {
+  const auto end = [&](auto example) {
+    using O = decltype(example);
+    if (epilogue.residual.data) {
+      const Quad more = to_quad(four_of<O>(residual));
 #pragma unroll
-    for (int e = 0; e < 4; e++) v.at[e] += to_float(residual.at[e]);
+      for (int e = 0; e < 4; e++) v.at[e] += more.at[e];
+    }
+    store_four(row_of<O>(epilogue.out, row), column, columns, epilogue.out.aligned, v);
+  };
+  if (sizeof(T) == 4 || epilogue.out.type == Type::float32) {
+    end(float());
+  } else {
+    end(T());
   }
-  store_four(row_of<O>(epilogue.out, row), column, columns, epilogue.out.aligned, v);
 }
 
 // The backward's last steps.
 template <class T>
 __device__ __forceinline__ void finish_gradient(const Epilogue& epilogue, std::int64_t row, int column, int columns,
-                                                Quad v, const Four<T>& pre) {
+                                                Quad v, const Given& given) {
   if (epilogue.gelu_of.data) {
+    const Four<T> pre = four_of<T>(given);
     Quad activated;
 #pragma unroll
     for (int e = 0; e < 4; e++) {
@@ -101,33 +130,25 @@ __global__ void __launch_bounds__(P::kThreads) linear_kernel(const LinearArgs p)
     const T* x = ring + stage * Tile::kStage;
     sum.template multiply<kDepth, false, kTransposed>(x, Tile::kXStride, x + Tile::kX, Tile::kWeightStride);
   });
-  const auto store = [&](auto example, const Rows& read, const auto& last) {
-    using O = decltype(example);
-    sum.for_each_chunk(
-        staging,
-        [&](int r, int c) {
-          if (!read.data || row + r >= p.rows || column + c >= p.columns) return Four<O>{};
-          return load_four(row_of<const O>(read, row + r), column + c, p.columns, read.aligned);
-        },
-        [&](int r, int c, const Chunk<float>& four, const Four<O>& given) {
-          if (row + r < p.rows && column + c < p.columns)
-            last(row + r, column + c, Quad{four.at[0], four.at[1], four.at[2], four.at[3]}, given);
-        });
-  };
   const Epilogue& epilogue = p.epilogue;
-  if constexpr (kTransposed) {
-    store(T(), epilogue.gelu_of, [&](std::int64_t r, int c, const Quad& v, const Four<T>& pre) {
-      finish_gradient<T>(epilogue, r, c, p.columns, v, pre);
-    });
-  } else if (epilogue.out.type == Type::float32) {
-    store(float(), epilogue.residual, [&](std::int64_t r, int c, const Quad& v, const Four<float>& residual) {
-      finish<T>(epilogue, r, c, p.columns, v, residual);
-    });
-  } else if constexpr (sizeof(T) == 2) {
-    store(T(), epilogue.residual, [&](std::int64_t r, int c, const Quad& v, const Four<T>& residual) {
-      finish<T>(epilogue, r, c, p.columns, v, residual);
-    });
-  }
+  const Rows& read = kTransposed ? epilogue.gelu_of : epilogue.residual;
+  // Four at once: what is read is on its way from memory while other chunks are finished.
+  sum.template for_each_chunk<float, 4>(
+      staging,
+      [&](int r, int c) {
+        if (!read.data || row + r >= p.rows || column + c >= p.columns) return Given{};
+        if (!kTransposed && read.type == Type::float32) return load_given<float>(read, row + r, column + c, p.columns);
+        return load_given<T>(read, row + r, column + c, p.columns);
+      },
+      [&](int r, int c, const Chunk<float>& four, const Given& given) {
+        if (row + r >= p.rows || column + c >= p.columns) return;
+        const Quad v{four.at[0], four.at[1], four.at[2], four.at[3]};
+        if constexpr (kTransposed) {
+          finish_gradient<T>(epilogue, row + r, column + c, p.columns, v, given);
+        } else {
+          finish<T>(epilogue, row + r, column + c, p.columns, v, given);
+        }
+      });
 }
 
 template <class P, int kDepth, int kStages>

@@ -72,15 +72,4 @@ struct ScaledGradientArgs {
 };
 Error scaled_gradient(const ScaledGradientArgs& args, Stream stream);
 
-// Column sums, in order, of partial (count, size), rows `stride` apart: the first `first_size` to first, the others to
-// second.
-struct PartialSumArgs {
-  const float* partial;
-  int count;
-  std::int64_t stride, size, first_size;
-  void *first, *second;  // either may be null
-  Type first_type, second_type;
-};
-Error sum_partials(const PartialSumArgs& args, Stream stream);
-
 }  // namespace crossvit::cuda

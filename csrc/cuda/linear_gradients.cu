@@ -6,6 +6,7 @@
 #include "cuda/launch.cuh"
 #include "cuda/linear.h"
 #include "cuda/math.cuh"
+#include "cuda/matrix_sum.h"
 #include "cuda/quad.cuh"
 #include "cuda/tile.cuh"
 #include "cuda/tile_load.cuh"
@@ -133,28 +134,6 @@ Error launch_weight16(const WeightGradientArgs& args, const WeightPlan& plan, St
   return launch_weight<Product<T, false, 2, 2, 2, 4>, 64, 3>(args, plan, stream);
 }
 
-constexpr int kSumColumns = 32, kSumGroups = 8;
-
-__global__ void __launch_bounds__(kSumColumns* kSumGroups) partial_sum_kernel(const PartialSumArgs p) {
-  float* sums = reinterpret_cast<float*>(ptx::shared_memory());
-  const int group = static_cast<int>(threadIdx.x) / kSumColumns, lane = static_cast<int>(threadIdx.x) % kSumColumns;
-  const std::int64_t column = static_cast<std::int64_t>(blockIdx.x) * kSumColumns + lane;
-  float total = 0;
-  if (column < p.size) {
-#pragma unroll 4
-    for (int r = group; r < p.count; r += kSumGroups) total += p.partial[r * p.stride + column];
-  }
-  sums[threadIdx.x] = total;
-  __syncthreads();
-  if (group != 0 || column >= p.size) return;
-  for (int g = 1; g < kSumGroups; g++) total += sums[g * kSumColumns + lane];
-  if (column < p.first_size) {
-    if (p.first) store(p.first, p.first_type, column, total);
-  } else if (p.second) {
-    store(p.second, p.second_type, column - p.first_size, total);
-  }
-}
-
 constexpr int kGradientRows = 4;  // of a block, one a warp
 
 // G is the type of grad.
@@ -206,23 +185,18 @@ Error weight_gradient(const WeightGradientArgs& args, Stream stream) {
     error = launch_weight<Product<float, false, 2, 2, 2, 4>, 32, 3>(args, plan, stream);
   }
   if (error || plan.pieces == 1) return error;
-  PartialSumArgs sum{};
-  sum.partial = args.partial;
-  sum.count = static_cast<int>(plan.pieces);
+  MatrixSumArgs sum;
+  sum.matrices = {args.partial, Type::float32};
+  sum.count = plan.pieces;
   sum.stride = plan.piece_size;
   sum.first_size = args.grad_weight.data ? static_cast<std::int64_t>(args.features) * args.width : 0;
-  sum.size = sum.first_size + (args.grad_bias ? args.features : 0);
+  sum.width = sum.first_size + (args.grad_bias ? args.features : 0);
+  sum.aligned = sum.width % 4 == 0;
   sum.first = args.grad_weight.data;
   sum.first_type = args.grad_weight.type;
   sum.second = args.grad_bias;
   sum.second_type = args.bias_type;
-  return sum_partials(sum, stream);
-}
-
-Error sum_partials(const PartialSumArgs& args, Stream stream) {
-  const dim3 grid(static_cast<unsigned>((args.size + kSumColumns - 1) / kSumColumns));
-  return launch(partial_sum_kernel, grid, kSumColumns * kSumGroups, kSumColumns * kSumGroups * sizeof(float), stream,
-                args);
+  return matrix_sum(sum, stream);
 }
 
 Error scaled_gradient(const ScaledGradientArgs& args, Stream stream) {

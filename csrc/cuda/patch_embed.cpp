@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "cuda/check.h"
+#include "cuda/matrix_sum.h"
 
 namespace crossvit::cuda {
 
@@ -152,10 +153,9 @@ Tensor weight_gradient(const RowTensor& grad, const Tensor& images, const Tensor
   sum.aligned = weight.numel() % 4 == 0;
   sum.count = args.pieces;
   sum.stride = sum.width = weight.numel();
-  sum.rows = 1;
   sum.all = result.mutable_data_ptr();
   sum.all_type = type_of(result);
-  check(launch_matrix_sum(sum, stream_of(images)), "matrix_sum");
+  check(matrix_sum(sum, stream_of(images)), "matrix_sum");
   return result;
 }
 
@@ -191,17 +191,16 @@ void append_sums(const Tensor& grad_out, const OptionalTensor& bias, const Tenso
     args.all = result.back().mutable_data_ptr();
     args.all_type = type_of(pos_embed);
   }
-  check(launch_matrix_sum(args, stream_of(grad_out)), "matrix_sum");
+  check(matrix_sum(args, stream_of(grad_out)), "matrix_sum");
   if (!needs_bias) return;
   MatrixSumArgs over;
   over.matrices = {args.sums + features, Type::float32};
   over.aligned = four_together(features);
   over.count = tokens - 1;
   over.stride = over.width = features;
-  over.rows = 1;
   over.all = grad_bias.mutable_data_ptr();
   over.all_type = type_of(grad_bias);
-  check(launch_matrix_sum(over, stream_of(grad_out)), "matrix_sum");
+  check(matrix_sum(over, stream_of(grad_out)), "matrix_sum");
 }
 
 }  // namespace

@@ -74,16 +74,4 @@ struct ResizeGradientArgs {
 };
 Error launch_resize_gradient(const ResizeGradientArgs& args, Stream stream);
 
-// The sum of `count` matrices (rows, width) of any type: row r of matrix i begins at i * stride + r * row_stride. To those
-// of all, first (its first `first_size` elements) and sums that are not null.
-struct MatrixSumArgs {
-  Vector matrices;
-  bool aligned = false;  // four elements lie together and are aligned to their size, wherever they begin
-  std::int64_t count = 0, stride = 0, rows = 0, row_stride = 0, width = 0, first_size = 0;
-  void *all = nullptr, *first = nullptr;
-  Type all_type = Type::float32, first_type = Type::float32;
-  float* sums = nullptr;
-};
-Error launch_matrix_sum(const MatrixSumArgs& args, Stream stream);
-
 }  // namespace crossvit::cuda

@@ -1,5 +1,5 @@
 // The gradient of patch_embed's images: the product of the gradient and the weight, whose every element is a pixel, since
-// patches do not overlap.
+// patches do not overlap; and the way back through a bicubic resize.
 #include <cuda/ptx.cuh>
 
 #include "cuda/convert_load.cuh"
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(Tile::Product::kThreads)
   });
 
   __syncthreads();
-  sum.template for_each_chunk<float>(reinterpret_cast<float*>(stages), [&](int r, int c, const Chunk<float>& four) {
+  sum.template for_each_chunk<float, 1>(reinterpret_cast<float*>(stages), [&](int r, int c, const Chunk<float>& four) {
     const std::int64_t at = rows[r].at;
     if (at < 0 || pixel + c >= out.depth) return;
     if (out.type == Type::float32) {
@@ -97,6 +97,32 @@ __global__ void __launch_bounds__(Tile::Product::kThreads)
       store_pixels<__nv_bfloat16>(out, at, pixel + c, four);
     }
   });
+}
+
+// Each pixel gathers from the resized pixels whose taps meet it.
+__global__ void __launch_bounds__(256) resize_gradient_kernel(const ResizeGradientArgs args, const float scale,
+                                                              const float inverse_scale, const int candidates) {
+  const std::int64_t element = static_cast<std::int64_t>(blockIdx.x) * 256 + threadIdx.x;
+  if (element >= args.outer * args.size * args.inner) return;
+  const std::int64_t line = element / args.inner, outer = line / args.size;
+  const int at = static_cast<int>(line - outer * args.size);
+  const float* grad = args.grad + outer * args.resized * args.inner + (element - line * args.inner);
+  // Taps reach two pixels to either side; beyond a border they reach the border's pixel, which is no farther.
+  const int first = static_cast<int>(floorf((static_cast<float>(at) - 1.5f) * inverse_scale - 0.5f)) - 1;
+  float sum = 0;
+  for (int candidate = max(first, 0); candidate < min(first + candidates, args.resized); candidate++) {
+    const Taps taps = cubic_taps(candidate, scale);
+    float weight = 0;
+    bool meets = false;
+#pragma unroll
+    for (int t = 0; t < 4; t++) {
+      const bool same = clamp(taps.first + t, args.size) == at;
+      weight += same ? taps.weight[t] : 0.0f;
+      meets = meets || same;
+    }
+    if (meets) sum = fmaf(grad[static_cast<std::int64_t>(candidate) * args.inner], weight, sum);
+  }
+  store(args.out, args.out_type, element, sum);
 }
 
 namespace {
@@ -119,6 +145,15 @@ Error launch_patch_images_gradient(const PatchImagesGradientArgs& args, Stream s
     return run<PatchPixelTile<Product<__nv_bfloat16, false, 2, 4, 4, 4>, 32, 4>>(args, stream);
   if (args.tf32) return run<PatchPixelTile<Product<float, true, 2, 4, 2, 4>, 16, 4>>(args, stream);
   return run<PatchPixelTile<Product<float, false, 2, 4, 2, 4>, 16, 4>>(args, stream);
+}
+
+Error launch_resize_gradient(const ResizeGradientArgs& args, Stream stream) {
+  const double scale = static_cast<double>(args.size) / args.resized;
+  const std::int64_t total = args.outer * args.size * args.inner;
+  // As many resized pixels as four of the images' cover, and those that rounding may add.
+  const int candidates = static_cast<int>(4 / scale) + 5;
+  return launch(resize_gradient_kernel, dim3(static_cast<unsigned>((total + 255) / 256)), 256, 0, stream, args,
+                static_cast<float>(scale), static_cast<float>(1 / scale), candidates);
 }
 
 }  // namespace crossvit::cuda

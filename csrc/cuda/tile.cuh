@@ -125,28 +125,33 @@ struct Product {
   static constexpr int kStaging = kWarps * 16 * (kN * 8 + 8);
 
   // f(row, column, chunk) for 16 bytes of the tile as S, beginning at (row, column), chunks of a row by adjacent lanes.
-  // `staging` holds kStaging<S> elements that nobody else uses meanwhile; warps do not wait for each other.
-  template <class S, class F>
+  // `staging` holds kStaging<S> elements that nobody else uses meanwhile; warps do not wait for each other. f is in the
+  // code for kAtOnce chunks (or fewer, of which a warp's 16 rows have a multiple) of every 16 rows.
+  template <class S, int kAtOnce = 2, class F>
   __device__ __forceinline__ void for_each_chunk(S* staging, F&& f) const {
-    for_each_chunk(
+    for_each_chunk<S, kAtOnce>(
         staging, [](int, int) { return 0; },
         [&](int row, int column, const Chunk<S>& chunk, int) { f(row, column, chunk); });
   }
 
-  // f(row, column, chunk, before(row, column)); before() may load what f needs, it is called for several chunks ahead.
-  template <class S, class Before, class F>
+  // f(row, column, chunk, before(row, column)); before() may load what f needs, it is called for kAtOnce chunks ahead.
+  template <class S, int kAtOnce = 2, class Before, class F>
   __device__ __forceinline__ void for_each_chunk(S* staging, Before&& before, F&& f) const {
     constexpr int kStride = kN * 8 + 8, kPerRow = kN * 8 / Chunk<S>::kSize, kChunks = (16 * kPerRow + 31) / 32;
+    constexpr int kGroup = divisor(kChunks, kAtOnce);
     const int lane = threadIdx.x % 32, group = lane / 4, pair = lane % 4;
     staging += static_cast<int>(threadIdx.x) / 32 * (16 * kStride);
 #pragma unroll
     for (int i = 0; i < kM; i++) {
-      decltype(before(0, 0)) given[kChunks];
+      decltype(before(0, 0)) given[kGroup];
+      const auto load_given = [&](int first) {
 #pragma unroll
-      for (int c = 0; c < kChunks; c++) {
-        const int row = (c * 32 + lane) / kPerRow, column = (c * 32 + lane) % kPerRow * Chunk<S>::kSize;
-        if (16 * kPerRow % 32 == 0 || row < 16) given[c] = before(warp_row() + i * 16 + row, warp_column() + column);
-      }
+        for (int c = 0; c < kGroup; c++) {
+          const int at = (first + c) * 32 + lane, row = at / kPerRow, column = at % kPerRow * Chunk<S>::kSize;
+          if (16 * kPerRow % 32 == 0 || row < 16) given[c] = before(warp_row() + i * 16 + row, warp_column() + column);
+        }
+      };
+      load_given(0);
       __syncwarp();
 #pragma unroll
       for (int j = 0; j < kN; j++) {
@@ -161,18 +166,25 @@ struct Product {
         }
       }
       __syncwarp();
+#pragma unroll 1
+      for (int first = 0; first < kChunks; first += kGroup) {
+        if (first > 0) load_given(first);
 #pragma unroll
-      for (int c = 0; c < kChunks; c++) {
-        const int row = (c * 32 + lane) / kPerRow, column = (c * 32 + lane) % kPerRow * Chunk<S>::kSize;
-        if (16 * kPerRow % 32 == 0 || row < 16) {
-          f(warp_row() + i * 16 + row, warp_column() + column,
-            *reinterpret_cast<const Chunk<S>*>(staging + row * kStride + column), given[c]);
+        for (int c = 0; c < kGroup; c++) {
+          const int at = (first + c) * 32 + lane, row = at / kPerRow, column = at % kPerRow * Chunk<S>::kSize;
+          if (16 * kPerRow % 32 == 0 || row < 16) {
+            f(warp_row() + i * 16 + row, warp_column() + column,
+              *reinterpret_cast<const Chunk<S>*>(staging + row * kStride + column), given[c]);
+          }
         }
       }
     }
   }
 
  private:
+  // The largest divisor of n that is at most `most`.
+  static constexpr int divisor(int n, int most) { return n % most == 0 ? most : divisor(n, most - 1); }
+
   template <class, bool, int, int, int, int>
   friend struct Product;
 

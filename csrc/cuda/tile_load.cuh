@@ -86,7 +86,7 @@ struct Ring {
 
   template <class Load>
   static __device__ __forceinline__ void start(int steps, Load&& load) {
-#pragma unroll
+#pragma unroll 1
     for (int step = 0; step < kStages - 1; step++) {
       if (step < steps) load(step, step);
       ptx::commit_copies();
