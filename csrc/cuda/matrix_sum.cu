@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kLanes* kGroups) matrix_sum_kernel(const Matri
   if (element < total) {
     const std::int64_t row = args.rows == 1 ? 0 : element / args.width;
     const std::int64_t at = row * args.row_stride + (element - row * args.width);
-#pragma unroll 4
+#pragma unroll 2
     for (std::int64_t i = group; i < args.count; i += kGroups) {
       if constexpr (kVector == 4) {
         add_four(sum, args.matrices, at + i * args.stride);
