@@ -73,7 +73,7 @@ def fusion_query(
     MASK_HEAD: tl.constexpr = HEAD % HEAD_BLOCK != 0
 
     first, shift, rstd = row_statistics(starts, valid, eps, OWN, BLOCK_C)
-    chunks = ()
+    chunks: tl.tuple = ()
     for i in tl.static_range(CHUNKS):
         e = i * BLOCK_K + columns
         projected = tl.zeros((16, BLOCK_K), tl.float32)
@@ -185,11 +185,11 @@ def fusion_value(
         share = tl.zeros((16, BLOCK_E), tl.float32)
         for j0 in tl.static_range(0, HEAD, HEAD_BLOCK):
             j = j0 + tl.arange(0, HEAD_BLOCK)
-            weights = out_weight_ptr + e[:, None] * D + (head * HEAD + j)[None, :]
-            weight = load_tile(weights, e < D, j < HEAD, D % BLOCK_E != 0, MASK_HEAD)
+            out_weights = out_weight_ptr + e[:, None] * D + (head * HEAD + j)[None, :]
+            weight = load_tile(out_weights, e < D, j < HEAD, D % BLOCK_E != 0, MASK_HEAD)
             share = product(values[j0 // HEAD_BLOCK], weight.T, share, PRECISION)
-        at = shares_ptr + ((rows * HEADS + head) * D)[:, None] + e[None, :]
-        tl.store(at, share, mask=valid[:, None] & (e < D)[None, :])
+        to = shares_ptr + ((rows * HEADS + head) * D)[:, None] + e[None, :]
+        tl.store(to, share, mask=valid[:, None] & (e < D)[None, :])
 
 
 @triton.jit
@@ -225,7 +225,7 @@ def fusion_revert(
         c = i * BLOCK_K + columns
         at = weight_ptr + e[:, None] * D + c[None, :]
         weights = weights + (load_tile(at, e < OWN, c < D, OWN % BLOCK_E != 0, MASK_K),)
-    chunks = ()
+    chunks: tl.tuple = ()
     for i in tl.static_range(CHUNKS):
         c = i * BLOCK_K + columns
         fused = tl.zeros((16, BLOCK_K), tl.float32)

@@ -131,7 +131,9 @@ def forward(
 
 def query_default(own: int, width: int, head: int, dtype: torch.dtype) -> dict[str, int]:
     """Of fusion_query; BLOCK_C columns of the CLS token's own width at once."""
-    return {"BLOCK_C": block_of(own, 128 if dtype.itemsize == 2 else 64, 32), **cls_default(width, head, dtype)}
+    default = {"BLOCK_C": block_of(own, 128 if dtype.itemsize == 2 else 64, 32), **cls_default(width, head, dtype)}
+    # The row lies in registers, twice: in float32 and as an operand.
+    return default if dtype.itemsize == 2 else default | {"num_warps": 8, "num_stages": 2}
 
 
 def value_default(width: int, head: int, dtype: torch.dtype) -> dict[str, int]:
@@ -142,4 +144,4 @@ def value_default(width: int, head: int, dtype: torch.dtype) -> dict[str, int]:
 def revert_default(width: int, dtype: torch.dtype) -> dict[str, int]:
     """Of fusion_revert: few columns a program, so that many share the weight."""
     block = block_of(width, 128 if dtype.itemsize == 2 else 64, 32)
-    return {"BLOCK_E": 16, "BLOCK_K": block, "num_warps": 4 if width <= 256 else 8, "num_stages": 1}
+    return {"BLOCK_E": 16, "BLOCK_K": block, "num_warps": 4 if width <= 256 and dtype.itemsize == 2 else 8, "num_stages": 1}
