@@ -220,11 +220,6 @@ def fusion_revert(
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
     CHUNKS: tl.constexpr = (D + BLOCK_K - 1) // BLOCK_K
     MASK_K: tl.constexpr = D % BLOCK_K != 0
-    weights = ()
-    for i in tl.static_range(CHUNKS):  # on their way while the row is made
-        c = i * BLOCK_K + columns
-        at = weight_ptr + e[:, None] * D + c[None, :]
-        weights = weights + (load_tile(at, e < OWN, c < D, OWN % BLOCK_E != 0, MASK_K),)
     chunks: tl.tuple = ()
     for i in tl.static_range(CHUNKS):
         c = i * BLOCK_K + columns
@@ -245,7 +240,8 @@ def fusion_revert(
         if MASK_K:
             x = tl.where((c < D)[None, :], x, 0.0)
         y = gelu(affine(x, norm_weight_ptr, norm_bias_ptr, c, c < D))
-        out = product(y.to(dtype), weights[i].T, out, PRECISION)
+        weight = load_tile(weight_ptr + e[:, None] * D + c[None, :], e < OWN, c < D, OWN % BLOCK_E != 0, MASK_K)
+        out = product(y.to(dtype), weight.T, out, PRECISION)
     out += load_vector(bias_ptr, e, e < OWN, 0.0)[None, :]
     at = out_ptr + rows[:, None] * OWN + e[None, :]
     tl.store(at, out.to(out_ptr.dtype.element_ty), mask=valid[:, None] & (e < OWN)[None, :])

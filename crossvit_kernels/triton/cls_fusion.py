@@ -143,5 +143,10 @@ def value_default(width: int, head: int, dtype: torch.dtype) -> dict[str, int]:
 
 def revert_default(width: int, dtype: torch.dtype) -> dict[str, int]:
     """Of fusion_revert: few columns a program, so that many share the weight."""
-    block = block_of(width, 128 if dtype.itemsize == 2 else 64, 32)
-    return {"BLOCK_E": 16, "BLOCK_K": block, "num_warps": 4 if width <= 256 and dtype.itemsize == 2 else 8, "num_stages": 1}
+    block = block_of(width, 128, 32) if dtype.itemsize == 2 else 32
+    return {
+        "BLOCK_E": 16,
+        "BLOCK_K": block,
+        "num_warps": 16 if dtype.itemsize == 4 else 4 if width <= 256 else 8,
+        "num_stages": 1,
+    }
