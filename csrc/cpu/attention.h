@@ -2,7 +2,8 @@
 // keys run down it, so the softmax never crosses lanes, and the probabilities leave it as the panel that meets V.
 #pragma once
 
-#include "gemm.h"
+#include "rows.h"
+#include "tasks.h"
 
 namespace crossvit::CROSSVIT_ISA {
 

@@ -44,7 +44,7 @@ struct Scale {
   int64_t rows_per_sample = 1;
 };
 
-// How a product's result is cut into tasks (gemm.h); chosen by tasks().
+// How a product's result is cut into tasks (tasks.h); chosen by tasks().
 struct Pieces {
   int64_t of_columns = 1, threads = 1;  // pieces of the columns; threads that panels of the rows are divided over
 };

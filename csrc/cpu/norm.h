@@ -1,7 +1,8 @@
 // LayerNorm on a panel, whose lanes are the rows: every reduction is a sum down the panel, none crosses lanes.
 #pragma once
 
-#include "gemm.h"
+#include "rows.h"
+#include "tasks.h"
 
 namespace crossvit::CROSSVIT_ISA {
 

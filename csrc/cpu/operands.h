@@ -3,7 +3,7 @@
 // strips of columns, [strip][row][column], each the panel of a product. As bfloat16 two rows share a lane of right.
 #pragma once
 
-#include "gemm.h"
+#include "rows.h"
 
 namespace crossvit::CROSSVIT_ISA {
 

@@ -1,0 +1,74 @@
+// How the work of a kernel is cut into tasks, and the scratch memory that one of them has.
+#pragma once
+
+#include "gemm.h"
+
+namespace crossvit::CROSSVIT_ISA {
+
+// How `rows` rows are cut into panels. For several threads: full panels, as many for each; what is left in as
+// many again or, with `cut` and where threads would wait, in panels that are cut by the result's columns too.
+struct PanelSplit {
+  int64_t vectors, full, panels;
+  bool by_columns;  // whether the panels behind the full ones are to be cut
+  explicit PanelSplit(int64_t rows, int64_t threads = 1, bool cut = false)
+      : vectors(ceil_div(rows, VL)), full(threads > 1 ? vectors / (threads * kPanelVectors) * threads : 0) {
+    const int64_t rest = vectors - full * kPanelVectors, idle = round_up(rest, threads) - rest;
+    by_columns = cut && 50 * idle > vectors;  // to prepare a panel once more costs 2 % too
+    panels = full + (threads == 1 || by_columns ? ceil_div(rest, kPanelVectors) : smaller(rest, threads));
+  }
+  int64_t first(int64_t panel) const {
+    if (panel <= full) return panel * kPanelVectors * VL;
+    const int64_t rest = vectors - full * kPanelVectors;
+    return (full * kPanelVectors + ceil_div((panel - full) * rest, panels - full)) * VL;
+  }
+  int vectors_of(int64_t panel) const { return static_cast<int>((first(panel + 1) - first(panel)) / VL); }
+};
+
+// A product's result as tasks: by panels of its rows and, where what is left of these does not divide over the threads, by its
+// columns, as long as a piece is worth preparing its panel again.
+inline int64_t choose_pieces(int64_t rows, int64_t columns, int64_t threads, Pieces& pieces) {
+  const PanelSplit split(rows, threads, true);
+  const int64_t rest = split.panels - split.full;
+  pieces.threads = threads;
+  pieces.of_columns = split.by_columns ? larger(1, smaller(threads, columns / (4 * VL))) : 1;
+  return split.full + rest * pieces.of_columns;
+}
+
+// One of them: rows [m, m + count), which are so many vectors of lanes, and columns [begin, end).
+struct PanelPiece {
+  int64_t m, count, begin, end;
+  int vectors;
+  PanelPiece(int64_t rows, int64_t columns, const Pieces& pieces, int64_t task) {
+    const PanelSplit split(rows, pieces.threads, true);
+    const int64_t cut = task < split.full ? 1 : pieces.of_columns, blocks = ceil_div(columns, VL);
+    const int64_t panel = task < split.full ? task : split.full + (task - split.full) / cut;
+    const int64_t piece = task < split.full ? 0 : (task - split.full) % cut;
+    m = split.first(panel);
+    count = smaller(split.first(panel + 1), rows) - m;
+    vectors = split.vectors_of(panel);
+    begin = piece * blocks / cut * VL;
+    end = smaller((piece + 1) * blocks / cut * VL, columns);
+  }
+};
+
+template <class F>
+CROSSVIT_INLINE void with_vectors(int nv, F f) {
+  switch (nv) {
+    case 1: return f.template operator()<1>();
+    case 2: return f.template operator()<2>();
+    default: return f.template operator()<3>();
+  }
+}
+
+// Takes aligned pieces from a task's scratch; with a null base it only measures.
+struct Arena {
+  char* base;
+  int64_t used = 0;
+  float* floats(int64_t n) {
+    const int64_t at = used;
+    used += round_up(n * 4, 64);
+    return base ? reinterpret_cast<float*>(base + at) : nullptr;
+  }
+};
+
+}  // namespace crossvit::CROSSVIT_ISA
