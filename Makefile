@@ -27,9 +27,9 @@ OUT := benchmarks/results
 gpu:  ## On a machine with an NVIDIA GPU, with its python3 and no network: build, tests, compute-sanitizer, figures (8 minutes; OUT=DIR)
 	python3 -m benchmarks.gpu --out $(OUT)
 
-# Two processes: much of it is Python that uses one core. A waiting thread of the kernels leaves its core to the other one.
+# Two processes, files in their order: much of it is Python that uses one core. A waiting thread of the kernels leaves its core to the other one.
 test: $(PACKAGE)  ## The tests (those marked gpu skip where there is no GPU)
-	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n 2 --dist loadfile --durations=15
+	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
 check: $(PACKAGE)  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

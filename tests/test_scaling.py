@@ -85,7 +85,7 @@ def test_a_process_that_fails_is_said_to(tmp_path: Path) -> None:
 def test_peak_bytes_sees_what_a_call_holds() -> None:
     size = 64 * 2**20
     peak = memory.peak_bytes(lambda: torch.ones(size // 4).sum())
-    assert size <= peak < 1.5 * size
+    assert 0.95 * size < peak < 1.5 * size  # the kernel counts pages in batches
 
 
 def test_slow_calls_make_few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
