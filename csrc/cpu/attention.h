@@ -47,7 +47,6 @@ inline Rows head_rows(const Args& a, int64_t image, int64_t head, int64_t which)
   char* data = static_cast<char*>(const_cast<void*>(a.qkv)) + offset * size_of(dtype);
   return {data, dtype, a.tokens, 0, a.token_stride};
 }
-inline Matrix as_matrix(const Rows& rows) { return {rows.data, rows.dtype, rows.row_stride}; }
 
 // The same head of a contiguous (batch, tokens, heads * width) tensor.
 template <class Args>

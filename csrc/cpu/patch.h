@@ -33,17 +33,6 @@ CROSSVIT_INLINE Vec lookup(const float* p, IVec index) {
 // Whether VL neighbouring results find all their taps within 2 VL pixels.
 inline bool taps_are_near(const Taps& taps) { return ceil_div((VL - 1) * taps.in, taps.out) + 4 <= 2 * VL; }
 
-// A gathered value: a float, or bfloat16 as pair() rounds.
-CROSSVIT_INLINE void put(float* p, Vec v) { store(p, v); }
-CROSSVIT_INLINE void put(uint16_t* p, Vec v) {
-#if defined(__AVX512BF16__)
-  const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
-  __builtin_memcpy(p, &half, sizeof half);
-#else
-  store(p, v);
-#endif
-}
-
 // The vectors of a row of `length` values start at 0, VL, ... and the last one, where it would overshoot, VL before the
 // end. A row shorter than a vector overshoots: rows are written in order, so that the next one puts it right.
 CROSSVIT_INLINE int64_t vector_start(int64_t i, int64_t length) { return smaller(i, larger(length - VL, 0)); }
@@ -98,7 +87,7 @@ inline void resize_patches(const PatchImages& a, const Pixel* plane, int64_t row
         Vec v = lookup<near>(line, index) * weight[0];
         CROSSVIT_UNROLL
         for (int t = 1; t < 4; t++) v += lookup<near>(line, index + t) * weight[t];
-        put(to + p * stride + py * a.patch + px, v);
+        store(to + p * stride + py * a.patch + px, v);
       }
     }
 }
@@ -115,7 +104,7 @@ inline void copy_patches(const PatchImages& a, const Pixel* plane, int64_t row, 
       for (int64_t i = 0; i < a.patch; i += VL) {
         const int64_t px = vector_start(i, a.patch);
         const bool whole = end - (from + px) >= VL;
-        put(to + p * stride + py * a.patch + px,
+        store(to + p * stride + py * a.patch + px,
             whole ? load(from + px) : load_n(from + px, static_cast<int>(a.patch)));
       }
   }

@@ -1,4 +1,4 @@
-// Rows of a tensor into panels, whose lanes they become, and back: transposed, converted, prefetched.
+// Rows of a tensor into panels, whose lanes they become, and back: transposed and converted.
 #pragma once
 
 #include "gemm.h"
@@ -97,12 +97,6 @@ struct PanelRows {
   PanelRows(const Rows& rows, int64_t m, int64_t count) : dtype(rows.dtype) {
     if (!rows.data) return;
     for (int64_t r = 0; r < count; r++) row[r] = row_pointer(rows, m + r);
-  }
-  // Asks for the rows' columns while products keep the core busy; they are too many streams for the hardware.
-  template <bool write>
-  CROSSVIT_INLINE void prefetch(int64_t count, int64_t column) const {
-    const int64_t offset = column * size_of(dtype);
-    for (int64_t r = 0; r < count; r++) __builtin_prefetch(row[r] + offset, write);
   }
   CROSSVIT_INLINE Vec load(int64_t r, int64_t column, int n) const { return load_as(dtype, row[r], column, n); }
   CROSSVIT_INLINE void store(int64_t r, int64_t column, Vec v, int n) const { store_as(dtype, row[r], column, v, n); }
