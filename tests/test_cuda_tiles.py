@@ -33,6 +33,14 @@ pytestmark = [
     ),
 ]
 
+# The template arguments of a kernel for matrices and activations, by precision.
+TYPES = {
+    FLOAT32: "float, float",
+    BFLOAT16: "bfloat16, bfloat16",
+    FLOAT16: "float16, float16",
+    AUTOCAST: "bfloat16, float",
+    AUTOCAST16: "float16, float",
+}
 # What runs, in which precision, and parts of the names of kernels that it has to launch: a tile is rows of warps,
 # columns of warps, and in each warp 16-row and 8-column matrices.
 CASES: list[tuple[str, dict[str, Any], Precision, list[str]]] = [
@@ -61,13 +69,7 @@ CASES: list[tuple[str, dict[str, Any], Precision, list[str]]] = [
     ("linear_residual", {"shape": (300, 96), "out": 136}, FLOAT16, ["false, 2, 2, 4, 8>, 32, 3, false"]),
     *(
         ("layer_norm_linear", {"shape": (9, 800), "out": 24}, precision, [f"streamed_kernel<{types}>"])
-        for precision, types in (
-            (FLOAT32, "float, float"),
-            (BFLOAT16, "bfloat16, bfloat16"),
-            (FLOAT16, "float16, float16"),
-            (AUTOCAST, "bfloat16, float"),
-            (AUTOCAST16, "float16, float"),
-        )
+        for precision, types in TYPES.items()
     ),
     *(
         (
@@ -76,13 +78,7 @@ CASES: list[tuple[str, dict[str, Any], Precision, list[str]]] = [
             precision,
             [f"token_pass_kernel<{types}, false, 2>", f"token_gradient_kernel<{types}, false, 2>"],
         )
-        for precision, types in (
-            (FLOAT32, "float, float"),
-            (BFLOAT16, "bfloat16, bfloat16"),
-            (FLOAT16, "float16, float16"),
-            (AUTOCAST, "bfloat16, float"),
-            (AUTOCAST16, "float16, float"),
-        )
+        for precision, types in TYPES.items()
     ),
 ]
 # Of float32 inputs, with the names of kernels that multiply in TF32.
