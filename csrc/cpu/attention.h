@@ -91,7 +91,8 @@ inline void attention_panel(const AttentionArgs& a, int64_t image, int64_t head,
   constexpr int64_t lanes = NV * VL;
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(a.width));
   load_transposed(head_rows(a, image, head, 0), m, count, 0, a.width, s.query, lanes);
-  const Panel query{s.query, lanes, multiplies_pairs(a.dtype, a.width)};
+  const bool half = NV == 1 && is_half(count);
+  const Panel query{s.query, lanes, multiplies_pairs(a.dtype, a.width), half};
   if (query.pairs) pack_pairs(s.query, lanes, a.width);
 
   Vec highest[NV], sum[NV];
@@ -115,7 +116,7 @@ inline void attention_panel(const AttentionArgs& a, int64_t image, int64_t head,
       store_n(lse + v * VL, highest[v] * scale + logarithm(sum[v]), static_cast<int>(smaller(count - v * VL, VL)));
   }
 
-  const Panel probabilities{s.scores, lanes, pairs};
+  const Panel probabilities{s.scores, lanes, pairs, half};
   const int64_t depth = pairs ? round_up(a.tokens, 2) : a.tokens;
   const PanelRows out(joined_rows(a, a.out, image, head), m, count);
   for (int v = 0; v < NV; v++) sum[v] = 1.0f / sum[v];

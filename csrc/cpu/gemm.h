@@ -20,15 +20,29 @@ constexpr int kBlock = 4;
 constexpr int64_t kDepthChunk = 256;  // products summed in one chain, at most (float32)
 constexpr int64_t kScoreChunk = 32;   // the same for scores, whose error an exponential multiplies
 
+// A panel of at most kHalf rows is multiplied by half vectors, which processors that split a vector in two do in half the time.
+#if defined(__AVX512F__)
+constexpr int kHalf = VL / 2;
+#else
+constexpr int kHalf = VL;
+#endif
+typedef float HalfVec __attribute__((vector_size(kHalf * 4)));
+
 struct MultiplyF32 {
   using Element = float;
-  static CROSSVIT_INLINE Vec fma(Vec c, float a, Vec b) { return c + a * b; }
+  template <class V>
+  static CROSSVIT_INLINE V fma(V c, float a, V b) {
+    return c + a * b;
+  }
 };
 #if defined(__AVX512BF16__)
 struct MultiplyBf16 {
   using Element = int32_t;
   static CROSSVIT_INLINE Vec fma(Vec c, int32_t a, Vec b) {
     return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
+  }
+  static CROSSVIT_INLINE HalfVec fma(HalfVec c, int32_t a, HalfVec b) {
+    return (HalfVec)_mm256_dpbf16_ps((__m256)c, (__m256bh)_mm256_set1_epi32(a), (__m256bh)b);
   }
 };
 #endif
@@ -82,20 +96,20 @@ struct EvenRows {
   }
 };
 
-// One register tile. b: steps x NV vectors, ldb floats apart; c: kBlock x NV vectors, ldc apart.
+// One register tile. b: steps x NV vectors V, ldb floats apart; c: kBlock x NV vectors, ldc apart.
 // What c held is added after the products are summed, so that a long sum is made of short ones and rounds like them.
-template <class Multiply, int NV, bool accumulate, class ARows, class Meanwhile>
+template <class Multiply, int NV, bool accumulate, class V = Vec, class ARows, class Meanwhile>
 CROSSVIT_INLINE void tile(ARows a, const float* b, int64_t ldb, int64_t steps, float* c, int64_t ldc,
                           Meanwhile& ahead) {
-  Vec sum[kBlock][NV];
+  V sum[kBlock][NV];
   CROSSVIT_UNROLL
   for (int e = 0; e < kBlock; e++)
     CROSSVIT_UNROLL
-    for (int v = 0; v < NV; v++) sum[e][v] = Vec{};
+    for (int v = 0; v < NV; v++) sum[e][v] = V{};
   auto step = [&](int64_t i) __attribute__((always_inline)) {
-    Vec lanes[NV];
+    V lanes[NV];
     CROSSVIT_UNROLL
-    for (int v = 0; v < NV; v++) lanes[v] = load(b + v * VL);
+    for (int v = 0; v < NV; v++) __builtin_memcpy(&lanes[v], b + v * VL, sizeof(V));
     CROSSVIT_UNROLL
     for (int e = 0; e < kBlock; e++) {
       typename Multiply::Element s;
@@ -127,7 +141,12 @@ CROSSVIT_INLINE void tile(ARows a, const float* b, int64_t ldb, int64_t steps, f
     CROSSVIT_UNROLL
     for (int v = 0; v < NV; v++) {
       float* at = c + e * ldc + v * VL;
-      store(at, accumulate ? load(at) + sum[e][v] : sum[e][v]);
+      if constexpr (accumulate) {
+        V before;
+        __builtin_memcpy(&before, at, sizeof before);
+        sum[e][v] = before + sum[e][v];
+      }
+      __builtin_memcpy(at, &sum[e][v], sizeof(V));
     }
 }
 
@@ -141,31 +160,37 @@ CROSSVIT_INLINE int64_t spread(int64_t columns) { return (ceil_div(columns, 16) 
 
 CROSSVIT_INLINE int64_t size_of(DType d) { return d == DType::f32 ? 4 : 2; }
 
-// A panel in scratch: k-th step at data + k * lanes. pairs: each lane holds the bfloat16 pair (2k, 2k + 1).
+// A panel in scratch: k-th step at data + k * lanes. pairs: each lane holds the bfloat16 pair (2k, 2k + 1). half: only the
+// first kHalf lanes are rows, and only these are multiplied.
 struct Panel {
   float* data;
   int64_t lanes;
   bool pairs;
+  bool half = false;
 };
+CROSSVIT_INLINE bool is_half(int64_t count) { return kHalf < VL && count <= kHalf; }
 
 // Whether products with a matrix of this dtype and depth run on bfloat16 pairs.
 CROSSVIT_INLINE bool multiplies_pairs(DType dtype, int64_t depth) {
   return kDotBf16 && dtype == DType::bf16 && depth % 2 == 0;
 }
 
-template <int NV, bool accumulate, class ARows, class Meanwhile>
+template <int NV, bool accumulate, class V = Vec, class ARows, class Meanwhile>
 CROSSVIT_INLINE void multiply_rows(ARows row, int64_t depth, const Panel& b, float* c, int64_t ldc, int64_t chunk,
                                    Meanwhile& ahead) {
+  if constexpr (NV == 1 && kHalf < VL && sizeof(V) == sizeof(Vec)) {
+    if (b.half) return multiply_rows<NV, accumulate, HalfVec>(row, depth, b, c, ldc, chunk, ahead);
+  }
 #if defined(__AVX512BF16__)
-  if (b.pairs) return tile<MultiplyBf16, NV, accumulate>(row, b.data, b.lanes, depth / 2, c, ldc, ahead);
+  if (b.pairs) return tile<MultiplyBf16, NV, accumulate, V>(row, b.data, b.lanes, depth / 2, c, ldc, ahead);
 #endif
   const int64_t pieces = ceil_div(depth, chunk);
   for (int64_t p = 0; p < pieces; p++) {
     const int64_t k = p * depth / pieces, steps = (p + 1) * depth / pieces - k;
     if (p == 0)
-      tile<MultiplyF32, NV, accumulate>(row, b.data, b.lanes, steps, c, ldc, ahead);
+      tile<MultiplyF32, NV, accumulate, V>(row, b.data, b.lanes, steps, c, ldc, ahead);
     else
-      tile<MultiplyF32, NV, true>(row, b.data + k * b.lanes, b.lanes, steps, c, ldc, ahead);
+      tile<MultiplyF32, NV, true, V>(row, b.data + k * b.lanes, b.lanes, steps, c, ldc, ahead);
     row.advance(4 * steps);
   }
 }

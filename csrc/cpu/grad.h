@@ -65,10 +65,13 @@ inline void finish_grad_input(const Rows& x, const Rows& grad_x, const Rows& add
 }
 
 // How rows are cut into panels here: into an even number, since two cores would wait for each other at the end of an odd one.
-struct GradSplit : PanelSplit {
-  explicit GradSplit(int64_t rows) : PanelSplit(rows) {
+struct GradSplit {
+  int64_t vectors, panels;
+  explicit GradSplit(int64_t rows) : vectors(ceil_div(rows, VL)), panels(ceil_div(vectors, kPanelVectors)) {
     if (panels > 1 && panels % 2 == 1) panels++;
   }
+  int64_t first(int64_t panel) const { return ceil_div(panel * vectors, panels) * VL; }
+  int vectors_of(int64_t panel) const { return static_cast<int>((first(panel + 1) - first(panel)) / VL); }
 };
 
 // What entered a product, LayerNorm's weight and bias coming as floats, as a right operand.

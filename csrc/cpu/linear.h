@@ -15,7 +15,7 @@ inline Panel prepare_panel(const Rows& x, int64_t m, int64_t count, int64_t dept
   if (gelu_in) gelu_panel(data, depth * lanes);
   const bool pairs = multiplies_pairs(matrix, depth);
   if (pairs) pack_pairs(data, lanes, depth);
-  return {data, lanes, pairs};
+  return {data, lanes, pairs, NV == 1 && is_half(count)};
 }
 
 // c (VL columns of the result x lanes) = rows [first, first + columns) of the matrix times the panel.

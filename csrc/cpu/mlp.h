@@ -29,7 +29,7 @@ inline void mlp_panel(const MlpArgs& a, int64_t m, int64_t count, const MlpScrat
   constexpr int64_t lanes = NV * VL;
   const Panel panel =
       prepare_panel<NV>(a.x, m, count, a.width, a.norm, false, a.w1.dtype, s.norm_weight, s.norm_bias, s.panel);
-  const Panel hidden{s.hidden, lanes, multiplies_pairs(a.w2.dtype, a.hidden)};
+  const Panel hidden{s.hidden, lanes, multiplies_pairs(a.w2.dtype, a.hidden), panel.half};
   const PanelRows pre(a.pre, m, count);
   for (int64_t h = 0; h < a.hidden; h += VL) {
     const int n = static_cast<int>(smaller(a.hidden - h, VL));

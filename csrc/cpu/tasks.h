@@ -5,23 +5,24 @@
 
 namespace crossvit::CROSSVIT_ISA {
 
-// How `rows` rows are cut into panels. For several threads: full panels, as many for each; what is left in as
-// many again or, with `cut` and where threads would wait, in panels that are cut by the result's columns too.
+// How `rows` rows are cut into panels: full ones, as many for each thread; what is left, in half vectors, in as many
+// again or, with `cut` and where threads would wait, in panels that are cut by the result's columns too.
 struct PanelSplit {
-  int64_t vectors, full, panels;
+  static constexpr int64_t kPanelHalves = kPanelVectors * (VL / kHalf);
+  int64_t halves, full, panels;
   bool by_columns;  // whether the panels behind the full ones are to be cut
   explicit PanelSplit(int64_t rows, int64_t threads = 1, bool cut = false)
-      : vectors(ceil_div(rows, VL)), full(threads > 1 ? vectors / (threads * kPanelVectors) * threads : 0) {
-    const int64_t rest = vectors - full * kPanelVectors, idle = round_up(rest, threads) - rest;
-    by_columns = cut && 50 * idle > vectors;  // to prepare a panel once more costs 2 % too
-    panels = full + (threads == 1 || by_columns ? ceil_div(rest, kPanelVectors) : smaller(rest, threads));
+      : halves(ceil_div(rows, kHalf)), full(halves / (threads * kPanelHalves) * threads) {
+    const int64_t rest = halves - full * kPanelHalves, idle = round_up(rest, threads) - rest;
+    by_columns = cut && 50 * idle > halves;  // to prepare a panel once more costs 2 % too
+    panels = full + (by_columns ? ceil_div(rest, kPanelHalves) : smaller(rest, threads));
   }
   int64_t first(int64_t panel) const {
     if (panel <= full) return panel * kPanelVectors * VL;
-    const int64_t rest = vectors - full * kPanelVectors;
-    return (full * kPanelVectors + ceil_div((panel - full) * rest, panels - full)) * VL;
+    const int64_t rest = halves - full * kPanelHalves;
+    return (full * kPanelHalves + ceil_div((panel - full) * rest, panels - full)) * kHalf;
   }
-  int vectors_of(int64_t panel) const { return static_cast<int>((first(panel + 1) - first(panel)) / VL); }
+  int vectors_of(int64_t panel) const { return static_cast<int>(ceil_div(first(panel + 1) - first(panel), VL)); }
 };
 
 // A product's result as tasks: by panels of its rows and, where what is left of these does not divide over the threads, by its
