@@ -6,7 +6,7 @@ there. A child that was replaced by another kind of module (an adapter, a quanti
 instead, and so is every child where dropout asks for what the ops do not do: the same result, without the fusion.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from .ops import (
     patch_embed,
     self_attention,
 )
+from .ops._transformer_block import transformer_block
 
 
 def check_kernels(kernels: str) -> str:
@@ -57,6 +58,24 @@ def affine(module: nn.Module) -> tuple[Tensor, Tensor | None]:
         return parameters["weight"], parameters["bias"]  # type: ignore[return-value]
     except KeyError:  # a parametrisation computes them
         return cast(tuple[Tensor, Tensor | None], (module.weight, module.bias))
+
+
+def whole_block(
+    x: Tensor,
+    norm1: nn.Module,
+    attn: Any,
+    scale1: Tensor | None,
+    norm2: nn.Module,
+    mlp: Any,
+    scale2: Tensor | None,
+    kernels: str,
+) -> Tensor | None:
+    """`ops._transformer_block.transformer_block` with the weights of a block's modules; None where that is."""
+    if not (isinstance(norm1, nn.LayerNorm) and isinstance(norm2, nn.LayerNorm)):
+        return None
+    first = (*affine(norm1), norm1.eps, *affine(attn.qkv), attn.num_heads, *affine(attn.proj), scale1)
+    second = (*affine(norm2), norm2.eps, *affine(mlp.fc1), *affine(mlp.fc2), scale2)
+    return transformer_block(x, *first, *second, kernels=kernels)
 
 
 def drop_path_scale(x: Tensor, rate: float) -> Tensor:
@@ -293,9 +312,16 @@ class Block(AttentionBlock):
         self.ls2 = LayerScale(dim, init_values) if init_values else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = super().forward(x)
         norm, mlp = self.norm2, self.mlp
-        if not (self._scales_once(self.ls2) and isinstance(norm, nn.LayerNorm) and mlp.fusable()):
+        fused = isinstance(norm, nn.LayerNorm) and mlp.fusable()
+        if fused and not (self.training or torch.is_grad_enabled()) and self.attn.fusable():
+            scales = [None if ls is None else ls.gamma for ls in (self.ls1, self.ls2)]
+            if (
+                out := whole_block(x, self.norm1, self.attn, scales[0], norm, mlp, scales[1], self.kernels)
+            ) is not None:
+                return out
+        x = super().forward(x)
+        if not (self._scales_once(self.ls2) and fused):
             return self._add(x, mlp(norm(x)), self.ls2)
         scale = self._scale(x, self.ls2)
         return layer_norm_mlp(

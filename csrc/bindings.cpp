@@ -112,6 +112,7 @@ TORCH_LIBRARY(crossvit_kernels_cpu, m) {
   op(schema::cls_cross_attention, TORCH_FN(cls_cross_attention));
   op(schema::cls_cross_attention_backward, TORCH_FN(cls_cross_attention_backward));
   op(schema::cls_fusion, TORCH_FN(cls_fusion));
+  op(schema::transformer_block, TORCH_FN(transformer_block));
   op(schema::self_attention, TORCH_FN(self_attention));
   op(schema::self_attention_backward, TORCH_FN(self_attention_backward));
   op(schema::patch_embed, TORCH_FN(patch_embed));

@@ -42,6 +42,12 @@ inline constexpr const char* cls_fusion =
     "Tensor v_weight, Tensor? v_bias, Tensor out_weight, Tensor? out_bias, Tensor revert_norm_weight, Tensor? "
     "revert_norm_bias, Tensor revert_weight, Tensor? revert_bias, int num_heads, float eps) -> Tensor";
 
+// On the CPU alone, and of no public op: see crossvit_kernels/ops/_transformer_block.py.
+inline constexpr const char* transformer_block =
+    "transformer_block(Tensor x, Tensor norm1_weight, Tensor? norm1_bias, float eps1, Tensor qkv_weight, Tensor? "
+    "qkv_bias, int num_heads, Tensor proj_weight, Tensor? proj_bias, Tensor? scale1, Tensor norm2_weight, Tensor? "
+    "norm2_bias, float eps2, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? scale2) -> Tensor?";
+
 inline constexpr const char* self_attention =
     "self_attention(Tensor qkv, int num_heads, bool save) -> (Tensor out, Tensor lse)";
 

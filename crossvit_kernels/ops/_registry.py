@@ -54,6 +54,15 @@ _OBSERVERS = _keys(
 ).raw_repr()
 
 
+def plain_call() -> bool:
+    """Whether derivatives are not taken in ways that only plain PyTorch knows, and TorchScript does not trace."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+        and not torch._C._is_tracing()
+    )
+
+
 class Op:
     """An op of the package and, unless `save` is None, its backward.
 
@@ -170,11 +179,7 @@ class Op:
         derivatives are taken in ways that only plain PyTorch knows (torch.func, forward mode) or TorchScript traces."""
         if backends.resolve(kernels, tensor.device, dtype, self.name) == "reference":
             return True
-        return not torch.compiler.is_compiling() and (
-            torch._C._functorch.peek_interpreter_stack() is not None
-            or forward_ad._current_level >= 0
-            or torch._C._is_tracing()
-        )
+        return not torch.compiler.is_compiling() and not plain_call()
 
     # What the dispatcher calls
 

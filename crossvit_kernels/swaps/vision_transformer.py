@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import torch
 from timm.layers import Attention, LayerScale, Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from ..nn import whole_block
 from ..ops import layer_norm_linear, layer_norm_mlp, linear_residual, self_attention
 from . import (
     Swap,
@@ -89,6 +91,10 @@ class FusedBlock(Swap, Block):
             or self._two_scales()
         ):
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        if not (self.training or torch.is_grad_enabled()):
+            scales = [scale_of(x, self.ls1, self.drop_path1), scale_of(x, self.ls2, self.drop_path2)]
+            if (out := whole_block(x, norm1, attn, scales[0], norm2, mlp, scales[1], kernels)) is not None:
+                return out
         qkv = layer_norm_linear(x, *affine(norm1), *affine(attn.qkv), norm1.eps, kernels=kernels)
         heads = self_attention(qkv, attn.num_heads, kernels=kernels)
         x = linear_residual(heads, *affine(attn.proj), x, scale=scale_of(x, self.ls1, self.drop_path1), kernels=kernels)

@@ -56,6 +56,15 @@ Tensor cls_fusion(const Tensor& cls, const Tensor& patches, const Tensor& proj_n
                   const Tensor& revert_norm_weight, const OptionalTensor& revert_norm_bias, const Tensor& revert_weight,
                   const OptionalTensor& revert_bias, int64_t num_heads, double eps);
 
+// Without a value where an argument is not what it should be: then the four ops, called in turn, say so or do without.
+OptionalTensor transformer_block(const Tensor& x, const Tensor& norm1_weight, const OptionalTensor& norm1_bias,
+                                 double eps1, const Tensor& qkv_weight, const OptionalTensor& qkv_bias,
+                                 int64_t num_heads, const Tensor& proj_weight, const OptionalTensor& proj_bias,
+                                 const OptionalTensor& scale1, const Tensor& norm2_weight,
+                                 const OptionalTensor& norm2_bias, double eps2, const Tensor& w1,
+                                 const OptionalTensor& b1, const Tensor& w2, const OptionalTensor& b2,
+                                 const OptionalTensor& scale2);
+
 Tensor patch_embed(const Tensor& images, const Tensor& weight, const OptionalTensor& bias, const Tensor& cls_token,
                    const Tensor& pos_embed, int64_t height, int64_t width);
 std::vector<Tensor> patch_embed_backward(const Tensor& grad_out, const Tensor& images, const Tensor& weight,
