@@ -103,20 +103,24 @@ TORCH_LIBRARY(crossvit_kernels_cpu, m) {
   const auto op = [&m](const char* schema, auto function) {
     m.def(schema, torch::dispatch(c10::DispatchKey::CPU, function));
   };
+  // The backward of an op with a weight, see ops.h.
+  const auto backward = [&op](std::string schema, auto function) {
+    op(schema.insert(schema.rfind(") ->"), ", bool wide").c_str(), function);
+  };
   op(schema::layer_norm_linear, TORCH_FN(layer_norm_linear));
-  op(schema::layer_norm_linear_backward, TORCH_FN(layer_norm_linear_backward));
+  backward(schema::layer_norm_linear_backward, TORCH_FN(layer_norm_linear_backward));
   op(schema::linear_residual, TORCH_FN(linear_residual));
-  op(schema::linear_residual_backward, TORCH_FN(linear_residual_backward));
+  backward(schema::linear_residual_backward, TORCH_FN(linear_residual_backward));
   op(schema::layer_norm_mlp, TORCH_FN(layer_norm_mlp));
-  op(schema::layer_norm_mlp_backward, TORCH_FN(layer_norm_mlp_backward));
+  backward(schema::layer_norm_mlp_backward, TORCH_FN(layer_norm_mlp_backward));
   op(schema::cls_cross_attention, TORCH_FN(cls_cross_attention));
-  op(schema::cls_cross_attention_backward, TORCH_FN(cls_cross_attention_backward));
+  backward(schema::cls_cross_attention_backward, TORCH_FN(cls_cross_attention_backward));
   op(schema::cls_fusion, TORCH_FN(cls_fusion));
   op(schema::transformer_block, TORCH_FN(transformer_block));
   op(schema::self_attention, TORCH_FN(self_attention));
   op(schema::self_attention_backward, TORCH_FN(self_attention_backward));
   op(schema::patch_embed, TORCH_FN(patch_embed));
-  op(schema::patch_embed_backward, TORCH_FN(patch_embed_backward));
+  backward(schema::patch_embed_backward, TORCH_FN(patch_embed_backward));
 }
 
 PYBIND11_MODULE(_C, m) {

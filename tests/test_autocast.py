@@ -8,6 +8,7 @@ from torch import Tensor
 
 import crossvit_kernels
 import inputs
+from crossvit_kernels.ops._registry import OPS
 from inputs import DIFFERENTIABLE, EXAMPLES, Random
 from numerics import AUTOCAST, FLOAT32, Precision, evaluate, place
 
@@ -61,6 +62,23 @@ def test_a_backward_inside_the_region_is_the_one_outside(name: str, kernels: str
         inside = torch.autograd.grad(out.float().sum(), leaves, retain_graph=True)
     outside = torch.autograd.grad(out.float().sum(), leaves)
     assert all(torch.equal(a, b) for a, b in zip(inside, outside))
+
+
+@pytest.mark.parametrize("name", [n for n in DIFFERENTIABLE if OPS[n].parameters])
+def test_gradients_of_float32_parameters_are_not_rounded(name: str) -> None:
+    """The kernels sum them in float32; a parameter that is not float32 has a gradient of its own dtype beside them."""
+    op = getattr(crossvit_kernels, name)
+    first, *rest = [OPS[name].inputs[i] for i in OPS[name].parameters]
+    for narrow in [None, *rest[:1]]:
+        given = EXAMPLES[name]()
+        if narrow is not None:
+            given[narrow] = given[narrow].bfloat16()
+        leaves = {n: given[n].requires_grad_() for n in (first, *rest)}
+        with torch.autocast("cpu", torch.bfloat16):
+            out = op(**given, kernels="cpu")
+        grads = dict(zip(leaves, torch.autograd.grad(out.float().square().sum(), list(leaves.values()))))
+        assert {n: g.dtype for n, g in grads.items()} == {n: v.dtype for n, v in leaves.items()}
+        assert not torch.equal(grads[first], grads[first].bfloat16().float())
 
 
 @pytest.mark.parametrize("which", ["cls", "patches"])

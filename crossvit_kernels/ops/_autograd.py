@@ -1,6 +1,7 @@
 """The autograd formula of every op: forward and backward are the op's own dispatcher ops, or, where nothing watches the
 dispatcher, what these end in."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,13 +10,20 @@ from torch import Tensor
 if TYPE_CHECKING:
     from ._registry import Op
 
+AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+
 
 class Differentiable(torch.autograd.Function):
-    """(op, keyset, *arguments of the dispatcher op) -> what the op returns; without a keyset past the dispatcher."""
+    """(op, keyset, dtype, *arguments of the dispatcher op) -> what the op returns; without a keyset past the
+    dispatcher. dtype: None, or autocast's, which parameters are cast to in here, so that no cast's derivative follows.
+    """
 
     @staticmethod
-    def forward(ctx: Any, op: "Op", keyset: Any, *args: Any) -> Any:
+    def forward(ctx: Any, op: "Op", keyset: Any, dtype: torch.dtype | None, *given: Any) -> Any:
         """Runs the op and keeps what its backward sees."""
+        args: Sequence[Any] = given if dtype is None else op.cast(given, dtype, op.parameters)
         result = op.run(*args) if keyset is None else below_autograd(op, keyset, *args)
         out, saved = (result[0], result[1:]) if op.saved else (result, ())
         tensors = [args[i] if i in op.tensors else None for i in op.kept]
@@ -26,6 +34,8 @@ class Differentiable(torch.autograd.Function):
         ctx.others = [None if i in op.tensors else args[i] for i in op.kept]
         ctx.save, ctx.kernels = args[-2:]
         ctx.passed_dtype = None if op.passed is None else args[op.passed].dtype
+        # What was cast; these may be written to before the backward, so that nothing reads their values there.
+        ctx.originals = {i: given[i] for i in op.parameters if given[i] is not args[i]}
         return result
 
     @staticmethod
@@ -39,20 +49,43 @@ class Differentiable(torch.autograd.Function):
                 f"crossvit_kernels::{op.name} was called with save=False: there is nothing to differentiate"
             )
         grads: list[Tensor | None] = [None] * (len(op.inputs) + 2)
-        needed = ctx.needs_input_grad[2:]
+        needed, originals = ctx.needs_input_grad[3:], ctx.originals
         if grad_out is not None and op.passed is not None and needed[op.passed]:
             grads[op.passed] = grad_out.to(ctx.passed_dtype)
         wanted = [i for i in op.kept if i in op.tensors and needed[i]]
         if grad_out is not None and wanted:
             tensors, split = ctx.saved_tensors, len(op.kept)
             inputs = [t if i in op.tensors else other for i, t, other in zip(op.kept, tensors, ctx.others)]
+            if originals and torch.is_grad_enabled():
+                inputs = [Cast.apply(originals[i], t) if i in originals else t for i, t in zip(op.kept, inputs)]
             needs = [bool(needed[i]) for i in op.kept if i in op.tensors]
             # With gradients on, a second derivative is asked for: the dispatcher op knows that there is none.
             past = not (ctx.observed or torch.is_grad_enabled() or op.observed(tensors) or op.observed([grad_out]))
-            run = op.run_backward if past else op.backward_op
-            for i, gradient in zip(wanted, run(grad_out, *inputs, *tensors[split:], needs, ctx.kernels)):
+            args = (grad_out, *inputs, *tensors[split:], needs, ctx.kernels)
+            if past and originals:
+                with torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
+                    results = op.run_backward(*args, wide=torch.float32 in {t.dtype for t in originals.values()})
+            else:
+                results = op.run_backward(*args) if past else op.backward_op(*args)
+            for i, gradient in zip(wanted, results):
+                if i in op.parameters:
+                    gradient = gradient.to(originals.get(i, tensors[op.kept.index(i)]).dtype)
                 grads[i] = gradient
-        return None, None, *grads
+        return None, None, None, *grads
+
+
+class Cast(torch.autograd.Function):
+    """(tensor, what it was cast to) -> the latter, for a second derivative, which raises, to find its way."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, cast: Tensor) -> Tensor:
+        """A view of the second argument."""
+        return cast.view_as(cast)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Not reached, the op's own backward having raised."""
+        return grad, None
 
 
 def below_autograd(op: "Op", keyset: Any, *args: Any) -> Any:

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .. import backends
 from ..triton import triton_kernel
-from ._autograd import Differentiable, below_autograd, second_derivative
+from ._autograd import AUTOCAST, Differentiable, below_autograd, second_derivative
 from ._native import native_kernel
 
 LIBRARY = torch.library.Library("crossvit_kernels", "DEF")
@@ -43,7 +43,6 @@ def _keys(*keys: Any) -> Any:
     return functools.reduce(operator.or_, map(torch._C.DispatchKeySet, keys))
 
 
-_AUTOCAST = _keys(_KEY.AutocastCPU, _KEY.AutocastCUDA)
 _AUTOGRAD = _keys(_KEY.AutogradFunctionality, _KEY.AutogradOther, _KEY.AutogradNestedTensor, _KEY.ADInplaceOrView)
 _OBSERVERS = _keys(
     _KEY.Python,
@@ -109,6 +108,7 @@ class Op:
         self.compute = self.inputs.index(matrices[0])
         self.matrices = [self.inputs.index(n) for n in matrices]
         self.activations = [self.inputs.index(n) for n in activations]
+        self.parameters = [i for i in self.matrices if i not in self.activations]
         self.promoted = [self.inputs.index(n) for n in promoted]
         self.passed = None if passed is None else self.inputs.index(passed)
         self.kept = [i for i in range(len(fields)) if i != self.passed]  # the inputs that the backward sees
@@ -138,7 +138,7 @@ class Op:
                 self.run_backward,
                 self._fake_backward,
             )
-            order = ["grad_out", *(self.inputs[i] for i in self.kept), *names, "needs"]
+            order = ["grad_out", *(self.inputs[i] for i in self.kept), *names, "needs", "wide"]
             self.backwards: dict[str, Callable] = {
                 "reference": self._differentiate_reference,
                 "triton": triton_kernel(name, "backward"),
@@ -158,13 +158,28 @@ class Op:
             result = self.op(*inputs, save, kernels)
         else:
             save = torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
-            if torch._C._is_any_autocast_enabled() or self.observed([inputs[i] for i in self.tensors]):
+            if self.observed([inputs[i] for i in self.tensors]):
                 result = self.op(*inputs, save, kernels)
+            elif torch._C._is_any_autocast_enabled():
+                result = self._run_under_autocast(inputs, save, kernels)
             elif save:
-                result = Differentiable.apply(self, None, *inputs, True, kernels)
+                result = Differentiable.apply(self, None, None, *inputs, True, kernels)
             else:
                 result = self.run(*inputs, False, kernels)
         return result[0] if self.saved else result
+
+    def _run_under_autocast(self, inputs: Sequence[Any], save: bool, kernels: str) -> Any:
+        """Past the dispatcher. The autograd formula casts the parameters itself and gives their gradients in their own
+        dtype, without a rounding to autocast's."""
+        device = inputs[self.compute].device.type
+        dtype = None
+        if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            inputs = self.cast(inputs, dtype, [i for i in self.tensors if not save or i not in self.parameters])
+        with torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
+            if save:
+                return Differentiable.apply(self, None, dtype, *inputs, True, kernels)
+            return self.run(*inputs, False, kernels)
 
     @staticmethod
     def observed(tensors: Sequence[Tensor | None]) -> bool:
@@ -202,10 +217,11 @@ class Op:
         """Forward on the backend that serves these arguments."""
         return self.forwards[self._backend(args, args[-1])](*args[:-1])
 
-    def run_backward(self, *args: Any) -> list[Tensor]:
-        """Backward on the backend that serves these arguments."""
+    def run_backward(self, *args: Any, wide: bool = False) -> list[Tensor]:
+        """Backward on the backend that serves these arguments; `wide`: with the parameters' gradients in float32, in
+        which it sums them, where it can."""
         backend = self._backend(self._inputs_of_backward(args), args[-1], "_backward")
-        return self.backwards[backend](*args[:-1])
+        return self.backwards[backend](*args[:-1], *((wide,) if backend == "cpu" else ()))
 
     def _inputs_of_backward(self, args: Sequence[Any]) -> list[Any]:
         """The op's inputs among the backward's arguments; for the one that it does not see, out's gradient."""
@@ -228,27 +244,32 @@ class Op:
 
     def _autocast(self, device: str) -> Callable:
         def run(*args: Any) -> Any:
-            dtype, inputs = torch.get_autocast_dtype(device), list(args)
-            for i in self.tensors:
-                # Of the others a float16 one under bfloat16, or the reverse, is the only kind that kernels do not know.
-                wanted = (dtype,) if i in self.matrices else (dtype, torch.float32)
-                if inputs[i] is not None and inputs[i].dtype not in (*wanted, torch.float64):
-                    inputs[i] = inputs[i].to(wanted[-1])
-            for i in self.promoted:
-                for j in self.promoted:
-                    inputs[i] = inputs[i].to(torch.promote_types(inputs[i].dtype, inputs[j].dtype))
-            with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            inputs = self.cast(args, torch.get_autocast_dtype(device), self.tensors)
+            with torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
                 return self.op(*inputs)
 
         return run
 
+    def cast(self, inputs: Sequence[Any], dtype: torch.dtype, which: Sequence[int]) -> list[Any]:
+        """These of the inputs as autocast to this dtype has them."""
+        result = list(inputs)
+        for i in which:
+            # Of the others a float16 one under bfloat16, or the reverse, is the only kind that kernels do not know.
+            wanted = (dtype,) if i in self.matrices else (dtype, torch.float32)
+            if result[i] is not None and result[i].dtype not in (*wanted, torch.float64):
+                result[i] = result[i].to(wanted[-1])
+        for i in self.promoted:
+            for j in self.promoted:
+                result[i] = result[i].to(torch.promote_types(result[i].dtype, result[j].dtype))
+        return result
+
     def _without_autocast(self, *args: Any) -> list[Tensor]:
-        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+        with torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
             return self.backward_op(*args)
 
     def _autograd(self, keyset: Any, *args: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return Differentiable.apply(self, keyset, *args)
+            return Differentiable.apply(self, keyset, None, *args)
         return below_autograd(self, keyset, *args)
 
     def _decompose(self, *args: Any) -> Any:

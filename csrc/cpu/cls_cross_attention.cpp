@@ -138,7 +138,7 @@ std::vector<Tensor> cls_cross_attention_backward(const Tensor& grad_out, const T
                                                  const Tensor& q_weight, const Tensor& k_weight, const Tensor& v_weight,
                                                  const Tensor& mean, const Tensor& rstd, const Tensor& probs,
                                                  const Tensor& context, const Tensor& query, const Tensor& key_query,
-                                                 int64_t num_heads, Needs needs) {
+                                                 int64_t num_heads, Needs needs, bool wide) {
   const int64_t batch = patches.size(0), tokens = patches.size(1), width = patches.size(2), d = width / num_heads;
   const double scale = 1.0 / std::sqrt(static_cast<double>(d));
   const Tensor gamma = norm_weight.to(at::kFloat);
@@ -186,7 +186,7 @@ std::vector<Tensor> cls_cross_attention_backward(const Tensor& grad_out, const T
                          .to(norm_weight.scalar_type()));
   if (needs.get(3))
     result.push_back(grad_values.sum(at::IntArrayRef{0, 1}).add(grad_y.sum(0)).to(norm_bias->scalar_type()));
-  const auto weight_dtype = q_weight.scalar_type();
+  const auto weight_dtype = wide ? at::kFloat : q_weight.scalar_type();
   if (needs.get(4)) result.push_back(at::mm(grad_query.t(), normalized.mul(gamma).add(beta)).to(weight_dtype));
   if (needs.get(5)) result.push_back(grad_query.sum(0).to(weight_dtype));
   // (heads, d, batch) x (heads, batch, width): the outer products of every head, summed over the batch.
@@ -196,7 +196,7 @@ std::vector<Tensor> cls_cross_attention_backward(const Tensor& grad_out, const T
         .to(weight_dtype);
   };
   if (needs.get(6)) result.push_back(outer(query.mul(scale), grad_key_query));
-  if (needs.get(7)) result.push_back(at::zeros({width}, k_weight.options()));
+  if (needs.get(7)) result.push_back(at::zeros({width}, k_weight.options().dtype(weight_dtype)));
   if (needs.get(8)) result.push_back(outer(grad, context.mul(gamma).add(beta)));
   // The probabilities sum to one, unless they are not numbers, which the bias's gradient then must not be either.
   if (needs.get(9))

@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_mlp(const Tensor& x, const
 std::vector<Tensor> layer_norm_mlp_backward(const Tensor& grad_out, const Tensor& x, const Tensor& norm_weight,
                                             const OptionalTensor& norm_bias, const Tensor& w1, const Tensor& w2,
                                             const OptionalTensor& b2, const OptionalTensor& scale, const Tensor& mean,
-                                            const Tensor& rstd, const Tensor& pre, Needs needs) {
+                                            const Tensor& rstd, const Tensor& pre, Needs needs, bool wide) {
   const RowTensor grad(grad_out), in(x), hidden(pre);
   const ScaleTensor factor(scale, x);
   const bool below = needs.get(0) || needs.get(1) || needs.get(2);
@@ -79,9 +79,9 @@ std::vector<Tensor> layer_norm_mlp_backward(const Tensor& grad_out, const Tensor
   if (needs.get(1)) result.push_back(total(partial.weight, norm_weight));
   if (needs.get(2)) result.push_back(total(partial.bias, norm_bias ? *norm_bias : norm_weight));
   if (needs.get(3) || needs.get(4))
-    weight_gradients(first, in.count, w1, w1.scalar_type(), false, needs.get(3), needs.get(4), result);
+    weight_gradients(first, in.count, w1, w1.scalar_type(), wide, false, needs.get(3), needs.get(4), result);
   if (needs.get(5) || needs.get(6))
-    weight_gradients(second, in.count, w2, w2.scalar_type(), true, needs.get(5), needs.get(6), result);
+    weight_gradients(second, in.count, w2, w2.scalar_type(), wide, true, needs.get(5), needs.get(6), result);
   if (needs.get(7)) {
     const Tensor activated = at::gelu(pre.to(at::kFloat));
     const bool per_sample = factor.scale.kind == Scale::sample;

@@ -27,7 +27,8 @@ Tensor linear_residual(const Tensor& x, const Tensor& weight, const OptionalTens
 }
 
 std::vector<Tensor> linear_residual_backward(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
-                                             const OptionalTensor& bias, const OptionalTensor& scale, Needs needs) {
+                                             const OptionalTensor& bias, const OptionalTensor& scale, Needs needs,
+                                             bool wide) {
   const RowTensor grad(grad_out), in(x);
   const ScaleTensor factor(scale, grad_out);
   std::vector<Tensor> result;
@@ -37,7 +38,7 @@ std::vector<Tensor> linear_residual_backward(const Tensor& grad_out, const Tenso
     args.x = in.rows;
     args.rows = in.count;
     args.scale = factor.scale;
-    result = linear_gradients(args, x, weight, {}, {}, bias ? bias->scalar_type() : weight.scalar_type(),
+    result = linear_gradients(args, x, weight, {}, {}, bias ? bias->scalar_type() : weight.scalar_type(), wide,
                               {.x = needs.get(0), .weight = needs.get(1), .bias = needs.get(2)});
   }
   if (needs.get(3)) {

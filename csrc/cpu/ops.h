@@ -9,6 +9,9 @@
 
 namespace crossvit {
 
+// wide: whether a backward gives the gradients of weights and biases in float32, in which they are summed, instead of in the
+// dtype that these came in (under autocast a rounding of the parameters, which are float32).
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_linear(const Tensor& x, const Tensor& norm_weight,
                                                              const OptionalTensor& norm_bias, const Tensor& weight,
                                                              const OptionalTensor& bias, double eps, bool gelu_in,
@@ -16,12 +19,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_linear(const Tensor& x, co
 std::vector<Tensor> layer_norm_linear_backward(const Tensor& grad_out, const Tensor& x, const Tensor& norm_weight,
                                                const OptionalTensor& norm_bias, const Tensor& weight,
                                                const Tensor& mean, const Tensor& rstd, const Tensor& pre, bool gelu_in,
-                                               bool gelu_out, Needs needs);
+                                               bool gelu_out, Needs needs, bool wide);
 
 Tensor linear_residual(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& residual,
                        const OptionalTensor& scale);
 std::vector<Tensor> linear_residual_backward(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
-                                             const OptionalTensor& bias, const OptionalTensor& scale, Needs needs);
+                                             const OptionalTensor& bias, const OptionalTensor& scale, Needs needs,
+                                             bool wide);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_mlp(const Tensor& x, const Tensor& norm_weight,
                                                           const OptionalTensor& norm_bias, const Tensor& w1,
@@ -31,7 +35,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_mlp(const Tensor& x, const
 std::vector<Tensor> layer_norm_mlp_backward(const Tensor& grad_out, const Tensor& x, const Tensor& norm_weight,
                                             const OptionalTensor& norm_bias, const Tensor& w1, const Tensor& w2,
                                             const OptionalTensor& b2, const OptionalTensor& scale, const Tensor& mean,
-                                            const Tensor& rstd, const Tensor& pre, Needs needs);
+                                            const Tensor& rstd, const Tensor& pre, Needs needs, bool wide);
 
 std::tuple<Tensor, Tensor> self_attention(const Tensor& qkv, int64_t num_heads, bool save);
 Tensor self_attention_backward(const Tensor& grad_out, const Tensor& qkv, const Tensor& out, const Tensor& lse,
@@ -47,7 +51,7 @@ std::vector<Tensor> cls_cross_attention_backward(const Tensor& grad_out, const T
                                                  const Tensor& q_weight, const Tensor& k_weight, const Tensor& v_weight,
                                                  const Tensor& mean, const Tensor& rstd, const Tensor& probs,
                                                  const Tensor& context, const Tensor& query, const Tensor& key_query,
-                                                 int64_t num_heads, Needs needs);
+                                                 int64_t num_heads, Needs needs, bool wide);
 Tensor cls_fusion(const Tensor& cls, const Tensor& patches, const Tensor& proj_norm_weight,
                   const OptionalTensor& proj_norm_bias, const Tensor& proj_weight, const OptionalTensor& proj_bias,
                   const Tensor& norm_weight, const OptionalTensor& norm_bias, const Tensor& q_weight,
@@ -69,7 +73,7 @@ Tensor patch_embed(const Tensor& images, const Tensor& weight, const OptionalTen
                    const Tensor& pos_embed, int64_t height, int64_t width);
 std::vector<Tensor> patch_embed_backward(const Tensor& grad_out, const Tensor& images, const Tensor& weight,
                                          const OptionalTensor& bias, const Tensor& cls_token, const Tensor& pos_embed,
-                                         int64_t height, int64_t width, Needs needs);
+                                         int64_t height, int64_t width, Needs needs, bool wide);
 
 // Shared by the backward passes (weight_gradients.cpp). The operands of one weight's gradient, for the kernels to fill.
 struct WeightOperands {
@@ -82,7 +86,7 @@ struct WeightOperands {
 // The gradients of a Linear's weight and bias from their operands, appended to result; transposed: the operands are those of
 // the weight's transpose.
 void weight_gradients(const WeightOperands& operands, int64_t rows, const Tensor& weight, at::ScalarType bias_dtype,
-                      bool transposed, bool weight_wanted, bool bias_wanted, std::vector<Tensor>& result);
+                      bool wide, bool transposed, bool weight_wanted, bool bias_wanted, std::vector<Tensor>& result);
 
 // All of a Linear's backward, what args say of the gradient's way to it included. needs: of x, LayerNorm's weight and bias,
 // the weight, the bias.
@@ -91,7 +95,7 @@ struct LinearNeeds {
 };
 std::vector<Tensor> linear_gradients(LinearGradArgs& args, const Tensor& x, const Tensor& weight,
                                      const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
-                                     at::ScalarType bias_dtype, LinearNeeds needs);
+                                     at::ScalarType bias_dtype, bool wide, LinearNeeds needs);
 
 // The gradient of the factor on a Linear's result.
 Tensor scale_gradient(const Tensor& grad_out, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,

@@ -113,7 +113,7 @@ Tensor patch_embed(const Tensor& images, const Tensor& weight, const OptionalTen
 
 std::vector<Tensor> patch_embed_backward(const Tensor& grad_out, const Tensor& images, const Tensor& weight,
                                          const OptionalTensor& bias, const Tensor& cls_token, const Tensor& pos_embed,
-                                         int64_t height, int64_t width, Needs needs) {
+                                         int64_t height, int64_t width, Needs needs, bool wide) {
   const ResizedImages resized(images, height, width, weight.size(3));
   const Tensor matrix = as_matrix(weight);
   const RowTensor grad(grad_out.narrow(1, 1, resized.images.per_image));
@@ -137,7 +137,7 @@ std::vector<Tensor> patch_embed_backward(const Tensor& grad_out, const Tensor& i
     if (needs.get(1)) args.x = RowTensor(rows).rows;
     args.rows = resized.patches;
     for (Tensor& gradient :
-         linear_gradients(args, rows, matrix, {}, {}, bias ? bias->scalar_type() : weight.scalar_type(),
+         linear_gradients(args, rows, matrix, {}, {}, bias ? bias->scalar_type() : weight.scalar_type(), wide,
                           {.weight = needs.get(1), .bias = needs.get(2)}))
       result.push_back(gradient);
     if (needs.get(1)) {

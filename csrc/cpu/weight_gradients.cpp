@@ -19,7 +19,7 @@ WeightOperands::WeightOperands(const Tensor& weight, int64_t rows, int64_t out, 
 }
 
 void weight_gradients(const WeightOperands& operands, int64_t rows, const Tensor& weight, at::ScalarType bias_dtype,
-                      bool transposed, bool weight_wanted, bool bias_wanted, std::vector<Tensor>& result) {
+                      bool wide, bool transposed, bool weight_wanted, bool bias_wanted, std::vector<Tensor>& result) {
   WeightGradArgs args{};
   args.left = operands.left_data();
   args.right = operands.right_data();
@@ -29,11 +29,11 @@ void weight_gradients(const WeightOperands& operands, int64_t rows, const Tensor
   args.products = products_of(weight) == at::kFloat ? DType::f32 : DType::bf16;
   args.transposed = transposed;
   if (weight_wanted) {
-    result.push_back(empty_like_dtype(weight.sizes(), weight.scalar_type()));
+    result.push_back(empty_like_dtype(weight.sizes(), wide ? at::kFloat : weight.scalar_type()));
     args.grad_weight = RowTensor(result.back()).rows;
   }
   if (bias_wanted) {
-    result.push_back(empty_like_dtype({weight.size(0)}, bias_dtype));
+    result.push_back(empty_like_dtype({weight.size(0)}, wide ? at::kFloat : bias_dtype));
     args.grad_bias = result.back().data_ptr();
     args.grad_bias_dtype = dtype_of(result.back());
   }
@@ -42,7 +42,7 @@ void weight_gradients(const WeightOperands& operands, int64_t rows, const Tensor
 
 std::vector<Tensor> linear_gradients(LinearGradArgs& args, const Tensor& x, const Tensor& weight,
                                      const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
-                                     at::ScalarType bias_dtype, LinearNeeds needs) {
+                                     at::ScalarType bias_dtype, bool wide, LinearNeeds needs) {
   args.in = weight.size(1);
   args.out_features = weight.size(0);
   args.products = products_of(weight) == at::kFloat ? DType::f32 : DType::bf16;
@@ -68,7 +68,7 @@ std::vector<Tensor> linear_gradients(LinearGradArgs& args, const Tensor& x, cons
   if (needs.norm_weight) result.push_back(total(partial.weight, *norm_weight));
   if (needs.norm_bias) result.push_back(total(partial.bias, norm_bias ? *norm_bias : *norm_weight));
   if (needs.weight || needs.bias)
-    weight_gradients(operands, args.rows, weight, bias_dtype, false, needs.weight, needs.bias, result);
+    weight_gradients(operands, args.rows, weight, bias_dtype, wide, false, needs.weight, needs.bias, result);
   return result;
 }
 
@@ -100,7 +100,7 @@ Tensor scale_gradient(const Tensor& grad_out, const Tensor& x, const Tensor& wei
     args.x = in.rows;
     args.rows = in.count;
     const Tensor like = at::empty({weight.size(0), weight.size(1)}, at::dtype(at::kFloat));
-    const auto gradients = linear_gradients(args, x, like, {}, {}, at::kFloat, {.weight = true, .bias = true});
+    const auto gradients = linear_gradients(args, x, like, {}, {}, at::kFloat, true, {.weight = true, .bias = true});
     result = gradients[0].mul(weight.to(at::kFloat)).sum(1);
     if (bias) result = result.add(gradients[1].mul(bias->to(at::kFloat)));
   } else {
