@@ -187,8 +187,8 @@ inline void mlp_grad_step_pairs(const MlpGradArgs& a, int64_t m, int64_t count, 
       const Vec pre = load(s.other + e / 2 * lanes + v * VL);
       const float* at = c + e * lanes + v * VL;
       Vec even_value, odd_value, even_derivative, odd_derivative;
-      gelu_and_derivative(even_of(pre), even_value, even_derivative);
-      gelu_and_derivative(odd_of(pre), odd_value, odd_derivative);
+      gelu_and_derivative_bf16(even_of(pre), even_value, even_derivative);
+      gelu_and_derivative_bf16(odd_of(pre), odd_value, odd_derivative);
       const Vec even = load(at) * even_derivative, odd = load(at + lanes) * odd_derivative;
       store(s.hidden + (h + e) / 2 * lanes + v * VL, pair(even, odd));
       if (left1) {

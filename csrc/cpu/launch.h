@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <atomic>
 #include <optional>
+#include <vector>
 
 #include "kernels.h"
 
@@ -26,18 +27,30 @@ char* thread_scratch(int64_t bytes);
 
 inline int64_t threads_here() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
-// Runs a kernel's tasks on torch's threads. They are handed out one by one, since neither the tasks nor, on a shared
-// machine, the cores are equally fast.
+// Runs the tasks of one or more calls of a kernel on torch's threads. They are handed out one by one, since neither the tasks
+// nor, on a shared machine, the cores are equally fast.
 template <class Args>
-void launch(const Kernel<Args>& kernel, Args& args) {
+void launch(const Kernel<Args>& kernel, Args* calls, int64_t count) {
   const int64_t threads = threads_here();
-  const int64_t tasks = kernel.tasks(args, threads);
-  const int64_t bytes = kernel.scratch(args);
+  int64_t tasks = 0, bytes = 0;
+  std::vector<int64_t> first{0};  // task of each call, and behind the last
+  for (int64_t i = 0; i < count; i++) {
+    first.push_back(tasks += kernel.tasks(calls[i], threads));
+    bytes = std::max(bytes, kernel.scratch(calls[i]));
+  }
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min(tasks, threads), 1, [&](int64_t, int64_t) {
     char* scratch = thread_scratch(bytes);
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) kernel.run(args, task, scratch);
+    int64_t call = 0;
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+      while (task >= first[call + 1]) call++;
+      kernel.run(calls[call], task - first[call], scratch);
+    }
   });
+}
+template <class Args>
+void launch(const Kernel<Args>& kernel, Args& args) {
+  launch(kernel, &args, 1);
 }
 
 DType dtype_of(const Tensor& t);

@@ -78,10 +78,14 @@ std::vector<Tensor> layer_norm_mlp_backward(const Tensor& grad_out, const Tensor
   if (below || args.left1 || args.right2) launch(active().mlp_grad, args);
   if (needs.get(1)) result.push_back(total(partial.weight, norm_weight));
   if (needs.get(2)) result.push_back(total(partial.bias, norm_bias ? *norm_bias : norm_weight));
+  std::vector<WeightGradArgs> calls;
   if (needs.get(3) || needs.get(4))
-    weight_gradients(first, in.count, w1, w1.scalar_type(), wide, false, needs.get(3), needs.get(4), result);
+    calls.push_back(
+        weight_gradients(first, in.count, w1, w1.scalar_type(), wide, false, needs.get(3), needs.get(4), result));
   if (needs.get(5) || needs.get(6))
-    weight_gradients(second, in.count, w2, w2.scalar_type(), wide, true, needs.get(5), needs.get(6), result);
+    calls.push_back(
+        weight_gradients(second, in.count, w2, w2.scalar_type(), wide, true, needs.get(5), needs.get(6), result));
+  launch(active().weight_grad, calls.data(), static_cast<int64_t>(calls.size()));
   if (needs.get(7)) {
     const Tensor activated = at::gelu(pre.to(at::kFloat));
     const bool per_sample = factor.scale.kind == Scale::sample;

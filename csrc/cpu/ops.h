@@ -83,10 +83,11 @@ struct WeightOperands {
   void* right_data() const { return right.defined() ? right.data_ptr() : nullptr; }
 };
 
-// The gradients of a Linear's weight and bias from their operands, appended to result; transposed: the operands are those of
-// the weight's transpose.
-void weight_gradients(const WeightOperands& operands, int64_t rows, const Tensor& weight, at::ScalarType bias_dtype,
-                      bool wide, bool transposed, bool weight_wanted, bool bias_wanted, std::vector<Tensor>& result);
+// The call that makes the gradients of a Linear's weight and bias, appended to result, from their operands; transposed: the
+// operands are those of the weight's transpose.
+WeightGradArgs weight_gradients(const WeightOperands& operands, int64_t rows, const Tensor& weight,
+                                at::ScalarType bias_dtype, bool wide, bool transposed, bool weight_wanted,
+                                bool bias_wanted, std::vector<Tensor>& result);
 
 // All of a Linear's backward, what args say of the gradient's way to it included. needs: of x, LayerNorm's weight and bias,
 // the weight, the bias.

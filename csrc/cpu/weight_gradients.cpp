@@ -18,8 +18,9 @@ WeightOperands::WeightOperands(const Tensor& weight, int64_t rows, int64_t out, 
   if (right_wanted) right = operand(in);
 }
 
-void weight_gradients(const WeightOperands& operands, int64_t rows, const Tensor& weight, at::ScalarType bias_dtype,
-                      bool wide, bool transposed, bool weight_wanted, bool bias_wanted, std::vector<Tensor>& result) {
+WeightGradArgs weight_gradients(const WeightOperands& operands, int64_t rows, const Tensor& weight,
+                                at::ScalarType bias_dtype, bool wide, bool transposed, bool weight_wanted,
+                                bool bias_wanted, std::vector<Tensor>& result) {
   WeightGradArgs args{};
   args.left = operands.left_data();
   args.right = operands.right_data();
@@ -37,7 +38,7 @@ void weight_gradients(const WeightOperands& operands, int64_t rows, const Tensor
     args.grad_bias = result.back().data_ptr();
     args.grad_bias_dtype = dtype_of(result.back());
   }
-  launch(active().weight_grad, args);
+  return args;
 }
 
 std::vector<Tensor> linear_gradients(LinearGradArgs& args, const Tensor& x, const Tensor& weight,
@@ -67,8 +68,11 @@ std::vector<Tensor> linear_gradients(LinearGradArgs& args, const Tensor& x, cons
   launch(active().linear_grad, args);
   if (needs.norm_weight) result.push_back(total(partial.weight, *norm_weight));
   if (needs.norm_bias) result.push_back(total(partial.bias, norm_bias ? *norm_bias : *norm_weight));
-  if (needs.weight || needs.bias)
-    weight_gradients(operands, args.rows, weight, bias_dtype, wide, false, needs.weight, needs.bias, result);
+  if (needs.weight || needs.bias) {
+    auto call =
+        weight_gradients(operands, args.rows, weight, bias_dtype, wide, false, needs.weight, needs.bias, result);
+    launch(active().weight_grad, call);
+  }
   return result;
 }
 
