@@ -49,7 +49,7 @@ cuda-report: $(PACKAGE)  ## Registers, memory, spills and instructions of every 
 
 # A package of its own in build/sanitize, with its own objects, tested from there: the one in use stays as it is.
 SANITIZED := build/sanitize
-OP_TESTS := layer_norm_linear layer_norm_mlp linear_residual self_attention patch_embed cls_cross_attention cls_fusion
+OP_TESTS := layer_norm_linear layer_norm_mlp linear_residual self_attention bicubic_resize patch_embed cls_cross_attention cls_fusion
 sanitize: $(PACKAGE)  ## The op tests on C++ and emulated CUDA kernels compiled with -fsanitize=address,undefined
 	rm -rf $(SANITIZED)
 	CROSSVIT_KERNELS_SANITIZE=address,undefined $(PYTHON) setup.py -q \

@@ -15,6 +15,7 @@ from crossvit_kernels import ops
 from .session import dtype_name, where
 
 OPS = (
+    "bicubic_resize",
     "cls_cross_attention",
     "cls_fusion",
     "layer_norm_linear",
@@ -71,6 +72,9 @@ class Cell:
         attention = {f"{x}_{part}": (d, d)[: 2 - (part == "bias")] for x in "qkv" for part in ("weight", "bias")}
         cross = {"patches": (b, t - 1, d), **norm, **attention}
         match self.op:
+            case "bicubic_resize":
+                (side,) = (other.image for other in BRANCHES.values() if other is not branch)
+                return {"images": (b, 3, side, side)}
             case "cls_cross_attention":
                 return {"cls": (b, d), **cross}
             case "cls_fusion":
@@ -104,8 +108,8 @@ class Cell:
         return {key: known[key] for key in inspect.signature(getattr(ops, self.op)).parameters if key in known}
 
     def differentiable(self) -> list[str]:
-        """The tensors that training wants gradients of."""
-        return [name for name in self.shapes() if name != "images"]
+        """The tensors that training wants gradients of; the images where there is nothing else."""
+        return [name for name in self.shapes() if name != "images"] or ["images"]
 
 
 def sdpa(

@@ -5,6 +5,7 @@ from . import backends
 from .accelerate import accelerate, acceleration, restore
 from .graphs import graphed
 from .ops import (
+    bicubic_resize,
     cls_cross_attention,
     cls_fusion,
     layer_norm_linear,
@@ -18,6 +19,7 @@ __all__ = [
     "accelerate",
     "acceleration",
     "backends",
+    "bicubic_resize",
     "cls_cross_attention",
     "cls_fusion",
     "graphed",

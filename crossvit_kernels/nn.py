@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import backends
 from .ops import (
+    bicubic_resize,
     cls_cross_attention,
     layer_norm_linear,
     layer_norm_mlp,
@@ -445,7 +446,6 @@ class PatchEmbed(KernelModule):
             return patch_embed(
                 images, *affine(proj), cls_token, pos_embed, image_size=self.image_size, kernels=self.kernels
             )
-        if images.shape[-2:] != self.image_size:
-            images = F.interpolate(images, self.image_size, mode="bicubic", align_corners=False)
+        images = bicubic_resize(images, self.image_size, kernels=self.kernels)
         patches = proj(images).flatten(2).transpose(1, 2)
         return torch.cat((cls_token.expand(patches.shape[0], -1, -1), patches), dim=1) + pos_embed

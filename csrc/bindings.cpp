@@ -119,6 +119,8 @@ TORCH_LIBRARY(crossvit_kernels_cpu, m) {
   op(schema::transformer_block, TORCH_FN(transformer_block));
   op(schema::self_attention, TORCH_FN(self_attention));
   op(schema::self_attention_backward, TORCH_FN(self_attention_backward));
+  op(schema::bicubic_resize, TORCH_FN(bicubic_resize));
+  op(schema::bicubic_resize_backward, TORCH_FN(bicubic_resize_backward));
   op(schema::patch_embed, TORCH_FN(patch_embed));
   backward(schema::patch_embed_backward, TORCH_FN(patch_embed_backward));
 }

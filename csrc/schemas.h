@@ -54,6 +54,11 @@ inline constexpr const char* self_attention =
 inline constexpr const char* self_attention_backward =
     "self_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, int num_heads) -> Tensor";
 
+inline constexpr const char* bicubic_resize = "bicubic_resize(Tensor images, int height, int width) -> Tensor";
+
+inline constexpr const char* bicubic_resize_backward =
+    "bicubic_resize_backward(Tensor grad_out, Tensor images, int height, int width) -> Tensor";
+
 inline constexpr const char* patch_embed =
     "patch_embed(Tensor images, Tensor weight, Tensor? bias, Tensor cls_token, Tensor pos_embed, int height, int "
     "width) -> Tensor";

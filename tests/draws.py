@@ -150,6 +150,13 @@ def self_attention(rng: random.Random) -> tuple[Make, str]:
     return make, f"{batch} x {tokens} x {width}, {heads} heads"
 
 
+def bicubic_resize(rng: random.Random) -> tuple[Make, str]:
+    sizes = [(rng.randint(1, 70), rng.choice((rng.randint(1, 70), *EDGES))) for _ in range(2)]
+    batch, channels = _batch(rng), rng.randint(1, 4)
+    make = lambda values: inputs.bicubic_resize(values, batch, *sizes[0], sizes[1], channels=channels)  # noqa: E731
+    return make, f"{batch} of {sizes[0]} to {sizes[1]}, {channels} channels"
+
+
 def patch_embed(rng: random.Random) -> tuple[Make, str]:
     patch = rng.choice((rng.randint(1, 16), 12, 16))
     size = (patch * rng.randint(1, 5), patch * rng.randint(1, 5))
@@ -192,6 +199,7 @@ CASES: dict[str, Callable[[random.Random], tuple[Make, str]]] = {
         linear_residual,
         layer_norm_mlp,
         self_attention,
+        bicubic_resize,
         patch_embed,
         cls_cross_attention,
         cls_fusion,

@@ -97,6 +97,13 @@ def self_attention(rng: Random, batch: int, tokens: int, width: int, heads: int)
     return {"qkv": rng.normal(batch, tokens, 3 * width), "num_heads": heads}
 
 
+def bicubic_resize(
+    rng: Random, batch: int, height: int, width: int, image_size: int | tuple[int, int], *, channels: int = 3
+) -> dict[str, Any]:
+    """Inputs of bicubic_resize."""
+    return {"images": rng.normal(batch, channels, height, width), "image_size": image_size}
+
+
 def patch_embed(
     rng: Random,
     batch: int,
@@ -183,6 +190,7 @@ EXAMPLES = {
     "linear_residual": lambda: linear_residual(Random(), 2, 5, 16, out=12, scale="channel"),
     "layer_norm_mlp": lambda: layer_norm_mlp(Random(), 2, 5, 16, hidden=24, scale="sample"),
     "self_attention": lambda: self_attention(Random(), 2, 5, 16, heads=2),
+    "bicubic_resize": lambda: bicubic_resize(Random(), 2, 10, 14, (8, 12)),
     "patch_embed": lambda: patch_embed(Random(), 2, 10, 14, patch=4, embed=16, image_size=(8, 12)),
     "cls_cross_attention": lambda: cls_cross_attention(Random(), 2, 5, 16, heads=2),
     "cls_fusion": lambda: cls_fusion(Random(), 2, 5, 12, 16, heads=2),

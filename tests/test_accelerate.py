@@ -82,6 +82,23 @@ def test_everything_stays_where_it_is_and_restore_undoes_it(name: str) -> None:
     assert all(torch.equal(again[key], value) for key, value in expected.items())
 
 
+@pytest.mark.skipif(not crossvit_kernels.backends.available("cpu"), reason="there are no C++ kernels")
+def test_images_for_a_stem_of_convolutions_are_resized_by_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("crossvit_9_dagger_240")
+    x = images(model)
+    expected = model(x)
+    accelerate(model, "cpu", verbose=False)
+    assert acceleration(model).swapped[""] == "CrossVit"
+    monkeypatch.setattr(nn.functional, "interpolate", None)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    model.patch_embed[1].proj = nn.Sequential(Doubled(), model.patch_embed[1].proj)
+    model(x)
+    model.patch_embed[1] = nn.Identity()
+    with pytest.raises(TypeError, match="not callable"):  # timm's own forward again
+        model(x)
+    assert "patch_embed.1 is torch.nn.modules.linear.Identity" in acceleration(model).left[""]
+
+
 def lora(block: Block) -> None:
     class Adapted(nn.Module):
         def __init__(self, base: nn.Linear) -> None:

@@ -80,9 +80,9 @@ def test_auto_takes_the_kernels_and_leaves_other_dtypes_to_the_reference() -> No
 
 
 def test_every_backend_has_kernels_of_its_own_for_every_op(backend: str) -> None:
-    """On a GPU the self-attention is torch's scaled_dot_product_attention, as the reference's."""
+    """On a GPU self-attention is torch's scaled_dot_product_attention, resizing its interpolate, as the reference's."""
     for op in EXAMPLES:
-        if backend in ("triton", "cuda") and op == "self_attention":
+        if backend in ("triton", "cuda") and op in ("self_attention", "bicubic_resize"):
             assert not backends.serves(backend, op)
             continue
         assert backends.serves(backend, op)

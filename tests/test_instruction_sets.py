@@ -25,6 +25,8 @@ CASES = {
     "layer_norm_mlp": lambda rng: inputs.layer_norm_mlp(rng, 3, 37, 100, hidden=150, scale="channel"),
     "self_attention": lambda rng: inputs.self_attention(rng, 2, 57, 100, 5),
     "self_attention branch": lambda rng: inputs.self_attention(rng, 1, 197, 192, 3),
+    "bicubic_resize": lambda rng: inputs.bicubic_resize(rng, 2, 50, 61, (42, 57)),
+    "bicubic_resize far taps": lambda rng: inputs.bicubic_resize(rng, 1, 50, 61, (60, 13)),
     "patch_embed": lambda rng: inputs.patch_embed(rng, 2, 50, 61, patch=6, embed=37, image_size=(42, 54)),
     "cls_cross_attention": lambda rng: inputs.cls_cross_attention(rng, 3, 57, 100, 5),
     "cls_cross_attention branch": lambda rng: inputs.cls_cross_attention(rng, 2, 196, 192, 6),

@@ -51,6 +51,11 @@ def self_attention(draw: Draw, rng: Random) -> dict[str, Any]:
     )
 
 
+def bicubic_resize(draw: Draw, rng: Random) -> dict[str, Any]:
+    (height, width), size = (draw(st.tuples(st.integers(1, 70), st.integers(1, 70))) for _ in range(2))
+    return inputs.bicubic_resize(rng, draw(batch), height, width, size, channels=draw(st.integers(1, 4)))
+
+
 def patch_embed(draw: Draw, rng: Random) -> dict[str, Any]:
     patch, sides = draw(st.integers(1, 16)), st.integers(1, 5)
     size = patch * draw(sides), patch * draw(sides)
@@ -89,7 +94,8 @@ def cls_fusion(draw: Draw, rng: Random) -> dict[str, Any]:
 
 
 CASES = {f.__name__: f for f in (
-    layer_norm_linear, linear_residual, layer_norm_mlp, self_attention, patch_embed, cls_cross_attention, cls_fusion
+    layer_norm_linear, linear_residual, layer_norm_mlp, self_attention, bicubic_resize, patch_embed,
+    cls_cross_attention, cls_fusion
 )}  # fmt: skip
 STRIDED = {"x", "residual", "qkv", "images", "patches"}
 

@@ -25,7 +25,7 @@ ALL = ["reference", *NATIVE]
 
 
 class Model(nn.Module):
-    """All seven ops in a row, images (B, 3, H, W) -> (B, 24)."""
+    """All eight ops in a row, images (B, 3, H, W) -> (B, 24)."""
 
     def __init__(self, kernels: str = "auto") -> None:
         super().__init__()
@@ -54,6 +54,7 @@ class Model(nn.Module):
         return getattr(crossvit_kernels, op)(**given, **getattr(self, op), **others, kernels=self.kernels)
 
     def forward(self, images: Tensor) -> Tensor:
+        images = crossvit_kernels.bicubic_resize(images, (18, 17), kernels=self.kernels)
         x = self.call("patch_embed", images, image_size=16)
         qkv = self.call("layer_norm_linear", x)
         x = self.call("linear_residual", crossvit_kernels.self_attention(qkv, 3, kernels=self.kernels), x)
@@ -74,7 +75,7 @@ ACTIVATIONS = {
 def dispatcher_inputs(name: str, *, permuted: bool = False, device: str = "cpu") -> list[Any]:
     """The example's arguments as crossvit_kernels::<name> takes them, up to `save` and `kernels`."""
     given = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in EXAMPLES[name]().items()}
-    if name == "patch_embed":
+    if "image_size" in given:
         given["height"], given["width"] = given.pop("image_size")
     if name == "layer_norm_linear":
         given |= {"gelu_in": False, "gelu_out": given.pop("activation") == "gelu"}
@@ -168,6 +169,7 @@ def larger_example(name: str, *, small: bool = False) -> dict[str, Any]:
         "linear_residual": lambda: inputs.linear_residual(Random(), batch, tokens, 96, out=out, scale="sample"),
         "layer_norm_mlp": lambda: inputs.layer_norm_mlp(Random(), batch, tokens, 96, hidden=out, scale="channel"),
         "self_attention": lambda: inputs.self_attention(Random(), batch, tokens, 96, 3),
+        "bicubic_resize": lambda: inputs.bicubic_resize(Random(), batch, 90, 70, size),
         "patch_embed": lambda: inputs.patch_embed(
             Random(), batch, *((10, 17) if small else (30, 50)), patch=7, embed=96, image_size=size
         ),

@@ -69,7 +69,8 @@ class Op:
     reference       (*inputs) -> out, in plain PyTorch
     outputs         (*inputs) -> fresh tensors of the shapes and dtypes of out and the saved
     flops           (backend, *inputs) -> int
-    matrices        the inputs that autocast casts; the first one's dtype is the compute dtype
+    matrices        the inputs that autocast casts; the first one's dtype is the compute dtype. An op without leaves
+                    dtypes as they are, and computes in its first activation's
     activations     the inputs that may be empty or strided
     promoted        the inputs that the reference concatenates, which brings them to one dtype
     saved, save     the saved tensors' names; (*inputs) -> the saved tensors
@@ -105,7 +106,7 @@ class Op:
         fields = inputs.split(", ")
         self.inputs = [field.split()[-1] for field in fields]
         self.tensors = [i for i, field in enumerate(fields) if field.startswith("Tensor")]
-        self.compute = self.inputs.index(matrices[0])
+        self.compute = self.inputs.index((*matrices, *activations)[0])
         self.matrices = [self.inputs.index(n) for n in matrices]
         self.activations = [self.inputs.index(n) for n in activations]
         self.parameters = [i for i in self.matrices if i not in self.activations]
@@ -120,7 +121,7 @@ class Op:
             "triton": triton_kernel(name, "forward"),
             **{b: native_kernel(b, name, [*self.inputs, "save"], activations) for b in ("cpu", "cuda")},
         }
-        for device in ("CPU", "CUDA"):
+        for device in ("CPU", "CUDA") if matrices else ():
             LIBRARY.impl(name, self._autocast(device.lower()), f"Autocast{device}")
         register_flop_formula(self.op.overloadpacket, get_raw=True)(self._count)
         # For ONNX and run_decompositions; FakeTensorMode would take it for symbolic sizes too, but for meta_table.

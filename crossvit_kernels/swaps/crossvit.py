@@ -6,7 +6,7 @@ import torch
 from timm.models.crossvit import CrossAttention, CrossAttentionBlock, CrossVit, MultiScaleBlock, PatchEmbed
 from torch import Tensor, nn
 
-from ..ops import cls_cross_attention, cls_fusion, layer_norm_linear, linear_residual, patch_embed
+from ..ops import bicubic_resize, cls_cross_attention, cls_fusion, layer_norm_linear, linear_residual, patch_embed
 from . import (
     Swap,
     affine,
@@ -128,7 +128,7 @@ class FusedMultiScaleBlock(Swap, MultiScaleBlock):
 
 class FusedCrossVit(Swap, CrossVit):
     """timm.models.crossvit.CrossVit with its patch embeddings of a single convolution in one op: resize, projection,
-    CLS token and positions."""
+    CLS token and positions. A † stem is called as it is, on images that an op has resized."""
 
     replaced = ("patch_embed",)
 
@@ -138,9 +138,10 @@ class FusedCrossVit(Swap, CrossVit):
             why = (
                 why
                 or wrong_type(f"patch_embed.{i}", embed, PatchEmbed)
-                or wrong_type(f"patch_embed.{i}.proj", embed.proj, nn.Conv2d)
+                or wrong_type(f"patch_embed.{i}.proj", embed.proj, nn.Conv2d, nn.Sequential)
             )
-            if why is None and (embed.proj.kernel_size != embed.proj.stride or embed.proj.groups != 1):
+            proj = None if why else embed.proj
+            if type(proj) is nn.Conv2d and (proj.kernel_size != proj.stride or proj.groups != 1):
                 why = f"patch_embed.{i}.proj is another convolution"
         if why is None and self.crop_scale:
             why = "it crops instead of resizing"
@@ -149,12 +150,14 @@ class FusedCrossVit(Swap, CrossVit):
     def _embed(self: Any, x: Tensor) -> list[Tensor]:
         if not self.ready():
             return super()._embed(x)
-        tokens = []
+        tokens, kernels = [], self._crossvit_kernels
         for i, embed in enumerate(self.patch_embed):
             size = self.img_size_scaled[i]
             cls_token, positions = (self.cls_token_1, self.pos_embed_1) if i else (self.cls_token_0, self.pos_embed_0)
-            y = patch_embed(
-                x, *affine(embed.proj), cls_token, positions, image_size=size, kernels=self._crossvit_kernels
-            )
+            if type(embed.proj) is nn.Sequential:
+                y = embed(bicubic_resize(x, size, kernels=kernels))
+                y = torch.cat((cls_token.expand(y.shape[0], -1, -1), y), dim=1) + positions
+            else:
+                y = patch_embed(x, *affine(embed.proj), cls_token, positions, image_size=size, kernels=kernels)
             tokens.append(self.pos_drop(y))
         return tokens

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# self_attention is PyTorch's scaled_dot_product_attention here, which is its reference.
+# self_attention is PyTorch's scaled_dot_product_attention here, bicubic_resize its interpolate: their references.
 OPS = ("cls_cross_attention", "cls_fusion", "layer_norm_linear", "layer_norm_mlp", "linear_residual", "patch_embed")
 SERVED = frozenset([*OPS, *(f"{name}_backward" for name in OPS if name != "cls_fusion")])
 

@@ -188,14 +188,33 @@ struct Taps {
   int64_t in, out;
 };
 
-// Images (batch, channels, rows.in, columns.in), rows contiguous, as the patches of their resized selves, row by row.
-struct PatchImages {
+// Images (batch, channels, rows.in, columns.in), rows contiguous, and how each axis is resized.
+struct Images {
   void* data;
   DType dtype;
-  int64_t batch_stride, channel_stride, row_stride, extent;  // in elements; extent: from data to the end of the images
-  int64_t channels, patch, per_row, per_image;               // patch: its side; patches per row and image
-  bool resize;                                               // if not, the taps' pointers are null
+  int64_t batch_stride, channel_stride, row_stride, channels;  // strides in elements
   Taps rows, columns;
+};
+
+// out, contiguous and of the images' dtype, (batch, channels, rows.out, columns.out) = the images resized.
+struct ResizeArgs {
+  Images images;
+  int64_t batch;
+  void* out;
+};
+
+// The gradient of the images (images.data, written) from that of out.
+struct ResizeGradArgs {
+  Images images;
+  int64_t batch;
+  const void* grad;
+};
+
+// Images as the patches of their resized selves, row by row.
+struct PatchImages : Images {
+  int64_t extent;                     // elements from data to the end of the images
+  int64_t patch, per_row, per_image;  // patch: its side; patches per row and image
+  bool resize;                        // if not, the taps' pointers are null
 };
 
 // out[m] = W patch_m + bias + positions[m] for all patches of all images; cls_out[b] = cls_token + cls_position.
@@ -243,6 +262,8 @@ struct Kernels {
   Kernel<TransposeArgs> transpose;
   Kernel<AttentionArgs> attention;
   Kernel<AttentionGradArgs> attention_grad;
+  Kernel<ResizeArgs> resize;
+  Kernel<ResizeGradArgs> resize_grad;
   Kernel<PatchEmbedArgs> patch_embed;
   Kernel<PatchRowsArgs> patch_rows;
   Kernel<PatchGradImagesArgs> patch_grad_images;

@@ -69,6 +69,9 @@ OptionalTensor transformer_block(const Tensor& x, const Tensor& norm1_weight, co
                                  const OptionalTensor& b1, const Tensor& w2, const OptionalTensor& b2,
                                  const OptionalTensor& scale2);
 
+Tensor bicubic_resize(const Tensor& images, int64_t height, int64_t width);
+Tensor bicubic_resize_backward(const Tensor& grad_out, const Tensor& images, int64_t height, int64_t width);
+
 Tensor patch_embed(const Tensor& images, const Tensor& weight, const OptionalTensor& bias, const Tensor& cls_token,
                    const Tensor& pos_embed, int64_t height, int64_t width);
 std::vector<Tensor> patch_embed_backward(const Tensor& grad_out, const Tensor& images, const Tensor& weight,
