@@ -24,21 +24,23 @@ OPS = (
     "patch_embed",
     "self_attention",
 )
-HEADS = 6
 
 
 @dataclass(frozen=True)
 class Branch:
-    """One of CrossViT-15's branches: its tokens with the CLS, its width, the other branch's, its patch and image."""
+    """A CrossViT's branch: its tokens with the CLS, its width, the other branch's, its patch, image and heads."""
 
     tokens: int
     width: int
     other_width: int
     patch: int
     image: int
+    heads: int = 6
 
 
-BRANCHES = {"small": Branch(401, 192, 384, 12, 240), "large": Branch(197, 384, 192, 16, 224)}
+BRANCHES = {"small": Branch(401, 192, 384, 12, 240), "large": Branch(197, 384, 192, 16, 224)}  # CrossViT-15's
+# The narrowest and the widest there are, CrossViT-Tiny's and Base's: only where they are asked for by name.
+EXTREMES = {"tiny": Branch(401, 96, 192, 12, 240, heads=3), "base": Branch(197, 768, 384, 16, 224, heads=12)}
 
 
 @dataclass(frozen=True)
@@ -54,19 +56,23 @@ class Cell:
     device: str = "cpu"
 
     @property
+    def sizes(self) -> Branch:
+        return (BRANCHES | EXTREMES)[self.branch]
+
+    @property
     def mode(self) -> str:
         return "forward+backward" if self.backward else "forward"
 
     def __str__(self) -> str:
-        branch = BRANCHES[self.branch]
+        branch = self.sizes
         return (
             f"{self.op}, {self.branch} branch ({branch.tokens} × {branch.width}), batch {self.batch},"
             f" {dtype_name(self.dtype)}, {self.mode}, {where(self.device, self.threads)}"
         )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The op's tensors by argument, as CrossViT-15 calls it in this branch."""
-        branch, b = BRANCHES[self.branch], self.batch
+        """The op's tensors by argument, as the model calls it in this branch."""
+        branch, b = self.sizes, self.batch
         t, d, other, p = branch.tokens, branch.width, branch.other_width, branch.patch
         norm = {"norm_weight": (d,), "norm_bias": (d,)}
         attention = {f"{x}_{part}": (d, d)[: 2 - (part == "bias")] for x in "qkv" for part in ("weight", "bias")}
@@ -104,7 +110,7 @@ class Cell:
         return functools.partial(getattr(ops, f"{self.op}_reference"), **self._options())
 
     def _options(self) -> dict[str, int]:
-        known = {"num_heads": HEADS, "image_size": BRANCHES[self.branch].image}
+        known = {"num_heads": self.sizes.heads, "image_size": self.sizes.image}
         return {key: known[key] for key in inspect.signature(getattr(ops, self.op)).parameters if key in known}
 
     def differentiable(self) -> list[str]:

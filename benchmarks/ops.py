@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import floor, plot, timing
-from .cases import BRANCHES, HEADS, OPS, Cell, inputs, sdpa
+from .cases import BRANCHES, EXTREMES, OPS, Cell, inputs, sdpa
 from .devices import DEVICES, captured, use
 from .session import (
     DTYPES,
@@ -59,7 +59,7 @@ class Result:
         return timing.spread([1e6 * seconds for seconds in self.seconds])
 
     def row(self) -> dict[str, Any]:
-        branch = BRANCHES[self.cell.branch]
+        branch = self.cell.sizes
         return {
             "op": self.cell.op,
             "branch": self.cell.branch,
@@ -133,7 +133,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--backward", action="store_true", help="time forward and backward together")
     parser.add_argument("--both", action="store_true", help="time the forward alone, then with the backward")
-    parser.add_argument("--branch", type=names(list(BRANCHES)), default=list(BRANCHES), help=", ".join(BRANCHES))
+    branches = [*BRANCHES, *EXTREMES]
+    parser.add_argument("--branch", type=names(branches), default=list(BRANCHES), help=", ".join(branches))
     parser.add_argument("--plan", action="store_true", help="what the GPU kernels will do, without a GPU")
     parser.add_argument("--autocast", action="store_true", help="of --plan: inputs as under autocast to the dtype")
     parser.add_argument("--tf32", action="store_true", help="of --plan: float32 products in TF32")
@@ -167,7 +168,7 @@ def _build(cell: Cell, name: str, inputs: list[dict[str, Tensor]], flops: dict[s
     """The call to be timed, a set of inputs further each time; `flops` gets its operations where they can be seen."""
     function: Callable[..., Tensor]
     if name == "sdpa":
-        function = functools.partial(sdpa, num_heads=HEADS)
+        function = functools.partial(sdpa, num_heads=cell.sizes.heads)
     elif name == "reference-compiled":
         torch.compiler.reset()
         mode = None if cell.device == "cpu" else "max-autotune-no-cudagraphs"

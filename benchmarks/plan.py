@@ -27,7 +27,7 @@ from crossvit_kernels.ops._registry import OPS
 from crossvit_kernels.triton._launch import Launch, recording
 
 from . import cuda_plan, timing
-from .cases import BRANCHES, HEADS, Cell
+from .cases import Cell
 from .compiled import Resources, compile_launch
 from .session import dtype_name
 
@@ -66,8 +66,8 @@ def arguments(cell: Cell, autocast: bool = False, device: str = "meta") -> list[
     """The op's inputs as its dispatcher op takes them, tensors without memory ("meta"); with `autocast` only the
     operands of products are of the cell's dtype."""
     matrices = [OPS[cell.op].inputs[i] for i in OPS[cell.op].matrices]
-    values: dict[str, Any] = {"num_heads": HEADS, "eps": 1e-6, "gelu_in": False, "gelu_out": False}
-    values["height"] = values["width"] = BRANCHES[cell.branch].image
+    values: dict[str, Any] = {"num_heads": cell.sizes.heads, "eps": 1e-6, "gelu_in": False, "gelu_out": False}
+    values["height"] = values["width"] = cell.sizes.image
     for name, shape in cell.shapes().items():
         if name == "patches":  # a view behind the CLS token, as in the model
             shape = (shape[0], shape[1] + 1, shape[2])
@@ -189,7 +189,7 @@ def _text(plan: Plan, compiled: Sequence[Resources], architecture: str) -> str:
 
 
 def _head(kernels: str, cell: Cell, architecture: str, launches: int, moved: int, flops: int) -> str:
-    branch = BRANCHES[cell.branch]
+    branch = cell.sizes
     return (
         f"\n{kernels}: {cell.op}, {cell.branch} branch ({branch.tokens} × {branch.width}), batch {cell.batch}, "
         f"{dtype_name(cell.dtype)}, {cell.mode}, {architecture}: {launches} launches, {moved / 1e6:.2f} MB, "

@@ -233,15 +233,20 @@ def fusion_revert(
         )
     first = first_column(chunks[0])
     shift, rstd = chunk_statistics(chunks, first, eps, D, BLOCK_K)
-    out = tl.zeros((16, BLOCK_E), tl.float32)
+    # All of it before the products: erf branches, and behind a branch the compiler would put off products of float32
+    # numbers to the very end, with all their operands in registers until then.
+    activated: tl.tuple = ()
     for i in tl.static_range(CHUNKS):
         c = i * BLOCK_K + columns
         x = ((chunks[i] - first[:, None]) - shift[:, None]) * rstd[:, None]
         if MASK_K:
             x = tl.where((c < D)[None, :], x, 0.0)
-        y = gelu(affine(x, norm_weight_ptr, norm_bias_ptr, c, c < D))
+        activated = activated + (gelu(affine(x, norm_weight_ptr, norm_bias_ptr, c, c < D)).to(dtype),)
+    out = tl.zeros((16, BLOCK_E), tl.float32)
+    for i in tl.static_range(CHUNKS):
+        c = i * BLOCK_K + columns
         weight = load_tile(weight_ptr + e[:, None] * D + c[None, :], e < OWN, c < D, OWN % BLOCK_E != 0, MASK_K)
-        out = product(y.to(dtype), weight.T, out, PRECISION)
+        out = product(activated[i], weight.T, out, PRECISION)
     out += load_vector(bias_ptr, e, e < OWN, 0.0)[None, :]
     at = out_ptr + rows[:, None] * OWN + e[None, :]
     tl.store(at, out.to(out_ptr.dtype.element_ty), mask=valid[:, None] & (e < OWN)[None, :])

@@ -338,7 +338,9 @@ def cls_default(width: int, head: int, dtype: torch.dtype) -> dict[str, int]:
         return {"BLOCK_K": block_of(width, 64), "num_warps": 8, "num_stages": 1}
     block = block_of(width, 128 if dtype.itemsize == 2 else 64, 64)
     # With a column of a vector per thread, 16 bits wide, its load would not be asynchronous.
-    return {"BLOCK_K": block, "num_warps": 8 if block == 128 else 4, "num_stages": 4}
+    # Of float32 numbers a thread's share of a product takes twice the registers; a mask takes some too.
+    more = dtype.itemsize == 4 and (width % block != 0 or dot_precision(dtype) == "ieee")
+    return {"BLOCK_K": block, "num_warps": 8 if block == 128 or more else 4, "num_stages": 4}
 
 
 def dense_rows(tensor: Tensor) -> Tensor:

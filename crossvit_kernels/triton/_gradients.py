@@ -301,7 +301,7 @@ def _weight_configuration(features: int, width: int, dtype: torch.dtype) -> Conf
         block_k, num_warps = (16, 8) if dot_precision(dtype) == "ieee" else (32, 4)
         default = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": block_k, "num_warps": num_warps, "num_stages": 3}
     else:
-        block_m, block_n = block_of(features, 128, 64), block_of(width, 128, 64)
+        block_m, block_n = block_of(features, 128, 64), block_of(width, 128 if width >= 128 else 64, 64)
         num_warps = 8 if block_m * block_n > 64 * 64 else 4
         default = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 64, "num_warps": num_warps, "num_stages": 3}
     return configuration("linear_weight_gradient", width, dtype, default)

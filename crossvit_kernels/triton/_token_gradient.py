@@ -26,6 +26,7 @@ def _cls_gradient(
     D: tl.constexpr,
     HEADS: tl.constexpr,
     HEADS_BLOCK: tl.constexpr,
+    HEADS_FIRST: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """The CLS token's shares of the sums, in chunks, and of the sum of ds (zero unless `here`), as columns of the sums
@@ -51,7 +52,8 @@ def _cls_gradient(
     sums: tl.tuple = ()
     start = tl.reshape(tl.join(ds, tl.zeros_like(ds)), (2 * HEADS_BLOCK,)) if HEADS_BLOCK == 8 else ds
     for i in tl.static_range(CHUNKS):
-        sums = sums + (tl.where(here, xs[i][:, None] * start[None, :], 0.0),)
+        share = start[:, None] * xs[i][None, :] if HEADS_FIRST else xs[i][:, None] * start[None, :]
+        sums = sums + (tl.where(here, share, 0.0),)
         if grad_normalized_ptr is not None:
             c = i * BLOCK_K + columns
             at = pairs_ptr + (2 * heads)[:, None] * D + c[None, :]
@@ -60,6 +62,34 @@ def _cls_gradient(
             g = tl.sum(u * ds[:, None] + dz * prob[:, None], 0)
             tl.store(grad_normalized_ptr + c, g, mask=(c < D) & here)
     return sums, tl.where(here, start, 0.0)
+
+
+@triton.jit
+def _normalize(x, mean, rstd, inside, MASK_K: tl.constexpr):
+    """x^ of a chunk of tokens, zero in columns that are not inside."""
+    x = x.to(tl.float32)
+    x = (x - mean[:, None]) * rstd[:, None]
+    if MASK_K:
+        x = tl.where(inside[None, :], x, 0.0)
+    return x
+
+
+@triton.jit
+def _add_product(x, weights, acc, HEADS_FIRST: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + x^T weights; HEADS_FIRST: acc + weights^T x."""
+    if HEADS_FIRST:
+        acc = product(weights.T, x, acc, PRECISION)
+    else:
+        acc = product(x.T, weights, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def _store_gradient(at, inside, x, both, weights, rstd, along_one, along_x, PRECISION: tl.constexpr):
+    """A chunk of dx from dx^ = weights both, through the LayerNorm."""
+    g = tl.dot(weights, both, input_precision=PRECISION)
+    g = rstd[:, None] * ((g - along_one[:, None]) - x.to(tl.float32) * along_x[:, None])
+    tl.store(at, g.to(at.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -85,6 +115,7 @@ def token_gradient(
     D: tl.constexpr,
     HEADS: tl.constexpr,
     HEADS_BLOCK: tl.constexpr,
+    HEADS_FIRST: tl.constexpr,
     RELOAD: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -96,7 +127,9 @@ def token_gradient(
     dx^_n = sum_h ds_hn u_h + p_hn dz_h         through the LayerNorm into grad_patches, for the CLS token as it is
 
     `pairs` holds, rounded, gamma u_h in row 2h and dz_h in row 2h + 1, so that one product serves both; `means` their
-    means over a row. RELOAD: the pairs do not stay on chip from one product to the next. grad_patches_ptr,
+    means over a row. RELOAD: a tile's tokens and the pairs are not held from one product to the next, but read again,
+    in chunks, from the caches. HEADS_FIRST: the sums lie as (heads, columns), which mma.sync takes without repeating
+    them in every warp; else as (columns, heads), 64 rows or more for wgmma and tcgen05. grad_patches_ptr,
     grad_normalized_ptr None: not needed. By mathematics sum_n ds_hn = 0: of IEEE float32 what rounding leaves of it,
     e_h, is taken out, t_h - e_h z_h, with z in `context`.
     """
@@ -106,7 +139,9 @@ def token_gradient(
     heads = tl.arange(0, HEADS_BLOCK)
     pair = tl.arange(0, 2 * HEADS_BLOCK)
     is_head = heads < HEADS
+    is_pair = pair < 2 * HEADS
     MASK_K: tl.constexpr = D % BLOCK_K != 0
+    MASK_PAIRS: tl.constexpr = HEADS != HEADS_BLOCK
     CHUNKS: tl.constexpr = (D + BLOCK_K - 1) // BLOCK_K
     dtype: tl.constexpr = pairs_ptr.dtype.element_ty
     EXACT: tl.constexpr = dtype == tl.float32 and PRECISION == "ieee"
@@ -130,6 +165,7 @@ def token_gradient(
         D,
         HEADS,
         HEADS_BLOCK,
+        HEADS_FIRST,
         BLOCK_K,
     )
     if EXACT:
@@ -148,26 +184,29 @@ def token_gradient(
         p = tl.load(
             probs + heads[None, :] * (patches + 1) + 1 + n[:, None], mask=valid[:, None] & is_head[None, :], other=0.0
         )
-        # Zero, but in sight of the compiler no constant: the pairs are to be loaded anew for every tile, since all
-        # their layouts together would fill the registers.
-        zero = tl.minimum(tile, 0) * D
         normalized: tl.tuple = ()
         paired: tl.tuple = ()
         products = tl.zeros((BLOCK_N, 2 * HEADS_BLOCK), tl.float32)
-        raw: tl.tuple = ()
-        for i in tl.static_range(CHUNKS):
-            c = i * BLOCK_K + columns
-            raw = raw + (load_tile(starts + c[None, :], valid, c < D, True, MASK_K),)
-        for i in tl.static_range(CHUNKS):
-            c = i * BLOCK_K + columns
-            x = raw[i].to(tl.float32)
-            x = (x - mean[:, None]) * rstd[:, None]
-            if MASK_K:
-                x = tl.where((c < D)[None, :], x, 0.0)
-            normalized = normalized + (x.to(dtype),)
-            both = pairs + zero + pair[:, None] * D + c[None, :]
-            paired = paired + (load_tile(both, pair < 2 * HEADS, c < D, HEADS != HEADS_BLOCK, MASK_K),)
-            products = product(normalized[i], paired[i].T, products, PRECISION)
+        if RELOAD:
+            for i in tl.range(CHUNKS):
+                c = i * BLOCK_K + columns
+                x = _normalize(load_tile(starts + c[None, :], valid, c < D, True, MASK_K), mean, rstd, c < D, MASK_K)
+                both = load_tile(pairs + pair[:, None] * D + c[None, :], is_pair, c < D, MASK_PAIRS, MASK_K)
+                products = product(x.to(dtype), both.T, products, PRECISION)
+        else:
+            # Zero, but in sight of the compiler no constant: the pairs are to be loaded anew for every tile, since all
+            # their layouts together would fill the registers.
+            zero = tl.minimum(tile, 0) * D
+            raw: tl.tuple = ()
+            for i in tl.static_range(CHUNKS):
+                c = i * BLOCK_K + columns
+                raw = raw + (load_tile(starts + c[None, :], valid, c < D, True, MASK_K),)
+            for i in tl.static_range(CHUNKS):
+                c = i * BLOCK_K + columns
+                normalized = normalized + (_normalize(raw[i], mean, rstd, c < D, MASK_K).to(dtype),)
+                both = pairs + zero + pair[:, None] * D + c[None, :]
+                paired = paired + (load_tile(both, is_pair, c < D, MASK_PAIRS, MASK_K),)
+                products = product(normalized[i], paired[i].T, products, PRECISION)
         _, dp = tl.split(tl.reshape(products, (BLOCK_N, HEADS_BLOCK, 2)))
         ds = p * (dp - delta[None, :])
         weights = tl.reshape(tl.join(ds, p), (BLOCK_N, 2 * HEADS_BLOCK))
@@ -177,31 +216,48 @@ def token_gradient(
         columns_of_sums = weights if HEADS_BLOCK == 8 else ds.to(dtype)
         if EXACT:
             leftover += columns_of_sums
-        added = ()
-        for i in tl.static_range(CHUNKS):
-            added = added + (product(normalized[i].T, columns_of_sums, sums[i], PRECISION),)
-        sums = added
+        if not RELOAD:
+            added = ()
+            for i in tl.static_range(CHUNKS):
+                added = added + (_add_product(normalized[i], columns_of_sums, sums[i], HEADS_FIRST, PRECISION),)
+            sums = added
         if grad_patches_ptr is not None:
             # The sums of dx^ and dx^ x^ over a row come from the small matrices, before any column of dx^ is there.
             rounded = weights.to(tl.float32)
             along_one = tl.sum(rounded * means[None, :], 1)
             along_x = tl.sum(rounded * products, 1) / D
             out = grad_patches_ptr + (image * patches + n)[:, None] * D
-            for i in tl.static_range(CHUNKS):
-                if RELOAD:
+            if RELOAD:
+                for i in tl.range(CHUNKS):
                     c = i * BLOCK_K + columns
-                    both = pairs + 2 * zero + pair[:, None] * D + c[None, :]
-                    both = load_tile(both, pair < 2 * HEADS, c < D, HEADS != HEADS_BLOCK, MASK_K)
-                else:
-                    both = paired[i]
-                g = tl.dot(weights, both, input_precision=PRECISION)
-                g = rstd[:, None] * ((g - along_one[:, None]) - normalized[i].to(tl.float32) * along_x[:, None])
+                    x = load_tile(starts + c[None, :], valid, c < D, True, MASK_K)
+                    x = _normalize(x, mean, rstd, c < D, MASK_K).to(dtype)
+                    both = load_tile(pairs + pair[:, None] * D + c[None, :], is_pair, c < D, MASK_PAIRS, MASK_K)
+                    inside = valid[:, None] & (c < D)[None, :]
+                    _store_gradient(out + c[None, :], inside, x, both, weights, rstd, along_one, along_x, PRECISION)
+            else:
+                for i in tl.static_range(CHUNKS):
+                    c = i * BLOCK_K + columns
+                    inside = valid[:, None] & (c < D)[None, :]
+                    _store_gradient(
+                        out + c[None, :],
+                        inside,
+                        normalized[i],
+                        paired[i],
+                        weights,
+                        rstd,
+                        along_one,
+                        along_x,
+                        PRECISION,
+                    )
+        if RELOAD:
+            # Last: the compiler would put off these products until after a loop that followed, and keep all tokens.
+            added = ()
+            for i in tl.static_range(CHUNKS):
                 c = i * BLOCK_K + columns
-                tl.store(
-                    out + c[None, :],
-                    g.to(grad_patches_ptr.dtype.element_ty),
-                    mask=valid[:, None] & (c < D)[None, :],
-                )
+                x = _normalize(load_tile(starts + c[None, :], valid, c < D, True, MASK_K), mean, rstd, c < D, MASK_K)
+                added = added + (_add_product(x.to(dtype), columns_of_sums, sums[i], HEADS_FIRST, PRECISION),)
+            sums = added
 
     if HEADS_BLOCK == 8:
         kept = (pair % 2 == 0) & (pair < 2 * HEADS)
@@ -214,7 +270,7 @@ def token_gradient(
         rest = (tl.sum(leftover, 0) + start)[:, None]
     for i in tl.static_range(CHUNKS):
         c = i * BLOCK_K + columns
-        total = sums[i].T
+        total = sums[i] if HEADS_FIRST else sums[i].T
         if EXACT:
             z = context_ptr + (image * HEADS + head)[:, None] * D + c[None, :]
             total -= rest * load_tile(z, kept, c < D, True, MASK_K)
@@ -225,9 +281,9 @@ _EARLY = ("sm_80", "sm_86", "sm_87", "sm_89")
 Plan = tuple[Configuration, int, int]
 
 
-def plan_tokens(batch: int, patches: int, width: int, dtype: torch.dtype) -> Plan:
+def plan_tokens(batch: int, patches: int, width: int, heads: int, dtype: torch.dtype) -> Plan:
     """The pass's configuration, splits of an image's tokens, and tiles in each."""
-    chosen = configuration("token_gradient", width, dtype, gradient_default(width, dtype))
+    chosen = configuration("token_gradient", width, dtype, gradient_default(width, heads, dtype))
     return chosen, *split_tiles(batch, cdiv(patches, chosen["BLOCK_N"]))
 
 
@@ -253,6 +309,7 @@ def differentiate_tokens(
     width, dtype = patches.shape[2], pairs.dtype
     chosen, splits, tiles = plan
     heads_block = max(8, power_of_two(heads))
+    again = reload(width, heads_block, dtype)
     sums = probs.new_empty((batch, splits, heads, width))
     launch(
         token_gradient,
@@ -279,21 +336,32 @@ def differentiate_tokens(
         D=width,
         HEADS=heads,
         HEADS_BLOCK=heads_block,
-        RELOAD=2 * heads_block * width * dtype.itemsize > 100_000,
+        HEADS_FIRST=again or architecture() in _EARLY,
+        RELOAD=again,
         PRECISION=dot_precision(dtype),
     )
     return sums
 
 
-def gradient_default(width: int, dtype: torch.dtype) -> dict[str, int]:
-    """Of token_gradient; before sm_90 the products of 16 columns take registers for all of their operands."""
+def reload(width: int, heads_block: int, dtype: torch.dtype) -> bool:
+    """Whether a tile of tokens and the pairs are too much to be held from one product to the next."""
+    if dtype.itemsize == 4 and (width > 448 or dot_precision(dtype) == "ieee"):
+        return True  # of what IEEE products take, a thread holds whole rows and columns
+    return 2 * heads_block * width * dtype.itemsize > 100_000
+
+
+def gradient_default(width: int, heads: int, dtype: torch.dtype) -> dict[str, int]:
+    """Of token_gradient."""
     block, early = block_of(width, 128, 64 if width > 128 else 32), architecture() in _EARLY
     if dtype.itemsize == 4:
-        stages = 2 if width <= 448 and dot_precision(dtype) == "tf32" else 1
-        return {"BLOCK_N": 16, "BLOCK_K": block_of(width, 64), "num_warps": 8, "num_stages": stages}
+        if dot_precision(dtype) == "tf32":
+            return {"BLOCK_N": 16, "BLOCK_K": block_of(width, 64), "num_warps": 8, "num_stages": 2}
+        block, warps = (block_of(width, 64), 4) if width <= 256 else (32, 8)
+        return {"BLOCK_N": 16, "BLOCK_K": block, "num_warps": warps, "num_stages": 1}
     if width <= 256:
         return {"BLOCK_N": 16 if early and width > 192 else 32, "BLOCK_K": block, "num_warps": 4, "num_stages": 2}
     if width <= 448:
         # Wider blocks leave no register for tokens of 32 bits, which come under autocast.
-        return {"BLOCK_N": 16 if early else 32, "BLOCK_K": block_of(width, 64), "num_warps": 8, "num_stages": 2}
+        tokens = 16 if early or heads > 8 else 32
+        return {"BLOCK_N": tokens, "BLOCK_K": block_of(width, 64), "num_warps": 8, "num_stages": 2}
     return {"BLOCK_N": 16, "BLOCK_K": block, "num_warps": 8, "num_stages": 1 if early or width > 768 else 2}

@@ -262,7 +262,9 @@ def pass_default(width: int, dtype: torch.dtype) -> dict[str, int]:
     """Of token_pass: a tile stays in registers, next to a context of every head."""
     stages = 2 if width <= 768 else 1
     if dtype.itemsize == 4:
-        return {"BLOCK_N": 16, "BLOCK_K": block_of(width, 64), "num_warps": 8, "num_stages": stages}
+        exact = dot_precision(dtype) == "ieee"
+        block = 32 if exact and width <= 448 else block_of(width, 64)
+        return {"BLOCK_N": 16, "BLOCK_K": block, "num_warps": 8, "num_stages": stages}
     block = block_of(width, 128, 64 if width > 128 else 32)
     tokens = 32 if width <= 768 else 16
     return {"BLOCK_N": tokens, "BLOCK_K": block, "num_warps": 4 if width <= 448 else 8, "num_stages": stages}

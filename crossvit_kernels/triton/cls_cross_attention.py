@@ -129,7 +129,7 @@ def backward(
     weight_parts = bias_parts = grad_normalized = sums = grad_query = grad_input = None
     weight_rows = bias_rows = 0
     if to_query or "patches" in need:
-        plan = plan_tokens(batch, tokens - 1, width, dtype)
+        plan = plan_tokens(batch, tokens - 1, width, num_heads, dtype)
         splits = plan[1]
         rows = images_per_program(batch, num_heads, splits)
         # Rows whose sums are the norm's gradients: of every tile and head, from values and keys, and of every tile.

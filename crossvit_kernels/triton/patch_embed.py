@@ -487,7 +487,8 @@ def _weight_configuration(features: int, dtype: torch.dtype, resize: bool) -> Co
     block_n = block_of(features, 128 if resize and dtype.itemsize == 2 else 64)
     default = {"BLOCK_M": 32, "BLOCK_N": block_n, "BLOCK_D": 192, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3}
     if dtype.itemsize == 4:
-        default |= {"BLOCK_M": 16, "BLOCK_K": 64, "BLOCK_D": 64, "num_warps": 4}
+        narrow = {"BLOCK_D": 64, "num_warps": 4} if dot_precision(dtype) == "tf32" else {"BLOCK_D": 32, "num_warps": 8}
+        default |= {"BLOCK_M": 16, "BLOCK_K": 64, **narrow}
     if resize:
         default |= {"BLOCK_K": 32, "BLOCK_D": 384 if dtype.itemsize == 2 else 192}
     return configuration(name, features, dtype, default)
