@@ -60,9 +60,9 @@ RUNS = [
     # The pass over the tokens and its gradient hold most in registers.
     Run("sm_80", "bfloat16", "base", op="cls_cross_attention"),
     Run("sm_80", "float32", "base", tf32=True, op="cls_cross_attention"),
-    Run("sm_100", "float32", "tiny,small,large", op="cls_cross_attention"),
+    Run("sm_100", "float32", "small,large", op="cls_cross_attention"),
 ]
-if os.environ.get("CROSSVIT_TESTS_ALL"):  # 15 minutes
+if os.environ.get("CROSSVIT_TESTS_ALL"):  # over 20 minutes
     RUNS += [
         Run(architecture, dtype, branch, tf32=tf32, both=True, autocast=autocast)
         for architecture in SHARED_LIMIT
