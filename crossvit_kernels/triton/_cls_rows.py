@@ -339,7 +339,7 @@ def cls_default(width: int, head: int, dtype: torch.dtype) -> dict[str, int]:
     block = block_of(width, 128 if dtype.itemsize == 2 else 64, 64)
     # With a column of a vector per thread, 16 bits wide, its load would not be asynchronous.
     # Of float32 numbers a thread's share of a product takes twice the registers; a mask takes some too.
-    more = dtype.itemsize == 4 and (width % block != 0 or dot_precision(dtype) == "ieee")
+    more = dtype.itemsize == 4 and (width % block != 0 or (width <= 448 and dot_precision(dtype) == "ieee"))
     return {"BLOCK_K": block, "num_warps": 8 if block == 128 or more else 4, "num_stages": 4}
 
 
