@@ -133,7 +133,11 @@ def query_default(own: int, width: int, head: int, dtype: torch.dtype) -> dict[s
     """Of fusion_query; BLOCK_C columns of the CLS token's own width at once."""
     default = {"BLOCK_C": block_of(own, 128 if dtype.itemsize == 2 else 64, 32), **cls_default(width, head, dtype)}
     # The row lies in registers, twice: in float32 and as an operand.
-    return default if dtype.itemsize == 2 else default | {"num_warps": 8, "num_stages": 2}
+    if dtype.itemsize == 2:
+        return default
+    if width > 512 and dot_precision(dtype) == "ieee":
+        return {"BLOCK_C": 32, "BLOCK_K": 32, "num_warps": 16, "num_stages": 1}
+    return default | {"num_warps": 8, "num_stages": 2}
 
 
 def value_default(width: int, head: int, dtype: torch.dtype) -> dict[str, int]:
