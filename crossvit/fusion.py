@@ -14,8 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from crossvit_kernels.nn import AttentionBlock, Block, CrossAttentionBlock, KernelModule, LayerNormLinear, affine
-from crossvit_kernels.ops.cls_fusion import cls_fusion
+from crossvit_kernels import blocks as compositions
+from crossvit_kernels.composition import Composition, fuses
+from crossvit_kernels.kinds import GELU, LAYER_NORM, LINEAR, Kind, kind
+from crossvit_kernels.nn import (
+    CLASS_ATTENTION,
+    AttentionBlock,
+    Block,
+    CrossAttentionBlock,
+    KernelModule,
+    LayerNormLinear,
+)
 
 from .describe import linear_multiply_adds
 
@@ -234,35 +243,23 @@ class CrossAttentionFusion(MultiScaleBlock):
         return [self._direction(b, c, patches[(b + 1) % len(cls)]) for b, c in enumerate(cls)]
 
     def _direction(self, branch: int, cls: Tensor, patches: Tensor) -> Tensor:
-        project = cast(LayerNormLinear, self.projs[branch])
-        revert = cast(LayerNormLinear, self.revert_projs[branch])
+        project, revert = cast(Any, self.projs[branch]), cast(Any, self.revert_projs[branch])
         layers = self.layers(branch)
-        if torch.is_grad_enabled() or len(layers) > 1 or not self._one_op(project, layers[0], revert):
-            y = project(cls)
-            for layer in layers:
-                y = layer(y, patches)
-            return revert(y)
-        norm, attn = layers[0].norm1, layers[0].attn
-        return cls_fusion(
-            cls,
-            patches,
-            *affine(project.norm),
-            *affine(project.linear),
-            *affine(norm),
-            *affine(attn.wq),
-            *affine(attn.wk),
-            *affine(attn.wv),
-            *affine(attn.proj),
-            *affine(revert.norm),
-            *affine(revert.linear),
-            attn.num_heads,
-            norm.eps,
-            kernels=self.kernels,
-        )
+        if len(layers) == 1 and not torch.is_grad_enabled() and self._is_one_op(branch, layers[0]):
+            layer, to, back = layers[0], (project.norm, project.linear), (revert.norm, revert.linear)
+            attention = (layer.norm1, layer.linears(), layer.attn.num_heads)
+            out = compositions.fusion_direction(cls, patches, to, *attention, back, self.kernels)
+            if out is not None:
+                return out
+        y = project(cls)
+        for layer in layers:
+            y = layer(y, patches)
+        return revert(y)
 
-    def _one_op(self, project: LayerNormLinear, layer: CrossAttentionBlock, revert: LayerNormLinear) -> bool:
-        drops_path = self.training and layer.drop_path > 0
-        return not drops_path and project.fusable() and layer.fusable() and revert.fusable()
+    def _is_one_op(self, branch: int, layer: CrossAttentionBlock) -> bool:
+        if not fuses(self, fusion_composition(branch, self.fusion_depth > 0)):
+            return False
+        return not layer.attn.drops() and not (layer.training and layer.drop_path > 0)
 
     def fusion_multiply_adds(self) -> tuple[int, int]:
         linears = attention = 0
@@ -275,6 +272,28 @@ class CrossAttentionFusion(MultiScaleBlock):
                 linears += tokens * linear_multiply_adds(layer.attn.wk, layer.attn.wv)
                 attention += 2 * tokens * self.dim[other]
         return linears + attention, attention
+
+
+_PROJECTION: dict[str, Kind] = {
+    "": kind("crossvit_kernels.nn:LayerNormLinear", wrong=lambda m: None if len(m) == 3 else f"has {len(m)} steps"),
+    ".0": LAYER_NORM,
+    ".1": GELU,
+    ".2": LINEAR,
+}
+
+
+@functools.cache
+def fusion_composition(branch: int, nested: bool) -> Composition:
+    """What `cls_fusion` stands for in a `CrossAttentionFusion`: the direction from `branch`, with a single layer;
+    `nested`: which is inside a Sequential."""
+    layer = f"fusion.{branch}.0" if nested else f"fusion.{branch}"
+    parts = {f"projs.{branch}{name}": expected for name, expected in _PROJECTION.items()}
+    if nested:
+        parts[f"fusion.{branch}"] = kind("torch.nn.modules.container:Sequential")
+    parts[layer] = kind("crossvit_kernels.nn:CrossAttentionBlock")
+    parts |= {f"{layer}.{name}": expected for name, expected in CLASS_ATTENTION.parts.items()}
+    parts |= {f"revert_projs.{branch}{name}": expected for name, expected in _PROJECTION.items()}
+    return Composition(f"fusion of branch {branch}", parts)
 
 
 FUSIONS: dict[str, type[MultiScaleBlock]] = {

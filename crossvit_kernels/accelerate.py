@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from .composition import forget
 from .nn import KernelModule, check_kernels
-from .swaps import Swap, original_of, swap_of
+from .swaps import KERNELS, Swap, original_of, reasons, swap_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -37,9 +38,10 @@ def accelerate(model: Model, kernels: str = "auto", *, verbose: bool = True) -> 
     """Makes the modules of `model` that the kernels stand for run on them, in place.
 
     Parameters, their names, hooks, device, dtype, mode and the state dict stay as they are; so it may come before or
-    after loading weights, moving, casting, wrapping in DDP or compiling. Modules that are not exactly what they seem
-    (adapters, parametrised or quantised Linears, hooks on a child, options that the ops do not know) stay as they are,
-    also if that comes about later: a swapped module looks before it fuses, and else runs its original forward.
+    after loading weights, moving, casting, wrapping in DDP or compiling. What is not exactly what it seems (adapters,
+    parametrised or quantised Linears, hooks on a child, options that the ops do not know) is called as it is, also if
+    that comes about later: a swapped module looks before it fuses. Where that concerns one half of a block, the other
+    half is fused still.
 
     Args:
         model: any module; what is inside it is looked at too. One that was accelerated before gets `kernels`.
@@ -61,10 +63,10 @@ def accelerate(model: Model, kernels: str = "auto", *, verbose: bool = True) -> 
             module.__dict__.setdefault("_kernels_before", module.kernels)
             module.kernels = kernels
         elif isinstance(module, Swap):
-            module._crossvit_kernels = kernels
-        elif (swap := swap_of(module)) is not None and swap.refusal(module) is None:
+            module.__dict__[KERNELS] = kernels
+        elif (swap := swap_of(module)) is not None and reasons(swap, module)[1]:
+            module.__dict__[KERNELS] = kernels  # first: another thread may call the module
             module.__class__ = swap  # type: ignore[assignment]
-            module.__dict__["_crossvit_kernels"] = kernels
     if verbose:
         print(acceleration(model))
     return model
@@ -85,8 +87,8 @@ def restore(model: Model) -> Model:
             raise TypeError(f"{name}: its class was changed to {type(module).__qualname__} after it was accelerated")
     for module in swapped.values():
         module.__class__ = original_of(type(module))
-        for name in ("_crossvit_kernels", "_crossvit_children"):
-            module.__dict__.pop(name, None)
+        module.__dict__.pop(KERNELS, None)
+        forget(module)
     for child in model.modules():
         if isinstance(child, KernelModule) and "_kernels_before" in child.__dict__:
             child.kernels = child.__dict__.pop("_kernels_before")
@@ -105,12 +107,12 @@ def _look(name: str, module: nn.Module, found: Acceleration, inside: bool = Fals
     if isinstance(module, Swap):
         swap = next(c for c in type(module).__mro__ if Swap in c.__bases__)
         found.swapped[name] = original_of(swap).__qualname__
-        if (why := module.refusal()) is not None:
-            found.left[name] = why
+        if why := reasons(swap, module)[0]:
+            found.left[name] = "; ".join(why)
     elif isinstance(module, KernelModule):
         found.swapped[name] = type(module).__qualname__
     elif (candidate := swap_of(module)) is not None:
-        found.left[name] = candidate.refusal(module) or "not accelerated"
+        found.left[name] = "; ".join(reasons(candidate, module)[0]) or "not accelerated"
     elif not inside and not _contains(module):
         if any(True for _ in module.parameters()):
             found.left[name] = f"{type(module).__module__}.{type(module).__qualname__} is nothing a kernel stands for"

@@ -1,28 +1,22 @@
 """Drop-in modules over the ops, with timm's constructor arguments and parameter names, so that timm's state dicts load
 as they are.
 
-Each fused forward reads its children's weights itself; forward hooks on a child (`attn.qkv`, `norm1`, ...) do not run
-there. A child that was replaced by another kind of module (an adapter, a quantised Linear) is called as a module
-instead, and so is every child where dropout asks for what the ops do not do: the same result, without the fusion.
+Each forward applies its children's weights itself, through the compositions of `blocks.py`, as long as nothing stands
+against that. Where something does (a child of another class, a hook, weights that something computes, dropout at work,
+dtypes that the ops do not take), that part of it calls its modules: the same result, without the fusion.
 """
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import backends
-from .ops import (
-    bicubic_resize,
-    cls_cross_attention,
-    layer_norm_linear,
-    layer_norm_mlp,
-    linear_residual,
-    patch_embed,
-    self_attention,
-)
-from .ops._transformer_block import transformer_block
+from . import backends, blocks
+from .blocks import Residual, drop_path_scale
+from .composition import Composition, fuses
+from .kinds import GELU, LAYER_NORM, LINEAR, PATCH_CONVOLUTION, kind, plain
+from .ops import bicubic_resize, self_attention
 
 
 def check_kernels(kernels: str) -> str:
@@ -34,12 +28,21 @@ def check_kernels(kernels: str) -> str:
     return kernels
 
 
+NO_SCRIPT = (
+    "TorchScript cannot compile modules that run on the kernels: for a model that was accelerated call "
+    "crossvit_kernels.restore(model) first; torch.jit.trace and torch.export take them as they are"
+)
+
+
 class KernelModule(nn.Module):
     """A module whose forward calls ops; `kernels` is what it hands them."""
 
     def __init__(self, *, kernels: str = "auto") -> None:
         super().__init__()
         self.kernels = check_kernels(kernels)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError(NO_SCRIPT)
 
 
 def set_kernels(module: nn.Module, kernels: str) -> None:
@@ -50,42 +53,6 @@ def set_kernels(module: nn.Module, kernels: str) -> None:
     for child in module.modules():
         if isinstance(child, KernelModule):
             child.kernels = kernels
-
-
-def affine(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """(weight, bias) of a LayerNorm, Linear or Conv2d, in the order in which the ops take them."""
-    parameters = module._parameters  # a third of the time that nn.Module's own attribute lookup takes
-    try:
-        return parameters["weight"], parameters["bias"]  # type: ignore[return-value]
-    except KeyError:  # a parametrisation computes them
-        return cast(tuple[Tensor, Tensor | None], (module.weight, module.bias))
-
-
-def whole_block(
-    x: Tensor,
-    norm1: nn.Module,
-    attn: Any,
-    scale1: Tensor | None,
-    norm2: nn.Module,
-    mlp: Any,
-    scale2: Tensor | None,
-    kernels: str,
-) -> Tensor | None:
-    """`ops._transformer_block.transformer_block` with the weights of a block's modules; None where that is."""
-    if not (isinstance(norm1, nn.LayerNorm) and isinstance(norm2, nn.LayerNorm)):
-        return None
-    first = (*affine(norm1), norm1.eps, *affine(attn.qkv), attn.num_heads, *affine(attn.proj), scale1)
-    second = (*affine(norm2), norm2.eps, *affine(mlp.fc1), *affine(mlp.fc2), scale2)
-    return transformer_block(x, *first, *second, kernels=kernels)
-
-
-def drop_path_scale(x: Tensor, rate: float) -> Tensor:
-    """(B, 1, ..., 1) like x (B, ...): 1 / (1 - rate) for the samples whose branch is kept, 0 for the others (stochastic
-    depth, arXiv 1603.09382).
-    """
-    keep = 1 - rate
-    scale = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(keep)
-    return scale.div_(keep) if keep > 0 else scale
 
 
 def check_rates(**rates: float) -> None:
@@ -99,6 +66,39 @@ def check_heads(dim: int, num_heads: int) -> None:
     """Raises ValueError unless `num_heads` divides `dim`."""
     if num_heads < 1 or dim % num_heads:
         raise ValueError(f"num_heads must divide the width, got num_heads={num_heads} for dim={dim}")
+
+
+_ATTENTION = kind("crossvit_kernels.nn:Attention")
+_CROSS_ATTENTION = kind("crossvit_kernels.nn:CrossAttention")
+_LAYER_SCALE = kind("crossvit_kernels.nn:LayerScale", optional=True)
+ATTENTION_HALF = Composition(
+    "attention half",
+    {"norm1": LAYER_NORM, "attn": _ATTENTION, "attn.qkv": LINEAR, "attn.proj": LINEAR, "ls1": _LAYER_SCALE},
+)
+MLP_HALF = Composition(
+    "MLP half",
+    {
+        "norm2": LAYER_NORM,
+        "mlp": kind("crossvit_kernels.nn:Mlp"),
+        "mlp.fc1": LINEAR,
+        "mlp.fc2": LINEAR,
+        "ls2": _LAYER_SCALE,
+    },
+)
+CLASS_ATTENTION = Composition(
+    "class attention",
+    {"norm1": LAYER_NORM, "attn": _CROSS_ATTENTION} | {f"attn.{n}": LINEAR for n in ("wq", "wk", "wv", "proj")},
+)
+EMBED = Composition("patch embedding", {"proj": PATCH_CONVOLUTION})
+
+
+def _sequence(pre_activation: str | None, activation: str | None) -> Composition:
+    """LayerNorm, [GELU], Linear, [GELU] under a Sequential's names."""
+    steps = [LAYER_NORM, *([GELU] if pre_activation else []), LINEAR, *([GELU] if activation else [])]
+    return Composition("projection", {str(i): step for i, step in enumerate(steps)})
+
+
+_PROJECTIONS = {(pre, act): _sequence(pre, act) for pre in (None, "gelu") for act in (None, "gelu")}
 
 
 class LayerNormLinear(KernelModule, nn.Sequential):
@@ -139,23 +139,18 @@ class LayerNormLinear(KernelModule, nn.Sequential):
     def linear(self) -> nn.Linear:
         return cast(nn.Linear, self._modules["2" if self.pre_activation else "1"])
 
-    def fusable(self) -> bool:
-        """Whether the children are still the modules that the op stands for."""
-        return isinstance(self.norm, nn.LayerNorm) and isinstance(self.linear, nn.Linear)
+    def composition(self) -> Composition:
+        """The children that the op stands for."""
+        return _PROJECTIONS[self.pre_activation, self.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.fusable():
-            return nn.Sequential.forward(self, x)
-        norm = self.norm
-        return layer_norm_linear(
-            x,
-            *affine(norm),
-            *affine(self.linear),
-            norm.eps,
-            pre_activation=self.pre_activation,
-            activation=self.activation,
-            kernels=self.kernels,
-        )
+        composition = self.composition()
+        if len(self._modules) == len(composition.parts) and fuses(self, composition):
+            activations = {"pre_activation": self.pre_activation, "activation": self.activation}
+            out = blocks.projection(x, self.norm, self.linear, self.kernels, **activations)
+            if out is not None:
+                return out
+        return nn.Sequential.forward(self, x)
 
 
 class Attention(KernelModule):
@@ -180,16 +175,16 @@ class Attention(KernelModule):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = proj_drop
 
-    def fusable(self) -> bool:
-        """Whether a block may apply the weights itself: no dropout now, and the children are Linears."""
-        dropout = self.training and (self.attn_drop > 0 or self.proj_drop > 0)
-        return not dropout and isinstance(self.qkv, nn.Linear) and isinstance(self.proj, nn.Linear)
+    def drops(self) -> bool:
+        """Whether dropout is at work."""
+        return self.training and (self.attn_drop > 0 or self.proj_drop > 0)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x)
-        if self.training and self.attn_drop > 0:
-            q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, N, d)
-            out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop).transpose(1, 2).flatten(2)
+        dropout = self.attn_drop if self.training else 0.0
+        if dropout > 0 or not plain(qkv):
+            q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, N, d)
+            out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(2)
         else:
             out = self_attention(qkv, self.num_heads, kernels=self.kernels)
         return F.dropout(self.proj(out), self.proj_drop, self.training)
@@ -205,10 +200,9 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden_features or in_features, in_features)
         self.drop = drop
 
-    def fusable(self) -> bool:
-        """Whether a block may apply the weights itself: no dropout now, and the children are Linears."""
-        dropout = self.training and self.drop > 0
-        return not dropout and isinstance(self.fc1, nn.Linear) and isinstance(self.fc2, nn.Linear)
+    def drops(self) -> bool:
+        """Whether dropout is at work."""
+        return self.training and self.drop > 0
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.dropout(F.gelu(self.fc1(x)), self.drop, self.training)
@@ -252,21 +246,22 @@ class AttentionBlock(KernelModule):
         self.drop_path = drop_path
 
     def forward(self, x: Tensor) -> Tensor:
-        norm, attn = self.norm1, self.attn
-        if not (self._scales_once(self.ls1) and isinstance(norm, nn.LayerNorm) and attn.fusable()):
-            return self._add(x, attn(norm(x)), self.ls1)
-        qkv = layer_norm_linear(x, *affine(norm), *affine(attn.qkv), norm.eps, kernels=self.kernels)
-        heads = self_attention(qkv, attn.num_heads, kernels=self.kernels)
-        return linear_residual(heads, *affine(attn.proj), x, scale=self._scale(x, self.ls1), kernels=self.kernels)
+        return self._attention_half(x, self.fuses_attention(), self.kernels)
 
-    def _scales_once(self, layer_scale: LayerScale | None) -> bool:
-        # The ops take one scale: per sample (drop path) or per channel (LayerScale), not their product.
-        return layer_scale is None or not (self.training and self.drop_path > 0)
+    def fuses_attention(self) -> bool:
+        """Whether the ops may stand for the attention half now."""
+        return fuses(self, ATTENTION_HALF) and not self.attn.drops()
 
-    def _scale(self, x: Tensor, layer_scale: LayerScale | None) -> Tensor | None:
-        if self.training and self.drop_path > 0:
-            return drop_path_scale(x, self.drop_path)
-        return None if layer_scale is None else layer_scale.gamma
+    def _attention_half(self, x: Tensor, fused: bool, kernels: str) -> Tensor:
+        if fused:
+            out = blocks.attention_half(x, self.norm1, self.attn, self._residual(self.ls1), kernels)
+            if out is not None:
+                return out
+        return self._add(x, self.attn(self.norm1(x)), self.ls1)
+
+    def _residual(self, layer_scale: LayerScale | None) -> Residual:
+        gamma = None if layer_scale is None else layer_scale.gamma
+        return Residual(gamma, self.drop_path if self.training else 0.0)
 
     def _add(self, x: Tensor, update: Tensor, layer_scale: LayerScale | None) -> Tensor:
         if layer_scale is not None:
@@ -313,21 +308,22 @@ class Block(AttentionBlock):
         self.ls2 = LayerScale(dim, init_values) if init_values else None
 
     def forward(self, x: Tensor) -> Tensor:
-        norm, mlp = self.norm2, self.mlp
-        fused = isinstance(norm, nn.LayerNorm) and mlp.fusable()
-        if fused and not (self.training or torch.is_grad_enabled()) and self.attn.fusable():
-            scales = [None if ls is None else ls.gamma for ls in (self.ls1, self.ls2)]
-            if (
-                out := whole_block(x, self.norm1, self.attn, scales[0], norm, mlp, scales[1], self.kernels)
-            ) is not None:
+        kernels, attention, mlp = self.kernels, self.fuses_attention(), self.fuses_mlp()
+        if attention and mlp:
+            first, second = self._residual(self.ls1), self._residual(self.ls2)
+            out = blocks.transformer_block(x, self.norm1, self.attn, first, self.norm2, self.mlp, second, kernels)
+            if out is not None:
                 return out
-        x = super().forward(x)
-        if not (self._scales_once(self.ls2) and fused):
-            return self._add(x, mlp(norm(x)), self.ls2)
-        scale = self._scale(x, self.ls2)
-        return layer_norm_mlp(
-            x, *affine(norm), *affine(mlp.fc1), *affine(mlp.fc2), norm.eps, scale=scale, kernels=self.kernels
-        )
+        x = self._attention_half(x, attention, kernels)
+        if mlp:
+            out = blocks.mlp_half(x, self.norm2, self.mlp, self._residual(self.ls2), kernels)
+            if out is not None:
+                return out
+        return self._add(x, self.mlp(self.norm2(x)), self.ls2)
+
+    def fuses_mlp(self) -> bool:
+        """Whether the ops may stand for the MLP half now."""
+        return fuses(self, MLP_HALF) and not self.mlp.drops()
 
 
 class CrossAttention(nn.Module):
@@ -355,10 +351,9 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = proj_drop
 
-    def fusable(self) -> bool:
-        """Whether a block may apply the weights itself: no dropout now, and the children are Linears."""
-        dropout = self.training and (self.attn_drop > 0 or self.proj_drop > 0)
-        return not dropout and all(isinstance(x, nn.Linear) for x in (self.wq, self.wk, self.wv, self.proj))
+    def drops(self) -> bool:
+        """Whether dropout is at work."""
+        return self.training and (self.attn_drop > 0 or self.proj_drop > 0)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
@@ -394,21 +389,40 @@ class CrossAttentionBlock(KernelModule):
         self.attn = CrossAttention(dim, num_heads, qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop)
         self.drop_path = drop_path
 
-    def fusable(self) -> bool:
-        """Whether the op can do all but the drop path: no dropout now, and the children are what it stands for."""
-        return isinstance(self.norm1, nn.LayerNorm) and self.attn.fusable()
-
     def forward(self, x: Tensor, patches: Tensor | None = None) -> Tensor:
         if patches is None:
-            return self(x[:, 0], x[:, 1:])[:, None]
-        norm, attn = self.norm1, self.attn
-        if not self.fusable():
-            update = attn(norm(torch.cat((x[:, None], patches), dim=1)))[:, 0]
-            return x + (update * drop_path_scale(x, self.drop_path) if self.training and self.drop_path > 0 else update)
-        weights = (*affine(norm), *affine(attn.wq), *affine(attn.wk), *affine(attn.wv))
-        context = cls_cross_attention(x, patches, *weights, attn.num_heads, norm.eps, kernels=self.kernels)
-        scale = drop_path_scale(x, self.drop_path) if self.training and self.drop_path > 0 else None
-        return linear_residual(context, *affine(attn.proj), x, scale=scale, kernels=self.kernels)
+            return self._attend(x[:, 0], x[:, 1:])[:, None]
+        return self._attend(x, patches)
+
+    def linears(self) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
+        """The projections of queries, keys and values, and the one behind the attention."""
+        attn = self.attn
+        return attn.wq, attn.wk, attn.wv, attn.proj
+
+    def _attend(self, cls: Tensor, patches: Tensor) -> Tensor:
+        rate = self.drop_path if self.training else 0.0
+        if fuses(self, CLASS_ATTENTION) and not self.attn.drops():
+            heads = self.attn.num_heads
+            residual = Residual(None, rate)
+            out = blocks.class_attention(cls, patches, self.norm1, self.linears(), heads, residual, self.kernels)
+            if out is not None:
+                return out
+        update = self.attn(self.norm1(torch.cat((cls[:, None], patches), dim=1)))[:, 0]
+        return cls + (update * drop_path_scale(update, rate) if rate > 0 else update)
+
+
+def resized(images: Tensor, image_size: tuple[int, int], kernels: str) -> Tensor:
+    """Images (B, C, H, W) at this size, bicubic; the images themselves where they have it."""
+    if plain(images):
+        return bicubic_resize(images, image_size, kernels=kernels)
+    if tuple(images.shape[2:]) == tuple(image_size):
+        return images
+    return F.interpolate(images, image_size, mode="bicubic", align_corners=False)
+
+
+# In a graph that torch.fx traces these two stay calls, which look at shapes when the graph runs.
+torch.fx.wrap("resized")
+torch.fx.wrap("drop_path_scale")
 
 
 class PatchEmbed(KernelModule):
@@ -441,11 +455,9 @@ class PatchEmbed(KernelModule):
         self.proj = proj or nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: Tensor, cls_token: Tensor, pos_embed: Tensor) -> Tensor:
-        proj = self.proj
-        if isinstance(proj, nn.Conv2d) and proj.kernel_size == proj.stride:
-            return patch_embed(
-                images, *affine(proj), cls_token, pos_embed, image_size=self.image_size, kernels=self.kernels
-            )
-        images = bicubic_resize(images, self.image_size, kernels=self.kernels)
-        patches = proj(images).flatten(2).transpose(1, 2)
+        if fuses(self, EMBED):
+            out = blocks.embed(images, self.proj, cls_token, pos_embed, self.image_size, self.kernels)
+            if out is not None:
+                return out
+        patches = self.proj(resized(images, self.image_size, self.kernels)).flatten(2).transpose(1, 2)
         return torch.cat((cls_token.expand(patches.shape[0], -1, -1), patches), dim=1) + pos_embed

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import crossvit_kernels
 from conftest import NATIVE
-from crossvit_kernels import nn as kernels_nn
+from crossvit_kernels import blocks
 from crossvit_kernels.nn import Block
 
 pytestmark = pytest.mark.skipif("cpu" not in NATIVE, reason="the C++ kernels are not there")
@@ -24,14 +24,14 @@ WIDTH, HEADS = 96, 3
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For every block that asks: whether C++ took it."""
     asked: list[bool] = []
-    original = kernels_nn.transformer_block
+    original = blocks.native.transformer_block
 
     def spy(*args: Any, **options: Any) -> Tensor | None:
         out = original(*args, **options)
         asked.append(out is not None)
         return out
 
-    monkeypatch.setattr(kernels_nn, "transformer_block", spy)
+    monkeypatch.setattr(blocks.native, "transformer_block", spy)
     return asked
 
 
@@ -125,7 +125,6 @@ BREAKS: dict[str, Callable[[Block], Any]] = {
     "bias": lambda b: setattr(b.attn.proj, "bias", nn.Parameter(torch.ones(1))),
     "num_heads": lambda b: setattr(b.attn, "num_heads", 5),
     "eps": lambda b: setattr(b.norm2, "eps", -1.0),
-    "b1": lambda b: setattr(b.mlp.fc1, "bias", nn.Parameter(torch.ones(3 * WIDTH, dtype=torch.bfloat16))),
 }
 
 
@@ -134,5 +133,13 @@ def test_what_is_wrong_is_named_as_by_the_ops(calls: list[bool], name: str) -> N
     model, x = block(), torch.randn(2, 5, WIDTH)
     BREAKS[name](model)
     with torch.no_grad(), pytest.raises((ValueError, TypeError), match=f"^{name}"):
+        model(x)
+    assert calls == [False]
+
+
+def test_dtypes_that_no_op_takes_together_are_left_to_plain_pytorch(calls: list[bool]) -> None:
+    model, x = block(), torch.randn(2, 5, WIDTH)
+    model.mlp.fc1.bias = nn.Parameter(torch.ones(3 * WIDTH, dtype=torch.bfloat16))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="dtype"):
         model(x)
     assert calls == [False]

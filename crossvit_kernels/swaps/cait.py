@@ -1,68 +1,96 @@
-"""timm's CaiT (arXiv 2103.17239): class attention, which is cls_cross_attention, and the MLP of its other blocks."""
+"""CaiT (arXiv 2103.17239): class attention, which is cls_cross_attention, and the MLP of its other blocks."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from timm.models.cait import ClassAttn, LayerScaleBlock, LayerScaleBlockClassAttn
+import torch
+from timm.models.cait import LayerScaleBlock, LayerScaleBlockClassAttn
 from torch import Tensor
 
-from ..ops import cls_cross_attention, layer_norm_mlp, linear_residual
-from . import Swap, affine, disturbance, drops, wrong_drop, wrong_linear, wrong_norm, wrong_type
-from .vision_transformer import wrong_mlp
+from .. import blocks
+from ..blocks import Residual
+from ..composition import Composition, fuses
+from ..kinds import DROPOUT, LAYER_NORM, LINEAR, kind
+from . import DROP_PATH, KERNELS, Swap, drop_path_rate, drops
+from .vision_transformer import MLP, attention_drops
 
 
-def _mlp(block: Any, x: Tensor, kernels: str) -> Tensor:
-    """x + gamma_2 * mlp(norm2(x))."""
-    norm, mlp = block.norm2, block.mlp
-    weights = (*affine(norm), *affine(mlp.fc1), *affine(mlp.fc2))
-    return layer_norm_mlp(x, *weights, norm.eps, scale=block.gamma_2, kernels=kernels)
+def wrong_class_attention(attn: Any) -> str | None:
+    """Why `attn` does not scale its scores by 1 / sqrt(d)."""
+    if attn.scale == (attn.q.out_features // attn.num_heads) ** -0.5:
+        return None
+    return f"scales its scores by {attn.scale}, not by 1 / sqrt(d)"
+
+
+_MLP_PARTS = {"norm2": LAYER_NORM, **MLP, "drop_path": DROP_PATH}
+MLP_HALF = Composition("MLP half", _MLP_PARTS, (LayerScaleBlock, "forward"))
+CLASS_ENTRY = (LayerScaleBlockClassAttn, "forward")
+CLASS_MLP_HALF = Composition("MLP half", _MLP_PARTS, CLASS_ENTRY)
+CLASS_ATTENTION_HALF = Composition(
+    "class attention",
+    {
+        "norm1": LAYER_NORM,
+        "attn": kind("timm.models.cait:ClassAttn", wrong=wrong_class_attention, settings=("scale", "num_heads")),
+        **{f"attn.{name}": LINEAR for name in ("q", "k", "v", "proj")},
+        "attn.attn_drop": DROPOUT,
+        "attn.proj_drop": DROPOUT,
+        "drop_path": DROP_PATH,
+    },
+    CLASS_ENTRY,
+)
+
+
+def _mlp_half(block: Any, x: Tensor, kernels: str) -> Tensor:
+    """x + drop_path(gamma_2 * mlp(norm2(x))), for a block whose MLP half fuses."""
+    residual = Residual(block.gamma_2, *drop_path_rate(block.drop_path))
+    out = blocks.mlp_half(x, block.norm2, block.mlp, residual, kernels)
+    return x + block.drop_path(block.gamma_2 * block.mlp(block.norm2(x))) if out is None else out
 
 
 class FusedLayerScaleBlock(Swap, LayerScaleBlock):
     """timm.models.cait.LayerScaleBlock: x (B, N, D) -> (B, N, D).
 
-    Its attention mixes heads ("talking heads") and stays.
+    Its attention mixes heads ("talking heads") and is called as it is.
     """
 
-    replaced = ("norm2", "mlp", "drop_path")
+    _crossvit_entry = (LayerScaleBlock, "forward")
 
-    def refusal(self: Any) -> str | None:
-        return (
-            disturbance(self, FusedLayerScaleBlock.replaced)
-            or wrong_norm("norm2", self.norm2)
-            or wrong_mlp(self.mlp)
-            or wrong_drop(("drop_path", self.drop_path))
-        )
+    @staticmethod
+    def compositions(module: Any) -> Sequence[Composition]:
+        return (MLP_HALF,)
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        if not self.ready() or drops(self.drop_path, self.mlp.drop1, self.mlp.drop2):
-            return super().forward(x)
-        x = x + self.gamma_1 * self.attn(self.norm1(x))
-        return _mlp(self, x, self._crossvit_kernels)
+        kernels = getattr(self, KERNELS, None)  # None: restored a moment ago
+        if kernels is None or not fuses(self, MLP_HALF) or drops(self.mlp.drop1, self.mlp.drop2):
+            return LayerScaleBlock.forward(self, x)
+        x = x + self.drop_path(self.gamma_1 * self.attn(self.norm1(x)))
+        return _mlp_half(self, x, kernels)
 
 
 class FusedLayerScaleBlockClassAttn(Swap, LayerScaleBlockClassAttn):
     """timm.models.cait.LayerScaleBlockClassAttn: patches (B, N, D), CLS (B, 1, D) -> CLS (B, 1, D)."""
 
-    def refusal(self: Any) -> str | None:
-        attn = self.attn
-        return (
-            disturbance(self)
-            or wrong_norm("norm1", self.norm1)
-            or wrong_norm("norm2", self.norm2)
-            or wrong_type("attn", attn, ClassAttn)
-            or wrong_linear(*((f"attn.{n}", getattr(attn, n)) for n in ("q", "k", "v", "proj")))
-            or wrong_drop(("attn.attn_drop", attn.attn_drop), ("attn.proj_drop", attn.proj_drop))
-            or (None if attn.scale == (attn.q.out_features // attn.num_heads) ** -0.5 else "attn.scale is another")
-            or wrong_mlp(self.mlp)
-            or wrong_drop(("drop_path", self.drop_path))
-        )
+    _crossvit_entry = CLASS_ENTRY
+
+    @staticmethod
+    def compositions(module: Any) -> Sequence[Composition]:
+        return CLASS_ATTENTION_HALF, CLASS_MLP_HALF
 
     def forward(self: Any, x: Tensor, x_cls: Tensor) -> Tensor:
-        attn, mlp, norm, kernels = self.attn, self.mlp, self.norm1, self._crossvit_kernels
-        if not self.ready() or drops(attn.attn_drop, attn.proj_drop, mlp.drop1, mlp.drop2, self.drop_path):
-            return super().forward(x, x_cls)
-        cls = x_cls[:, 0]
-        weights = (*affine(norm), *affine(attn.q), *affine(attn.k), *affine(attn.v))
-        context = cls_cross_attention(cls, x, *weights, attn.num_heads, norm.eps, kernels=kernels)
-        cls = linear_residual(context, *affine(attn.proj), cls, scale=self.gamma_1, kernels=kernels)
-        return _mlp(self, cls[:, None], kernels)
+        kernels = getattr(self, KERNELS, None)  # None: restored a moment ago
+        attention = fuses(self, CLASS_ATTENTION_HALF) and not attention_drops(self.attn)
+        mlp = fuses(self, CLASS_MLP_HALF) and not drops(self.mlp.drop1, self.mlp.drop2)
+        if kernels is None or not (attention or mlp):
+            return LayerScaleBlockClassAttn.forward(self, x, x_cls)
+        out: Tensor | None = None
+        if attention:
+            attn, residual = self.attn, Residual(self.gamma_1, *drop_path_rate(self.drop_path))
+            linears = (attn.q, attn.k, attn.v, attn.proj)
+            out = blocks.class_attention(x_cls[:, 0], x, self.norm1, linears, attn.num_heads, residual, kernels)
+        if out is None:
+            x_cls = x_cls + self.drop_path(self.gamma_1 * self.attn(self.norm1(torch.cat((x_cls, x), dim=1))))
+        else:
+            x_cls = out[:, None]
+        if mlp:
+            return _mlp_half(self, x_cls, kernels)
+        return x_cls + self.drop_path(self.gamma_2 * self.mlp(self.norm2(x_cls)))

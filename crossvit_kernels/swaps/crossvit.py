@@ -1,163 +1,233 @@
 """timm's CrossViT: patch embedding, cross-attention and a stage's fusion; its blocks are vision_transformer.py's."""
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.models.crossvit import CrossAttention, CrossAttentionBlock, CrossVit, MultiScaleBlock, PatchEmbed
+from timm.models.crossvit import CrossAttentionBlock, CrossVit, MultiScaleBlock, scale_image
 from torch import Tensor, nn
 
-from ..ops import bicubic_resize, cls_cross_attention, cls_fusion, layer_norm_linear, linear_residual, patch_embed
-from . import (
-    Swap,
-    affine,
-    disturbance,
-    drops,
-    path_scale,
-    wrong_drop,
-    wrong_gelu,
-    wrong_linear,
-    wrong_norm,
-    wrong_type,
-)
-
-
-def wrong_projection(name: str, projection: Any) -> str | None:
-    """Why `projection` is not Linear(gelu(LayerNorm(x)))."""
-    why = wrong_type(name, projection, nn.Sequential)
-    if why is None and len(projection) != 3:
-        why = f"{name} has {len(projection)} steps"
-    return (
-        why
-        or wrong_norm(f"{name}.0", projection[0])
-        or wrong_gelu(f"{name}.1", projection[1])
-        or wrong_linear((f"{name}.2", projection[2]))
-    )
+from .. import blocks
+from ..blocks import Residual
+from ..composition import Composition, fuses
+from ..kinds import DROPOUT, GELU, LAYER_NORM, LINEAR, PATCH_CONVOLUTION, Kind, kind, plain
+from ..ops import bicubic_resize
+from . import DROP_PATH, KERNELS, Swap, drop_path_rate
+from .vision_transformer import attention_drops
 
 
 def wrong_cross_attention(attn: Any) -> str | None:
-    """Why `attn` is not the cross-attention that the op computes."""
-    return (
-        wrong_type("attn", attn, CrossAttention)
-        or wrong_linear(*((f"attn.{n}", getattr(attn, n)) for n in ("wq", "wk", "wv", "proj")))
-        or wrong_drop(("attn.attn_drop", attn.attn_drop), ("attn.proj_drop", attn.proj_drop))
-        or (None if attn.scale == (attn.wq.out_features // attn.num_heads) ** -0.5 else "attn.scale is not 1 / sqrt(d)")
-    )
+    """Why `attn` does not scale its scores by 1 / sqrt(d)."""
+    if attn.scale == (attn.wq.out_features // attn.num_heads) ** -0.5:
+        return None
+    return f"scales its scores by {attn.scale}, not by 1 / sqrt(d)"
 
 
-def attention_weights(block: Any) -> tuple[Any, ...]:
-    """The op's arguments norm_weight to v_bias."""
-    attn = block.attn
-    return *affine(block.norm1), *affine(attn.wq), *affine(attn.wk), *affine(attn.wv)
+_ATTENTION: dict[str, Kind] = {
+    "norm1": LAYER_NORM,
+    "attn": kind("timm.models.crossvit:CrossAttention", wrong=wrong_cross_attention, settings=("scale", "num_heads")),
+    **{f"attn.{name}": LINEAR for name in ("wq", "wk", "wv", "proj")},
+    "attn.attn_drop": DROPOUT,
+    "attn.proj_drop": DROPOUT,
+    "drop_path": DROP_PATH,
+}
+_BLOCK_ENTRY = (CrossAttentionBlock, "forward")
+CLASS_ATTENTION = Composition("class attention", _ATTENTION, _BLOCK_ENTRY)
+
+
+def _attend(layer: Any, cls: Tensor, patches: Tensor, kernels: str) -> Tensor | None:
+    """cls (B, D) and patches (B, N, D) -> (B, D); only where nothing stands against the layer's class attention."""
+    attn, residual = layer.attn, Residual(None, *drop_path_rate(layer.drop_path))
+    return blocks.class_attention(cls, patches, layer.norm1, _linears(attn), attn.num_heads, residual, kernels)
+
+
+def _linears(attn: Any) -> tuple[Any, Any, Any, Any]:
+    return attn.wq, attn.wk, attn.wv, attn.proj
 
 
 class FusedCrossAttentionBlock(Swap, CrossAttentionBlock):
     """timm.models.crossvit.CrossAttentionBlock: x (B, 1 + N, D) -> (B, 1, D)."""
 
-    def refusal(self: Any) -> str | None:
-        return (
-            disturbance(self)
-            or wrong_norm("norm1", self.norm1)
-            or wrong_cross_attention(self.attn)
-            or wrong_drop(("drop_path", self.drop_path))
-        )
+    _crossvit_entry = _BLOCK_ENTRY
 
-    def fusable(self: Any) -> bool:
-        """Whether the ops can take the place of `forward` now."""
-        return self.ready() and not drops(self.attn.attn_drop, self.attn.proj_drop)
-
-    def attend(self: Any, cls: Tensor, patches: Tensor) -> Tensor:
-        """cls (B, D) and patches (B, N, D) -> (B, D); only where `fusable`."""
-        attn, kernels = self.attn, self._crossvit_kernels
-        weights: Any = (*attention_weights(self), attn.num_heads, self.norm1.eps)
-        context = cls_cross_attention(cls, patches, *weights, kernels=kernels)
-        return linear_residual(context, *affine(attn.proj), cls, scale=path_scale(cls, self.drop_path), kernels=kernels)
+    @staticmethod
+    def compositions(module: Any) -> Sequence[Composition]:
+        return (CLASS_ATTENTION,)
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        if not self.fusable():
-            return super().forward(x)
-        return self.attend(x[:, 0], x[:, 1:])[:, None]
+        kernels = getattr(self, KERNELS, None)  # None: restored a moment ago
+        if kernels is not None and plain(x) and fuses(self, CLASS_ATTENTION) and not attention_drops(self.attn):
+            out = _attend(self, x[:, 0], x[:, 1:], kernels)
+            if out is not None:
+                return out[:, None]
+        return CrossAttentionBlock.forward(self, x)
+
+
+_STAGE_ENTRY = (MultiScaleBlock, "forward")
+_LAYER = kind("timm.models.crossvit:CrossAttentionBlock", "crossvit_kernels.swaps.crossvit:FusedCrossAttentionBlock")
+
+
+def _sequence(steps: int) -> Kind:
+    """A Sequential of so many children."""
+
+    def wrong(module: nn.Module) -> str | None:
+        return None if len(module._modules) == steps else f"has {len(module._modules)} layers"
+
+    return kind("torch.nn.modules.container:Sequential", wrong=wrong)
+
+
+@functools.cache
+def projection(name: str, i: int) -> Composition:
+    """LayerNorm, GELU, Linear: `projs.i` or `revert_projs.i`."""
+    path = f"{name}.{i}"
+    return Composition(
+        path, {path: _sequence(3), f"{path}.0": LAYER_NORM, f"{path}.1": GELU, f"{path}.2": LINEAR}, _STAGE_ENTRY
+    )
+
+
+@functools.cache
+def attention(i: int, nested: bool) -> Composition:
+    """The cross-attention of branch i.
+
+    nested: it is the only layer of a Sequential. Of several layers all but the first meet the CLS alone, which timm's
+    own forward does.
+    """
+    path = f"fusion.{i}.0" if nested else f"fusion.{i}"
+    parts: dict[str, Kind] = {f"fusion.{i}": _sequence(1)} if nested else {}
+    parts |= {path: _LAYER} | {f"{path}.{name}": expected for name, expected in _ATTENTION.items()}
+    return Composition(f"fusion of branch {i}", parts, _STAGE_ENTRY)
+
+
+@functools.cache
+def direction(i: int, nested: bool) -> Composition:
+    """The whole direction: to the other width, the attention, and back."""
+    parts = {**projection("projs", i).parts, **attention(i, nested).parts, **projection("revert_projs", i).parts}
+    return Composition(f"direction of branch {i}", parts, _STAGE_ENTRY)
 
 
 class FusedMultiScaleBlock(Swap, MultiScaleBlock):
     """timm.models.crossvit.MultiScaleBlock: the tokens of every branch, (B, 1 + N_b, D_b) each, one stage further."""
 
-    replaced = ("projs", "fusion", "revert_projs")
+    _crossvit_entry = _STAGE_ENTRY
 
-    def refusal(self: Any) -> str | None:
-        why = disturbance(self, FusedMultiScaleBlock.replaced)
-        for i in range(len(self.projs)):
-            why = (
-                why
-                or wrong_projection(f"projs.{i}", self.projs[i])
-                or wrong_projection(f"revert_projs.{i}", self.revert_projs[i])
-            )
-            layer = self.fusion[i]
-            if type(layer) is nn.Sequential:  # more than one meets the CLS alone, which timm's own forward does
-                why = why or (f"fusion.{i} has {len(layer)} layers" if len(layer) != 1 else None)
-                layer = layer[0] if len(layer) else None
-            why = why or wrong_type(f"fusion.{i}", layer, CrossAttentionBlock, FusedCrossAttentionBlock)
-        return why or (None if self.blocks is not None else "it has no blocks")
+    @staticmethod
+    def unusual(module: Any) -> str | None:
+        return None if module.blocks is not None else "it has no blocks"
+
+    @staticmethod
+    def compositions(module: Any) -> Sequence[Composition]:
+        found = []
+        for i in range(len(module.projs)):
+            nested = isinstance(module.fusion[i], nn.Sequential)
+            found += [projection("projs", i), attention(i, nested), projection("revert_projs", i)]
+        return found
 
     def forward(self: Any, x: list[Tensor]) -> list[Tensor]:
-        layers = [layer[0] if type(layer) is nn.Sequential and len(layer) else layer for layer in self.fusion]
-        if not self.ready() or not all(type(layer) is FusedCrossAttentionBlock and layer.fusable() for layer in layers):
-            return super().forward(x)
+        kernels = getattr(self, KERNELS, None)  # None: restored a moment ago
+        if kernels is None or self.blocks is None or not plain(*x) or not fuses(self, _STAGE):
+            return MultiScaleBlock.forward(self, x)
         tokens = [block(branch) for block, branch in zip(self.blocks, x)]
         fused = []
-        for i, (own, layer) in enumerate(zip(tokens, layers)):
-            cls = self._direction(own[:, 0], tokens[(i + 1) % len(tokens)][:, 1:], i, layer)
+        for i, own in enumerate(tokens):
+            cls = _direction(self, i, own[:, 0], tokens[(i + 1) % len(tokens)][:, 1:], kernels)
             fused.append(torch.cat((cls[:, None], own[:, 1:]), dim=1))
         return fused
 
-    def _direction(self: Any, cls: Tensor, patches: Tensor, i: int, layer: Any) -> Tensor:
-        """The CLS (B, D_i) of branch i, which has looked at the patches of the next."""
-        (norm, _, linear), (back_norm, _, back) = self.projs[i], self.revert_projs[i]
-        kernels = self._crossvit_kernels
-        same_eps = norm.eps == layer.norm1.eps == back_norm.eps
-        if same_eps and not torch.is_grad_enabled() and not drops(layer.drop_path):
-            weights: Any = (*affine(norm), *affine(linear), *attention_weights(layer), *affine(layer.attn.proj))
-            heads = layer.attn.num_heads
-            weights = (*weights, *affine(back_norm), *affine(back), heads, norm.eps)
-            return cls_fusion(cls, patches, *weights, kernels=kernels)
-        c = layer_norm_linear(cls, *affine(norm), *affine(linear), norm.eps, pre_activation="gelu", kernels=kernels)
-        y = layer.attend(c, patches)
-        return layer_norm_linear(
-            y, *affine(back_norm), *affine(back), back_norm.eps, pre_activation="gelu", kernels=kernels
-        )
+
+_STAGE = Composition("stage", {}, _STAGE_ENTRY)
+
+
+def _direction(stage: Any, i: int, cls: Tensor, patches: Tensor, kernels: str) -> Tensor:
+    """The CLS (B, D_i) of branch i, which has looked at the patches of the next."""
+    layer = stage.fusion[i]
+    nested = isinstance(layer, nn.Sequential)
+    if nested:
+        layer = layer[0] if len(layer) else None
+    whole = fuses(stage, direction(i, nested))
+    attends = (whole or fuses(stage, attention(i, nested))) and not attention_drops(layer.attn)
+    if whole and attends and drop_path_rate(layer.drop_path)[0] == 0:
+        (norm, _, linear), (back_norm, _, back) = stage.projs[i], stage.revert_projs[i]
+        heads, linears = layer.attn.num_heads, _linears(layer.attn)
+        steps = ((norm, linear), (back_norm, back))
+        out = blocks.fusion_direction(cls, patches, steps[0], layer.norm1, linears, heads, steps[1], kernels)
+        if out is not None:
+            return out
+    c = _project(stage, "projs", i, cls, whole, kernels)
+    y = _attend(layer, c, patches, kernels) if attends else None
+    if y is None:
+        y = stage.fusion[i](torch.cat((c[:, None], patches), dim=1))[:, 0]
+    return _project(stage, "revert_projs", i, y, whole, kernels)
+
+
+def _project(stage: Any, name: str, i: int, x: Tensor, fused: bool, kernels: str) -> Tensor:
+    """Linear(gelu(LayerNorm(x))) of `projs.i` or `revert_projs.i`, x (B, D) -> (B, E)."""
+    module = getattr(stage, name)[i]
+    out = None
+    if fused or fuses(stage, projection(name, i)):
+        out = blocks.projection(x, module[0], module[2], kernels, pre_activation="gelu")
+    return module(x[:, None])[:, 0] if out is None else out
+
+
+_EMBED_ENTRY = (CrossVit, "_embed")
+_PATCH_EMBED = kind("timm.models.crossvit:PatchEmbed")
+
+
+@functools.cache
+def patches(i: int) -> Composition:
+    """The patch embedding of branch i, a single convolution."""
+    return Composition(
+        f"patch_embed.{i}", {f"patch_embed.{i}": _PATCH_EMBED, f"patch_embed.{i}.proj": PATCH_CONVOLUTION}, _EMBED_ENTRY
+    )
+
+
+@functools.cache
+def stem(i: int) -> Composition:
+    """The resizing of the images for a stem of several convolutions, which is called as it is."""
+    return Composition(f"stem of branch {i}", {f"patch_embed.{i}": _PATCH_EMBED}, _EMBED_ENTRY)
 
 
 class FusedCrossVit(Swap, CrossVit):
     """timm.models.crossvit.CrossVit with its patch embeddings of a single convolution in one op: resize, projection,
-    CLS token and positions. A † stem is called as it is, on images that an op has resized."""
+    CLS token and positions. A dagger model's stem is called as it is, on images that an op has resized."""
 
-    replaced = ("patch_embed",)
+    _crossvit_entry = _EMBED_ENTRY
 
-    def refusal(self: Any) -> str | None:
-        why = f"it has {self.num_branches} branches" if self.num_branches > 2 else None
-        for i, embed in enumerate(self.patch_embed):
-            why = (
-                why
-                or wrong_type(f"patch_embed.{i}", embed, PatchEmbed)
-                or wrong_type(f"patch_embed.{i}.proj", embed.proj, nn.Conv2d, nn.Sequential)
-            )
-            proj = None if why else embed.proj
-            if type(proj) is nn.Conv2d and (proj.kernel_size != proj.stride or proj.groups != 1):
-                why = f"patch_embed.{i}.proj is another convolution"
-        if why is None and self.crop_scale:
-            why = "it crops instead of resizing"
-        return why or disturbance(self, FusedCrossVit.replaced)
+    @staticmethod
+    def unusual(module: Any) -> str | None:
+        if module.num_branches > 2:
+            return f"it has {module.num_branches} branches"
+        return "it crops instead of resizing" if module.crop_scale else None
+
+    @staticmethod
+    def compositions(module: Any) -> Sequence[Composition]:
+        return [_embedding(module, i) for i in range(len(module.patch_embed))]
 
     def _embed(self: Any, x: Tensor) -> list[Tensor]:
-        if not self.ready():
-            return super()._embed(x)
-        tokens, kernels = [], self._crossvit_kernels
-        for i, embed in enumerate(self.patch_embed):
-            size = self.img_size_scaled[i]
-            cls_token, positions = (self.cls_token_1, self.pos_embed_1) if i else (self.cls_token_0, self.pos_embed_0)
-            if type(embed.proj) is nn.Sequential:
-                y = embed(bicubic_resize(x, size, kernels=kernels))
-                y = torch.cat((cls_token.expand(y.shape[0], -1, -1), y), dim=1) + positions
-            else:
-                y = patch_embed(x, *affine(embed.proj), cls_token, positions, image_size=size, kernels=kernels)
-            tokens.append(self.pos_drop(y))
-        return tokens
+        kernels = getattr(self, KERNELS, None)  # None: restored a moment ago
+        if kernels is None or not plain(x) or FusedCrossVit.unusual(self) is not None or not fuses(self, _EMBED):
+            return CrossVit._embed(self, x)
+        return [self.pos_drop(_branch_tokens(self, i, x, kernels)) for i in range(len(self.patch_embed))]
+
+
+_EMBED = Composition("embed", {}, _EMBED_ENTRY)
+
+
+def _embedding(model: Any, i: int) -> Composition:
+    embed = model.patch_embed[i]
+    return stem(i) if isinstance(getattr(embed, "proj", None), nn.Sequential) else patches(i)
+
+
+def _branch_tokens(model: Any, i: int, x: Tensor, kernels: str) -> Tensor:
+    """The tokens (B, 1 + N_i, D_i) of branch i, of images x (B, C, H, W)."""
+    embed, size = model.patch_embed[i], model.img_size_scaled[i]
+    cls_token, positions = (model.cls_token_1, model.pos_embed_1) if i else (model.cls_token_0, model.pos_embed_0)
+    composition = _embedding(model, i)
+    fused = fuses(model, composition)
+    if fused and composition is patches(i):
+        out = blocks.embed(x, embed.proj, cls_token, positions, tuple(size), kernels)
+        if out is not None:
+            return out
+    resized = bicubic_resize(x, tuple(size), kernels=kernels) if fused else scale_image(x, size, model.crop_scale)
+    y = embed(resized)
+    return torch.cat((cls_token.expand(x.shape[0], -1, -1), y), dim=1) + positions

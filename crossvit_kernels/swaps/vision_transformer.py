@@ -1,104 +1,96 @@
 """timm's transformer block: ViT, DeiT and CrossViT's branches."""
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-from timm.layers import Attention, LayerScale, Mlp
+from timm.layers import LayerScale
 from timm.models.vision_transformer import Block
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..nn import whole_block
-from ..ops import layer_norm_linear, layer_norm_mlp, linear_residual, self_attention
-from . import (
-    Swap,
-    affine,
-    disturbance,
-    drops,
-    path_scale,
-    wrong_drop,
-    wrong_gelu,
-    wrong_linear,
-    wrong_norm,
-    wrong_type,
-)
-
-
-def wrong_mlp(mlp: Any) -> str | None:
-    """Why `mlp` is not Linear2(gelu(Linear1(x))) with dropouts."""
-    return (
-        wrong_type("mlp", mlp, Mlp)
-        or wrong_linear(("mlp.fc1", mlp.fc1), ("mlp.fc2", mlp.fc2))
-        or wrong_gelu("mlp.act", mlp.act)
-        or wrong_type("mlp.norm", mlp.norm, nn.Identity)
-        or wrong_drop(("mlp.drop1", mlp.drop1), ("mlp.drop2", mlp.drop2))
-    )
+from .. import blocks
+from ..blocks import Residual
+from ..composition import Composition, fuses
+from ..kinds import ABSENT, DROPOUT, GELU, IDENTITY, LAYER_NORM, LINEAR, Kind, kind
+from . import DROP_PATH, KERNELS, Swap, drop_path_rate, drops
 
 
 def wrong_attention(attn: Any) -> str | None:
-    """Why `attn` is not softmax(q k^T / sqrt(d)) v between the Linears qkv and proj."""
-    return (
-        wrong_type("attn", attn, Attention)
-        or wrong_linear(("attn.qkv", attn.qkv), ("attn.proj", attn.proj))
-        or wrong_type("attn.q_norm", attn.q_norm, nn.Identity)
-        or wrong_type("attn.k_norm", attn.k_norm, nn.Identity)
-        or wrong_type("attn.norm", attn.norm, nn.Identity)
-        or ("attn has a gate" if getattr(attn, "gate", None) is not None else None)
-        or ("attn.scale is not 1 / sqrt(d)" if attn.scale != attn.head_dim**-0.5 else None)
-        or wrong_drop(("attn.attn_drop", attn.attn_drop), ("attn.proj_drop", attn.proj_drop))
-    )
+    """Why `attn` does not scale its scores by 1 / sqrt(d)."""
+    if attn.scale == attn.head_dim**-0.5:
+        return None
+    return f"scales its scores by {attn.scale}, not by 1 / sqrt({attn.head_dim})"
 
 
-def wrong_scale(name: str, scale: Any) -> str | None:
-    """Why `scale` is neither a LayerScale nor an identity."""
-    return wrong_type(name, scale, nn.Identity, LayerScale)
+LAYER_SCALE = kind("timm.layers.layer_scale:LayerScale", "torch.nn.modules.linear:Identity")
+MLP: dict[str, Kind] = {
+    "mlp": kind("timm.layers.mlp:Mlp"),
+    "mlp.fc1": LINEAR,
+    "mlp.act": GELU,
+    "mlp.drop1": DROPOUT,
+    "mlp.norm": IDENTITY,
+    "mlp.fc2": LINEAR,
+    "mlp.drop2": DROPOUT,
+}
+_ENTRY = (Block, "forward")
+ATTENTION_HALF = Composition(
+    "attention half",
+    {
+        "norm1": LAYER_NORM,
+        "attn": kind("timm.layers.attention:Attention", wrong=wrong_attention, settings=("scale", "head_dim")),
+        "attn.qkv": LINEAR,
+        "attn.q_norm": IDENTITY,
+        "attn.k_norm": IDENTITY,
+        "attn.attn_drop": DROPOUT,
+        "attn.norm": IDENTITY,
+        "attn.gate": ABSENT,
+        "attn.proj": LINEAR,
+        "attn.proj_drop": DROPOUT,
+        "ls1": LAYER_SCALE,
+        "drop_path1": DROP_PATH,
+    },
+    _ENTRY,
+)
+MLP_HALF = Composition("MLP half", {"norm2": LAYER_NORM, **MLP, "ls2": LAYER_SCALE, "drop_path2": DROP_PATH}, _ENTRY)
 
 
-def scale_of(x: Tensor, layer_scale: Any, drop_path: Any) -> Tensor | None:
-    """The one factor of a residual branch: LayerScale's per channel (D,), the drop path's per sample (B, 1, 1), or
-    None."""
-    scale = path_scale(x, drop_path)
-    return layer_scale.gamma if scale is None and type(layer_scale) is LayerScale else scale
+def residual(layer_scale: Any, drop_path: Any) -> Residual:
+    """What a residual branch is multiplied by: by a LayerScale (or an Identity), and by a drop path."""
+    gamma = layer_scale.gamma if type(layer_scale) is LayerScale else None
+    return Residual(gamma, *drop_path_rate(drop_path))
+
+
+def attention_drops(attn: Any) -> bool:
+    """Whether one of its dropouts is at work; timm's attention looks at its own mode for that of the scores."""
+    return drops(attn.attn_drop, attn.proj_drop) or (attn.training and getattr(attn.attn_drop, "p", 0.0) > 0)
 
 
 class FusedBlock(Swap, Block):
     """timm.models.vision_transformer.Block: x (B, N, D) -> (B, N, D)."""
 
-    def refusal(self: Any) -> str | None:
-        return (
-            disturbance(self)
-            or wrong_norm("norm1", self.norm1)
-            or wrong_norm("norm2", self.norm2)
-            or wrong_attention(self.attn)
-            or wrong_mlp(self.mlp)
-            or wrong_scale("ls1", self.ls1)
-            or wrong_scale("ls2", self.ls2)
-            or wrong_drop(("drop_path1", self.drop_path1), ("drop_path2", self.drop_path2))
-        )
+    _crossvit_entry = _ENTRY
 
-    def _two_scales(self: Any) -> bool:
-        # The ops take one factor: LayerScale's or the drop path's.
-        return (type(self.ls1) is LayerScale and drops(self.drop_path1)) or (
-            type(self.ls2) is LayerScale and drops(self.drop_path2)
-        )
+    @staticmethod
+    def compositions(module: Any) -> Sequence[Composition]:
+        return ATTENTION_HALF, MLP_HALF
 
     def forward(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        attn, mlp, norm1, norm2, kernels = self.attn, self.mlp, self.norm1, self.norm2, self._crossvit_kernels
-        if (
-            attn_mask is not None
-            or is_causal
-            or not self.ready()
-            or drops(attn.attn_drop, attn.proj_drop, mlp.drop1, mlp.drop2)
-            or self._two_scales()
-        ):
-            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        if not (self.training or torch.is_grad_enabled()):
-            scales = [scale_of(x, self.ls1, self.drop_path1), scale_of(x, self.ls2, self.drop_path2)]
-            if (out := whole_block(x, norm1, attn, scales[0], norm2, mlp, scales[1], kernels)) is not None:
+        kernels = getattr(self, KERNELS, None)  # None: restored a moment ago
+        given: dict[str, Any] = {} if attn_mask is None else {"attn_mask": attn_mask}
+        given |= {"is_causal": True} if is_causal else {}
+        attention = not given and fuses(self, ATTENTION_HALF) and not attention_drops(self.attn)
+        mlp = fuses(self, MLP_HALF) and not drops(self.mlp.drop1, self.mlp.drop2)
+        if kernels is None or given or not (attention or mlp):
+            return Block.forward(self, x, **given)
+        first = residual(self.ls1, self.drop_path1) if attention else blocks.ADDED
+        second = residual(self.ls2, self.drop_path2) if mlp else blocks.ADDED
+        out: Tensor | None = None
+        if attention and mlp:
+            out = blocks.transformer_block(x, self.norm1, self.attn, first, self.norm2, self.mlp, second, kernels)
+            if out is not None:
                 return out
-        qkv = layer_norm_linear(x, *affine(norm1), *affine(attn.qkv), norm1.eps, kernels=kernels)
-        heads = self_attention(qkv, attn.num_heads, kernels=kernels)
-        x = linear_residual(heads, *affine(attn.proj), x, scale=scale_of(x, self.ls1, self.drop_path1), kernels=kernels)
-        scale = scale_of(x, self.ls2, self.drop_path2)
-        return layer_norm_mlp(
-            x, *affine(norm2), *affine(mlp.fc1), *affine(mlp.fc2), norm2.eps, scale=scale, kernels=kernels
-        )
+        if attention:
+            out = blocks.attention_half(x, self.norm1, self.attn, first, kernels)
+        if out is None:
+            out = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+        last = blocks.mlp_half(out, self.norm2, self.mlp, second, kernels) if mlp else None
+        return out + self.drop_path2(self.ls2(self.mlp(self.norm2(out)))) if last is None else last

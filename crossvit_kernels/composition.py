@@ -1,0 +1,207 @@
+"""When a composition may apply the weights of its children itself.
+
+A fused composition reads the weights of the modules that it stands for and does not call them. That is right only
+where a call of each of them would do nothing but what its class is known to do. `why_not` says in words what stands
+against it; where something does, the modules are called as they are, with the result that they give.
+
+To look is cheap: what was looked at is remembered in a `Watch`, and found unchanged in a few microseconds.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from operator import is_
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+from torch.utils.module_tracker import ModuleTracker
+
+from .kinds import Kind
+
+_WATCHES = "_crossvit_watches"
+_ENTRY = "_crossvit_entry"  # of a class that stands in for another: that class and the method that is overridden
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(
+    getattr(torch_module, f"_global_{when}_hooks") for when in ("forward", "forward_pre", "backward", "backward_pre")
+)
+_get: Any = dict.get
+_attribute: Any = getattr
+
+
+@dataclass(frozen=True, eq=False)
+class Composition:
+    """The children of a module that one fused composition stands for.
+
+    name: a name for messages and for what is remembered.
+    parts: {path below the module: what has to be there}.
+    entry: for a module that stands in for another class, that class and its method that is overridden.
+    """
+
+    name: str
+    parts: Mapping[str, Kind]
+    entry: tuple[type, str] | None = None
+
+
+def why_not(owner: nn.Module, composition: Composition) -> str | None:
+    """What stands against applying the weights of these children of `owner` without calling them, in words; None where
+    nothing does."""
+    if not torch.compiler.is_compiling() and (why := _watched_by_all()) is not None:
+        return why
+    if composition.entry is not None and not _genuine(*composition.entry):
+        cls, method = composition.entry
+        return f"{cls.__qualname__}.{method} was replaced"
+    for path, expected in composition.parts.items():
+        child = _child(owner, path)
+        if (why := expected.why_not(child)) is not None:
+            return f"{path} {why}"
+        if child is not None and (why := _disturbance(child)) is not None:
+            return f"{path} {why}"
+    return None
+
+
+def fuses(owner: nn.Module, composition: Composition) -> bool:
+    """Whether nothing stands against it now: `why_not` in its quick form."""
+    if torch.compiler.is_compiling():
+        return why_not(owner, composition) is None
+    watches = owner.__dict__.get(_WATCHES)
+    if watches is None:
+        watches = owner.__dict__[_WATCHES] = Watches()
+    watch = watches.get(composition)
+    if watch is not None and watch.unchanged():
+        return True
+    if why_not(owner, composition) is not None:
+        return False
+    watch = Watch(owner, composition)
+    if why_not(owner, composition) is not None:  # another thread changes it
+        return False
+    watches[composition] = watch
+    return True
+
+
+def forget(owner: nn.Module) -> None:
+    """Removes what `fuses` remembers of `owner`."""
+    owner.__dict__.pop(_WATCHES, None)
+
+
+class Watch:
+    """The children of a composition as they were when nothing stood against it."""
+
+    def __init__(self, owner: nn.Module, composition: Composition) -> None:
+        modules: list[nn.Module] = []
+        containers: list[dict[str, Any]] = []
+        places: list[tuple[dict[str, Any], str, Any]] = []  # a dictionary, a key in it, and the value there
+        for path, expected in composition.parts.items():
+            parent, _, name = path.rpartition(".")
+            home = _child(owner, parent)._modules  # type: ignore[union-attr]
+            child = home.get(name)
+            places.append((home, name, child))
+            if child is not None:
+                modules.append(child)
+                own = child.__dict__
+                if child._modules:
+                    containers.append(child._modules)
+                places += [(own, "forward", None), (own, "_compiled_call_impl", None)]
+                places += [(own, setting, own.get(setting)) for setting in expected.settings]
+        classes = dict.fromkeys(map(type, modules))
+        methods: list[tuple[type, str]] = [(c, name) for c in classes for name in ("forward", "__call__")]
+        methods += [c.__dict__[_ENTRY] for c in classes if _ENTRY in c.__dict__]
+        if composition.entry is not None:
+            methods.append(composition.entry)
+        self.homes, self.names, self.values = (tuple(place[i] for place in places) for i in range(3))
+        self.modules, self.types = tuple(modules), tuple(map(type, modules))
+        self.containers, self.counts = tuple(containers), tuple(map(len, containers))
+        self.hooks = (*_GLOBAL_HOOKS, *(getattr(child, name) for child in modules for name in _HOOKS))
+        self.classes, self.methods = (tuple(method[i] for method in methods) for i in range(2))
+        self.functions = tuple(map(_attribute, self.classes, self.methods))
+
+    def unchanged(self) -> bool:
+        """Whether all of it is as it was: the same children, of the same classes, with the same settings and methods,
+        and no hooks."""
+        return (
+            all(map(is_, map(_get, self.homes, self.names), self.values))
+            and all(map(is_, map(type, self.modules), self.types))
+            and not any(self.hooks)
+            and tuple(map(len, self.containers)) == self.counts
+            and all(map(is_, map(_attribute, self.classes, self.methods), self.functions))
+        )
+
+
+class Watches(dict):
+    """{composition: what is remembered of it}, of one module; a copy, or a file, of the module remembers nothing."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Watches":
+        return Watches()
+
+    def __reduce__(self) -> Any:
+        return Watches, ()
+
+
+def _child(owner: nn.Module, path: str) -> nn.Module | None:
+    child: nn.Module | None = owner
+    for name in path.split(".") if path else ():
+        child = None if child is None else child._modules.get(name)
+    return child
+
+
+def _disturbance(child: nn.Module) -> str | None:
+    """Why calling this module does more than its class's own forward, as the end of a sentence."""
+    if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
+        return "has a hook"
+    if "forward" in child.__dict__:
+        return "has a forward of its own"
+    cls = type(child)
+    if not _genuine(cls, "forward"):
+        return f"is a {cls.__qualname__}, whose forward was replaced"
+    entry = cls.__dict__.get(_ENTRY)
+    if entry is not None and not _genuine(*entry):
+        return f"is a {entry[0].__qualname__}, whose {entry[1]} was replaced"
+    if torch.compiler.is_compiling():
+        return None
+    if child.__dict__.get("_compiled_call_impl") is not None:
+        return "was compiled by itself"
+    return None if _called_by_torch(cls) else f"is a {cls.__qualname__}, whose __call__ was replaced"
+
+
+@torch.compiler.assume_constant_result
+def _genuine(cls: type, method: str) -> bool:
+    """Whether the class's method is the one that stands in its source, and not one that was put there later."""
+    for base in cls.__mro__:
+        if method in base.__dict__:
+            function = base.__dict__[method]
+            code = getattr(function, "__code__", None)
+            home = sys.modules.get(base.__module__)
+            return (
+                code is not None
+                and code.co_qualname == f"{base.__qualname__}.{method}"
+                and function.__globals__ is getattr(home, "__dict__", None)
+            )
+    return False
+
+
+def _called_by_torch(cls: type) -> bool:
+    """Whether a call of an instance runs nn.Module's own code; torch.fx's wrapper around it changes nothing for
+    tensors."""
+    call: Any = cls.__call__
+    while getattr(call, "__globals__", {}).get("__name__") == "torch.fx._symbolic_trace":
+        call = call.__wrapped__
+    return (
+        call is nn.Module.__dict__["_wrapped_call_impl"]
+        and _genuine(nn.Module, "_wrapped_call_impl")
+        and _genuine(nn.Module, "_call_impl")
+    )
+
+
+def _watched_by_all() -> str | None:
+    """Which hook sees the calls of all modules; torch's module tracker, which the FLOP counter uses, only takes names
+    down."""
+    for hook in _all_global_hooks():
+        if not isinstance(getattr(hook, "__self__", None), ModuleTracker):
+            return f"a global hook, {getattr(hook, '__qualname__', hook)}, sees every module's call"
+    return None
+
+
+def _all_global_hooks() -> Iterator[Any]:
+    for hooks in _GLOBAL_HOOKS:
+        yield from hooks.values()
