@@ -15,6 +15,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from crossvit_kernels.nn import AttentionBlock, Block, LayerNormLinear
 
@@ -147,9 +148,14 @@ def _pictures(weights: Tensor, grids: Sequence[Grid]) -> list[Tensor]:
 
 
 def _linear(module: nn.Module) -> nn.Linear:
-    if not isinstance(module, nn.Linear):
-        raise TypeError(f"attention maps need nn.Linear as an attention's projection, got {type(module).__name__}")
-    return module
+    """`module` itself, whose weight is what it multiplies by: an nn.Linear, parametrised or not, but no subclass of it,
+    which may do something else with that weight."""
+    cls = type(module)
+    if parametrize.is_parametrized(module):
+        cls = parametrize.type_before_parametrizations(module)
+    if cls is not nn.Linear:
+        raise TypeError(f"attention maps need nn.Linear as an attention's projection, got {cls.__name__}")
+    return cast(nn.Linear, module)
 
 
 def _model(model: nn.Module) -> CrossViT:

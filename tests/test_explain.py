@@ -63,16 +63,13 @@ def recorded(model: nn.Module, images: Tensor) -> list[Tensor]:
     handles = []
     for module in model.modules():
         if isinstance(module, Attention | CrossAttention):
-            # Where these say that they cannot be fused, every block calls them as modules.
-            module.fusable = lambda: False
+            # Every block calls what has a hook as a module.
             hook = self_attention if isinstance(module, Attention) else cross_attention
             handles.append(module.register_forward_pre_hook(hook))
     with torch.no_grad():
         model(images)
     for handle in handles:
         handle.remove()
-    for module in model.modules():
-        module.__dict__.pop("fusable", None)
     return found
 
 
@@ -174,6 +171,14 @@ def test_a_foreign_model_is_refused() -> None:
     model = small_model()
     model.blocks[0].blocks[0][0].attn.qkv = nn.Sequential(nn.Linear(48, 144))
     with pytest.raises(TypeError, match=r"need nn\.Linear as an attention's projection, got Sequential"):
+        attention_maps(model, pictures(model))
+
+    class Twice(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model.blocks[0].blocks[0][0].attn.qkv = Twice(48, 144)
+    with pytest.raises(TypeError, match=r"need nn\.Linear as an attention's projection, got Twice"):
         attention_maps(model, pictures(model))
 
 
