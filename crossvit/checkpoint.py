@@ -6,30 +6,26 @@ cls_token). The authors' training checkpoints hold the state dict under "model",
 argparse.Namespace under "args".
 """
 
-import argparse
-import json
 import logging
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .checkpoint_file import kind, read_checkpoint, some
 from .classifier import Classifier, to_size
 from .files import replacing
 from .identify import identify
-from .notes import NOTES, notes
+from .notes import hidden_settings, notes, read_notes, whole_arguments
 from .positions import resample_positions
 
 LAYOUTS = ("timm", "authors")
-_WRAPPERS = ("model", "state_dict")  # the authors' and timm's training checkpoints
-_FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
-_LISTED = 16  # names per kind of mismatch that an error spells out
 _log = logging.getLogger(__name__)
 
 
@@ -49,9 +45,15 @@ def load_checkpoint(
     channel count are adapted too, as timm does it, and a head of another number of classes is left out, which a warning
     says; without it both are errors.
 
-    Raises FileNotFoundError (no such file, or the hub gave none), ValueError (truncated, no checkpoint, or one of
-    another model: the message lists what is missing, unexpected or of another shape, and names what was found) and
-    TypeError (`model` is not one of this package).
+    Of a training checkpoint the averaged weights are taken where it has them, as timm's own loader does. Where the
+    file's notes name another fusion, number of heads, patch size, crop_scale or pooling than the model's, it does not
+    fit: the same weights would compute another function. Pooling goes with the head: where that is left out, or the
+    model has none, another pooling is only said. A model on the meta device has no values to copy into: the file is
+    checked, and a warning says that nothing was loaded.
+
+    Raises FileNotFoundError (no such file, or the hub gave none), ValueError (truncated, no checkpoint, with objects
+    that are not loaded for safety, or of another model: the message lists what is missing, unexpected, of another shape
+    or setting, and names what was found) and TypeError (`model` is not one of this package).
     """
     load_state(model, *read_checkpoint(path), path, adapt=adapt, image_size=image_size)
 
@@ -64,21 +66,40 @@ def load_state(
     *,
     adapt: bool = False,
     image_size: int | tuple[int, int] | None = None,
+    asked: Collection[str] = (),
 ) -> None:
-    """`load_checkpoint` of what `read_checkpoint` has read from `path`; `state` is changed."""
-    target = _unwrap(model)
-    if image_size is None and re.fullmatch(r"\d+x\d+", metadata.get("image_size", "")):
-        height, width = map(int, metadata["image_size"].split("x"))
+    """`load_checkpoint` of what `read_checkpoint` has read from `path`; `state` is changed. asked: arguments that the
+    model was given on purpose, which are only said where the file's notes have others.
+    """
+    target, noted = _unwrap(model), read_notes(metadata)
+    if image_size is None and "image_size" in noted:
+        height, width = map(int, noted["image_size"].split("x"))
         image_size = (height, width)
     expected = target.state_dict()
     found = identify(state)
     told: list[str] = []
     _fit_positions(state, target, None if image_size is None else to_size(image_size), path)
+    _fit_ties(state, expected)
+    asked = set(asked)
     if adapt:
         _fit_channels(state, target)
         told = _fit_head(state, target, expected)
-    _check(state, expected, f"{path} holds {found}, which does not fit {target.variant or type(target).__name__}")
-    target.load_state_dict(state)
+        if told or target.num_classes == 0:
+            asked.add("global_pool")
+    others = _other_settings(noted, target)
+    told += [
+        f"it was made with {name}={theirs!r}, the model has {own!r}" for name, theirs, own in others if name in asked
+    ]
+    settings = [f"{name} {theirs!r} instead of {own!r}" for name, theirs, own in others if name not in asked]
+    what = f"{path} holds {found}, which does not fit {target.variant or type(target).__name__}"
+    _check(state, expected, settings, what)
+    if any(value.is_meta for value in expected.values()):
+        told = [
+            "its weights fit, but none was loaded: the model is on the meta device, which holds no values "
+            "(model.to_empty(device=…), then load_checkpoint)"
+        ]
+    else:
+        target.load_state_dict(state)
     for note in told:
         warnings.warn(f"{path}: {note}", stacklevel=3)
 
@@ -96,13 +117,16 @@ def save_checkpoint(
     else torch's format.
 
     A `.safetensors` file also holds the model's `notes`, from which `load_model` builds it again. The file appears
-    under its name only when it is complete. Raises ValueError for another layout or number of classes, TypeError for
-    another kind of model.
+    under its name only when it is complete. A tensor that the model has under several names is in it under each.
+    Raises ValueError for another layout or number of classes and a model without values (on the meta device), TypeError
+    for another kind of model.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
     target, path = _unwrap(model), Path(path)
     metadata = {"format": "pt"} | notes(target, classes, crop_ratio, multi_label)
+    if empty := [key for key, value in target.state_dict().items() if value.is_meta]:
+        raise ValueError(f"model has no values to save on the meta device: {some(empty)}")
     state = {key: value.detach().cpu().contiguous() for key, value in target.state_dict().items()}
     if layout == "authors":
         state = {re.sub(r"^(pos_embed|cls_token)_(\d+)$", r"\1.\2", key): value for key, value in state.items()}
@@ -110,74 +134,20 @@ def save_checkpoint(
         if path.suffix == ".safetensors":
             from safetensors.torch import save_file
 
-            save_file(state, temporary, metadata)
+            save_file(_apart(state), temporary, metadata)
         else:
             torch.save(state, temporary)
 
 
-def read_checkpoint(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The state dict of a file or hub name, with timm's keys, on the CPU, and the file's own notes on it: a
-    `.safetensors` file's metadata, of a training checkpoint what it holds of `notes` beside the weights. Raises as
-    `load_checkpoint`.
-    """
-    file = _locate(path)
-    metadata: dict[str, str] = {}
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors import safe_open
-
-            with safe_open(file, "pt") as opened:
-                metadata = opened.metadata() or {}
-                content: Any = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                content = torch.load(file, map_location="cpu", weights_only=True)
-            if isinstance(content, Mapping) and any(isinstance(content.get(key), Mapping) for key in _WRAPPERS):
-                held = {key: content[key] for key in NOTES if key in content}
-                metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in held.items()}
-    except (ImportError, PermissionError):
-        raise
-    except Exception as error:  # of damaged bytes the readers raise whatever comes up
-        reason = str(error).partition(" Please file an issue")[0].strip().rsplit("\n", 1)[-1] or type(error).__name__
-        raise ValueError(
-            f"{path} is truncated, no checkpoint, or holds objects that are not loaded for safety: {reason}"
-        ) from error
-    return _clean(content, path), metadata
-
-
-def _locate(path: str | PathLike[str]) -> Path:
-    file = Path(path)
-    if file.is_file():
-        return file
-    if file.is_dir():
-        raise ValueError(f"{path} is a directory, expected a checkpoint file")
-    name = re.fullmatch(r"(?:hf[-_]hub:)?([\w.-]+/[\w.-]+)", str(path))
-    if name is None or file.suffix in _FILE_SUFFIXES:
-        raise FileNotFoundError(f"no checkpoint {path}: neither a file nor a hub name such as timm/crossvit_9_240.in1k")
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError as error:
-        raise ImportError(f"{path} is no file here; to fetch it from the hub, install huggingface_hub") from error
-    try:
-        return Path(hf_hub_download(name[1], "model.safetensors"))
-    except Exception as error:  # the hub's client lets its HTTP library's errors through
-        raise FileNotFoundError(f"{path} is no file here, and the hub gave none (no network?): {error}") from error
-
-
-def _clean(content: Any, path: str | PathLike[str]) -> dict[str, Tensor]:
-    """The state dict inside a checkpoint, without wrappers' prefixes, with timm's keys."""
-    for key in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not content:
-        raise ValueError(f"{path} holds no state dict but {_kind(content)}")
-    if odd := [f"{key!r}: {_kind(value)}" for key, value in content.items() if not isinstance(value, Tensor)]:
-        raise ValueError(f"{path} holds no state dict of tensors: {_some(odd)}")
-    state = cast(dict[str, Tensor], dict(content))
-    for prefix in ("_orig_mod.", "module."):  # left by torch.compile and DistributedDataParallel
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return {re.sub(r"^(pos_embed|cls_token)\.(\d+)$", r"\1_\2", key): value for key, value in state.items()}
+def _apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor with memory of its own, which `.safetensors` files need."""
+    apart, taken = {}, set()
+    for key, value in state.items():
+        storage = value.untyped_storage()
+        shared = storage.data_ptr() in taken or storage.nbytes() != value.nbytes
+        taken.add(storage.data_ptr())
+        apart[key] = value.clone() if shared else value
+    return apart
 
 
 def _fit_positions(
@@ -244,7 +214,33 @@ def _fit_head(state: dict[str, Tensor], model: Classifier, expected: Mapping[str
     return []
 
 
-def _check(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
+def _fit_ties(state: dict[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Gives each name of a tensor that the model has under several what the file has under one of them."""
+    for names in _ties(expected):
+        if held := [name for name in names if name in state]:
+            state |= {name: state[held[0]] for name in names if name not in state}
+
+
+def _ties(expected: Mapping[str, Tensor]) -> list[list[str]]:
+    """The names of every tensor of a model's state dict that has more than one."""
+    places: dict[tuple[Any, ...], list[str]] = {}
+    for key, value in expected.items():
+        if not value.is_meta and value.numel():
+            place = (value.device, value.data_ptr(), value.dtype, tuple(value.shape), value.stride())
+            places.setdefault(place, []).append(key)
+    return [names for names in places.values() if len(names) > 1]
+
+
+def _other_settings(noted: Mapping[str, Any], model: Classifier) -> list[tuple[str, Any, Any]]:
+    """(name, the file's value, the model's) of what a file's notes have otherwise than the model and shapes do not
+    show.
+    """
+    theirs = whole_arguments(noted)
+    own = hidden_settings(model).items()
+    return [(name, theirs[name], value) for name, value in own if name in theirs and theirs[name] != value]
+
+
+def _check(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], settings: list[str], what: str) -> None:
     missing = [key for key in expected if key not in state]
     unexpected = [key for key in state if key not in expected]
     shapes = [
@@ -252,14 +248,22 @@ def _check(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: st
         for key, value in expected.items()
         if key in state and state[key].shape != value.shape
     ]
-    dtypes = [f"{key} {_kind(state[key])}" for key in expected if key in state and not state[key].is_floating_point()]
+    kinds = [f"{key} {kind(state[key])}" for key in expected if key in state and not _readable(state[key])]
+    apart = [
+        " and ".join(names)
+        for names in _ties(expected)
+        if all(name in state and state[name].shape == state[names[0]].shape for name in names)
+        and not all(torch.equal(state[name], state[names[0]]) for name in names)
+    ]
     faults = [
-        f"\n  {len(names)} {kind}: {_some(names)}"
+        f"\n  {len(names)} {kind}: {some(names)}"
         for kind, names in [
             ("missing", missing),
             ("unexpected", unexpected),
             ("of another shape", shapes),
-            ("not of floating point", dtypes),
+            ("not of floating point", kinds),
+            ("one tensor in the model, but different ones in the file", apart),
+            ("of another setting", settings),
         ]
         if names
     ]
@@ -271,12 +275,15 @@ def _check(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: st
     raise ValueError(f"{what}; the model is as it was:{''.join(faults)}{hint}")
 
 
-def _kind(value: object) -> str:
-    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-
-
-def _some(items: list[str]) -> str:
-    return ", ".join(items[:_LISTED]) + (f", … ({len(items) - _LISTED} more)" if len(items) > _LISTED else "")
+def _readable(value: Tensor) -> bool:
+    """Whether a tensor's numbers can be copied into a parameter."""
+    if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
+        return False
+    try:
+        value.flatten()[:1].float()
+    except (RuntimeError, NotImplementedError):  # packed numbers
+        return False
+    return True
 
 
 def _unwrap(model: nn.Module) -> Classifier:

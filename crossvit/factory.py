@@ -5,11 +5,11 @@ from fnmatch import fnmatch
 from os import PathLike
 from typing import Any, cast
 
-from .checkpoint import load_checkpoint, load_state, read_checkpoint
+from .checkpoint import load_checkpoint, load_state
+from .checkpoint_file import read_checkpoint
 from .identify import identify
 from .model import CrossViT
-from .notes import read_notes
-from .single_branch import VisionTransformer
+from .notes import class_of, read_notes
 from .variants import VARIANTS, canonical_name
 
 
@@ -35,8 +35,9 @@ def create_model(
     """A model of the paper by its name in timm or in the authors' code, with initial weights or those of `checkpoint`.
 
     checkpoint: what `load_checkpoint` takes; positions are resampled to `image_size`, first convolutions adapted to
-    `in_chans`, and a head of another `num_classes` is left out for a new one, which a warning says. num_classes=0: no
-    head, the model returns pooled features. image_size: the input's side or (height, width), by default the variant's.
+    `in_chans`, and a head of another `num_classes` is left out for a new one, which a warning says; under
+    torch.device("meta") a warning says that nothing is loaded. num_classes=0: no head, the model returns pooled
+    features. image_size: the input's side or (height, width), by default the variant's.
     fusion: a key of `FUSIONS`. global_pool: "token" or "avg". drop_rate: dropout in front of the head. drop_path_rate:
     stochastic depth of the last block. kernels: which backend the ops use. overrides: any other argument of the class,
     such as depth, embed_dim, num_heads, patch_size, mlp_ratio, multi_conv, pos_std. The names that start with deit_ are
@@ -47,7 +48,7 @@ def create_model(
     """
     name = canonical_name(name)
     variant = VARIANTS[name]
-    model_class: type[CrossViT | VisionTransformer] = VisionTransformer if variant.single_branch else CrossViT
+    model_class = class_of(variant)
     arguments = variant.arguments | dict(
         num_classes=num_classes,
         in_chans=in_chans,
@@ -86,15 +87,16 @@ def load_model(
     names, "crop_ratio" and "multi_label", each if it is there.
 
     What to build is read from the file's notes (`checkpoint.notes`), else recognised from the weights' names and
-    shapes, unless `name` says it. image_size, overrides: as in `create_model`, in place of what the file says;
-    positions are resampled, a head of another `num_classes` is left out, which a warning says.
+    shapes, unless `name` says that it is another model. image_size, overrides: as in `create_model`, in place of what
+    the file says; positions are resampled; a warning says if a head of another `num_classes` is left out, and if an
+    override makes another function of the weights, such as `num_heads`.
 
     Raises ValueError if the file names no model and the weights are none of `list_models()`, and what `create_model`
     and `load_checkpoint` raise.
     """
     state, metadata = read_checkpoint(checkpoint)
     notes, arguments = read_notes(metadata), {}
-    if name is None and "variant" in notes:
+    if "variant" in notes and (name is None or canonical_name(name) == notes["variant"]):
         name, arguments = notes["variant"], notes.get("arguments", {})
         if image_size is None and "image_size" in notes:
             height, width = map(int, notes["image_size"].split("x"))
@@ -106,5 +108,5 @@ def load_model(
     heads = [value.shape[0] for key, value in state.items() if key.startswith("head.") and key.endswith("weight")]
     arguments = {"num_classes": heads[0] if heads else 0} | arguments | overrides
     model = create_model(name, image_size=image_size, kernels=kernels, **arguments)
-    load_state(model, state, metadata, checkpoint, adapt=True)
+    load_state(model, state, metadata, checkpoint, adapt=True, asked=overrides)
     return model, notes

@@ -104,6 +104,7 @@ class CrossViT(Classifier):
             raise ValueError(f"fusion must be one of {tuple(FUSIONS)}, got {fusion!r}")
         self.num_branches = branches
         self.img_scale, self.patch_size, self.embed_dim = tuple(img_scale), tuple(patch_size), tuple(embed_dim)
+        self.num_heads = tuple(num_heads)
         self.num_features = self.head_hidden_size = sum(self.embed_dim)
         self.fusion = fusion
         self.crop_scale = crop_scale

@@ -76,6 +76,7 @@ class VisionTransformer(Classifier):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.embed_dim = self.num_features = self.head_hidden_size = embed_dim
+        self.patch_size, self.num_heads = patch_size, num_heads
         self.pos_drop_rate = pos_drop_rate
         self.patch_embed = PatchEmbed(
             branch_size(self.image_size, 1.0, patch_size),
