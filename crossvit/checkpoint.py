@@ -248,7 +248,9 @@ def _check(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], settings
         for key, value in expected.items()
         if key in state and state[key].shape != value.shape
     ]
-    kinds = [f"{key} {kind(state[key])}" for key in expected if key in state and not _readable(state[key])]
+    known = [(key, state[key]) for key in expected if key in state]
+    dtypes = [f"{key} {kind(value)}" for key, value in known if not value.is_floating_point()]
+    kinds = [f"{key} {kind(value)}" for key, value in known if value.is_floating_point() and not _readable(value)]
     apart = [
         " and ".join(names)
         for names in _ties(expected)
@@ -261,7 +263,8 @@ def _check(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], settings
             ("missing", missing),
             ("unexpected", unexpected),
             ("of another shape", shapes),
-            ("not of floating point", kinds),
+            ("not of floating point", dtypes),
+            ("that cannot be copied", kinds),
             ("one tensor in the model, but different ones in the file", apart),
             ("of another setting", settings),
         ]
@@ -276,8 +279,8 @@ def _check(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], settings
 
 
 def _readable(value: Tensor) -> bool:
-    """Whether a tensor's numbers can be copied into a parameter."""
-    if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
+    """Whether numbers of floating point can be copied into a parameter."""
+    if value.layout != torch.strided or value.is_meta:
         return False
     try:
         value.flatten()[:1].float()

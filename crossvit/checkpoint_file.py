@@ -7,6 +7,7 @@ argparse.Namespace of timm's and the authors' training checkpoints is let in.
 import argparse
 import json
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -106,11 +107,14 @@ def unpickle(file: Path, path: str | PathLike[str]) -> Any:
             if "data.pkl" not in names:
                 raise ValueError("it is a zip file, but not of torch.save")
         try:
-            return torch.load(file, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():  # of what it meets on the way: the content is looked at below
+                warnings.simplefilter("ignore")
+                return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
             if refused := _refused(file, str(error)):
                 raise RefusedError(
-                    f"{path} holds objects that are not loaded for safety, as they could run code: {', '.join(refused)}"
+                    f"{path} holds objects that are not loaded for safety, as they are more than tensors and plain "
+                    f"values: {', '.join(refused)}"
                 ) from error
             raise
 
@@ -119,6 +123,8 @@ def reason(error: Exception) -> str:
     """The sentence of a reader's message that says what is wrong."""
     text = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
     text = text.partition(" Please file an issue")[0].strip()
+    if re.match(r"Unsupported operand|invalid load key|\d*$", text):  # of a program that reads anything
+        return "its bytes are not what torch.save writes"
     return re.split(r"\n|(?<=\w)\. (?=[A-Z])", text)[0][:300] or type(error).__name__
 
 
@@ -180,9 +186,13 @@ def _locate(path: str | PathLike[str]) -> Path:
 
 
 def _is_safetensors(file: Path) -> bool:
-    """By its first bytes, where they tell, else by its name. Raises ValueError for the index of a file in parts."""
+    """By its first bytes, where they tell, else by its name. Raises ValueError for an empty file and the
+    index of one in parts.
+    """
     with open(file, "rb") as opened:
         start = opened.read(1 << 16)
+    if not start:
+        raise ValueError("it is empty")
     if start[8:9] == b"{" and start[4:8] == bytes(4):  # after the header's length
         return True
     if start[:1] in (b"{", b"[") and b'"weight_map"' in start:
@@ -265,10 +275,11 @@ def _refused(file: Path, message: str) -> list[str]:
     if first is None:
         other = re.search(r"(?:Can only (?:create new object|build)|Trying to call reduce) .*$", message, re.MULTILINE)
         return [other[0]] if other else []
+    name = first[1] if "." in first[1] else f"builtins.{first[1]}"
     try:
-        return sorted({first[1], *torch.serialization.get_unsafe_globals_in_checkpoint(file)})
+        return sorted({name, *torch.serialization.get_unsafe_globals_in_checkpoint(file)})
     except Exception:  # a file of torch's older kind tells the first one alone
-        return [first[1]]
+        return [name]
 
 
 def _tensors(value: object) -> Iterable[Tensor]:

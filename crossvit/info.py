@@ -10,7 +10,7 @@ from torch import Tensor
 
 from crossvit_kernels import backends
 
-from .checkpoint import read_checkpoint
+from .checkpoint_file import describe, read_contents
 from .commands import CommandError, Loaded, add_class_argument, add_model_arguments, load
 from .factory import list_models
 from .identify import identify
@@ -62,9 +62,10 @@ def run(options: argparse.Namespace) -> int:
 
 def _checkpoint(path: str) -> dict[str, Any]:
     try:
-        state, metadata = read_checkpoint(path)
+        contents = read_contents(path)
     except (OSError, ValueError, ImportError) as error:
         raise CommandError(str(error)) from error
+    state = contents.state
     return {
         "file": str(path),
         "bytes": os.path.getsize(path) if os.path.exists(path) else None,
@@ -73,7 +74,10 @@ def _checkpoint(path: str) -> dict[str, Any]:
         "parameters": sum(value.numel() for value in state.values()),
         "dtypes": dict(Counter(_dtype(value) for value in state.values())),
         "classes": next((v.shape[0] for key, v in state.items() if key.startswith("head") and v.dim() == 2), 0),
-        "notes": read_notes(metadata),
+        "notes": read_notes(contents.metadata),
+        "weights": contents.source,
+        "averaged": contents.averaged,
+        "beside": {name: describe(value) for name, value in contents.beside.items()},
     }
 
 
@@ -110,6 +114,10 @@ def _checkpoint_table(found: dict[str, Any]) -> str:
     ]
     for name, value in found["notes"].items():
         lines.append(f"  {name}: {_short(value) if name == 'classes' else value}")
+    if found["weights"]:
+        lines.append(f"  the weights are its {found['weights']}{', averaged over steps' if found['averaged'] else ''}")
+    if found["beside"]:
+        lines += ["  it also holds", *(f"    {name}: {text}" for name, text in found["beside"].items())]
     return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@ import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
@@ -33,6 +34,22 @@ SETTLED = {
     "drop_path_rate": "--drop-path",
 }
 
+# Options of a run that its checkpoints note beside the model's and the recipe's
+SETTINGS = (
+    "seed",
+    "kernels",
+    "teacher",
+    "teacher_checkpoint",
+    "device",
+    "strategy",
+    "deterministic",
+    "workers",
+    "eval_batch_size",
+    "on_broken",
+    "log_every",
+    "checkpoint_every",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
@@ -57,7 +74,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", metavar="FILE", help="weights to start from, or a name on timm's hub; another head starts anew"
     )
     add_building_arguments(parser)
-    parser.add_argument("--resume", metavar="auto|FILE", help="go on from a last.pth; auto: --out's, if there is one")
+    parser.add_argument(
+        "--resume",
+        metavar="auto|FILE",
+        help="go on from a last.pth, with the options that the run had; auto: --out's, if there is one",
+    )
     parser.add_argument("--teacher", metavar="NAME", help="timm's model to distil from, with --distillation")
     parser.add_argument("--teacher-checkpoint", metavar="FILE", help="its weights; without, timm fetches them")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, order and augmentation (0)")
@@ -174,7 +195,7 @@ def prepare(options: argparse.Namespace, place: Processes, stop: Stop) -> Traine
     optimizer = build_optimizer(model, recipe)
     scaler = torch.amp.GradScaler(place.device.type, enabled=recipe.precision == "float16")
     seed_generators(options.seed, 1 + place.rank)
-    run = Run(model, optimizer, scaler, ema, recipe, training, place)
+    run = Run(model, optimizer, scaler, ema, recipe, training, place, settings=_settings(options, place, workers))
     if place.first:
         try:
             options.out.mkdir(parents=True, exist_ok=True)
@@ -256,6 +277,12 @@ def _workers(options: argparse.Namespace, place: Processes) -> int:
     return min(8, cores if place.device.type == "cuda" else cores // 4)
 
 
+def _settings(options: argparse.Namespace, place: Processes, workers: int) -> dict[str, Any]:
+    """The options that neither the model nor the recipe has, but where things are, for the run's checkpoints."""
+    given = {name: getattr(options, name) for name in SETTINGS}
+    return given | {"device": place.device.type, "workers": workers}
+
+
 def _resume(options: argparse.Namespace, run: Run) -> None:
     last = options.out / "last.pth"
     if options.resume is None:
@@ -265,7 +292,15 @@ def _resume(options: argparse.Namespace, run: Run) -> None:
     path = last if options.resume == "auto" else Path(options.resume)
     if options.resume == "auto" and not path.exists():
         return
-    told = run.restore(load(path))
+    if path.is_dir():
+        raise ValueError(f"--resume {path} is a directory, expected a file such as {path / 'last.pth'}")
+    content = load(path)
+    try:
+        told = run.restore(content)
+    except ValueError as error:
+        raise ValueError(f"--resume {path}: {error}") from error
+    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"--resume {path} holds a damaged run, or one of another version: {error}") from error
     if run.place.first:
         print(f"resumed from {path} at step {run.position.steps}", *told, sep="; ", flush=True)
 

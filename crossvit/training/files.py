@@ -7,6 +7,7 @@ from typing import IO, Any
 
 import torch
 
+from ..checkpoint_file import UNREADABLE, RefusedError, reason, unpickle
 from ..files import replacing, write_text
 
 
@@ -17,13 +18,15 @@ def save(content: dict[str, Any], path: Path) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """What `save` wrote, on the CPU; no code in the file is run. Raises ValueError for a file that is none of ours."""
+    """What `save` wrote of a run, on the CPU; no code in the file is run. Raises ValueError for a file that is none of
+    ours, OSError for one that cannot be read.
+    """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+        content = unpickle(path, path)
+    except (RefusedError, *UNREADABLE):
         raise
     except Exception as error:  # of damaged bytes torch raises whatever comes up
-        raise ValueError(f"{path} is truncated, or no checkpoint: {str(error).splitlines()[0][:200]}") from error
+        raise ValueError(f"{path} is truncated, or no checkpoint: {reason(error)}") from error
     if not isinstance(content, dict) or "position" not in content:
         raise ValueError(f"{path} holds weights alone, no training run (start from them with --checkpoint)")
     return content

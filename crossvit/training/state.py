@@ -10,9 +10,15 @@ from timm.utils import ModelEmaV3
 
 from ..classifier import Classifier
 from ..datasets import Images
-from ..notes import notes
+from ..notes import notes, plain, read_notes, whole_arguments
 from .distributed import Processes, load_optimizer, load_whole, whole
 from .recipes import Recipe
+
+# What a run's checkpoint has at least, and of which type
+PARTS = dict(
+    position=dict, recipe=dict, model=dict, optimizer=dict, scaler=dict, generators=list, images=int, classes=str
+)
+IN_MODEL = ("drop", "drop_path")  # settings of the recipe that are arguments of the model
 
 
 @dataclass
@@ -30,7 +36,9 @@ class Position:
 
 @dataclass
 class Run:
-    """The parts of a run that change. `model` is the bare one, without DDP around it."""
+    """The parts of a run that change. `model` is the bare one, without DDP around it; `settings` are the options that
+    neither the model nor the recipe has, with plain values, by name.
+    """
 
     model: Classifier
     optimizer: torch.optim.Optimizer
@@ -40,6 +48,7 @@ class Run:
     training: Images
     place: Processes
     position: Position = field(default_factory=Position)
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def capture(self) -> dict[str, Any]:
         """The checkpoint of now: plain values and whole tensors on the CPU. All processes take part.
@@ -57,26 +66,23 @@ class Run:
             "position": asdict(self.position),
             "recipe": asdict(self.recipe),
             "images": len(self.training),
+            "settings": dict(self.settings),
         }
 
     def restore(self, content: dict[str, Any]) -> list[str]:
         """Becomes what `capture` returned; returns what is not as it was then, in sentences.
 
-        Raises ValueError for the checkpoint of another model or optimizer, or one within an epoch of other images.
+        Raises ValueError for what is no whole run, and, naming all that differs with both values, for the checkpoint of
+        another model (in any of its arguments), seed, optimizer or classes, or one within an epoch of other images.
         """
-        if content["classes"] != notes(self.model, self.training.classes)["classes"]:
-            raise ValueError("the checkpoint is of other classes than the data's")
+        if odd := [name for name, kind in PARTS.items() if not isinstance(content.get(name), kind)]:
+            raise ValueError(f"the checkpoint is not a whole run of this program's: it lacks {', '.join(odd)}")
         position = Position(**content["position"])
+        if refused := self._refused(content, position):
+            raise ValueError("; ".join(refused))
         told = _changes(content["recipe"], asdict(self.recipe))
-        before = content["recipe"]["optimizer"]
-        if before != self.recipe.optimizer:
-            raise ValueError(f"optimizer must stay what it was within a run, {before}, got {self.recipe.optimizer}")
-        batch = content["recipe"]["batch_size"]
-        if position.step and (content["images"], batch) != (len(self.training), self.recipe.batch_size):
-            raise ValueError(
-                f"the checkpoint lies within an epoch of {content['images']} images in batches of {batch}; here are "
-                f"{len(self.training)} in batches of {self.recipe.batch_size}"
-            )
+        told += _changes(content.get("settings", {}), self.settings)
+        told += _changes({"images": content["images"]}, {"images": len(self.training)})
         load_whole(self.model, content["model"])
         if self.ema is not None:
             load_whole(self.ema.module, content["ema"] or content["model"])
@@ -90,9 +96,39 @@ class Run:
         self.position = position
         return told
 
+    def _refused(self, content: dict[str, Any], position: Position) -> list[str]:
+        """What keeps the run from going on as it was, in sentences."""
+        refused = []
+        noted, own = read_notes(content), read_notes(notes(self.model, self.training.classes))
+        recipe, settings = content["recipe"], content.get("settings", {})
+        model = _changes({"model": noted.get("variant")}, {"model": own.get("variant")})
+        model += _changes(whole_arguments(noted), whole_arguments(own))
+        model += _changes(recipe, {name: getattr(self.recipe, name) for name in IN_MODEL})
+        if model:
+            refused.append(f"the checkpoint's weights are of another model: {', '.join(model)}")
+        if noted.get("classes") != own["classes"]:
+            refused.append("the checkpoint is of other classes than the data's")
+        if seed := _changes(settings, {"seed": self.settings.get("seed")}):
+            refused.append(f"the checkpoint is of another run: {seed[0]}")
+        if recipe["optimizer"] != self.recipe.optimizer:
+            before, now = recipe["optimizer"], self.recipe.optimizer
+            refused.append(f"optimizer must stay what it was within a run, {before}, got {now}")
+        images, batch = content["images"], recipe["batch_size"]
+        if position.step and (images, batch) != (len(self.training), self.recipe.batch_size):
+            refused.append(
+                f"the checkpoint lies within an epoch of {images} images in batches of {batch}; here are "
+                f"{len(self.training)} in batches of {self.recipe.batch_size}"
+            )
+        return refused
+
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    return [f"{name} is {now[name]}, was {before[name]}" for name in now if before.get(name, now[name]) != now[name]]
+    """What both have, with other values."""
+    return [
+        f"{name} is {now[name]}, was {before[name]}"
+        for name in now
+        if name in before and plain(before[name]) != plain(now[name])
+    ]
 
 
 def generator_states(device: torch.device) -> dict[str, Any]:
