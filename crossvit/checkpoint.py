@@ -22,6 +22,7 @@ from .checkpoint_file import kind, read_checkpoint, some
 from .classifier import Classifier, to_size
 from .files import replacing
 from .identify import identify
+from .model import branch_size
 from .notes import hidden_settings, notes, read_notes, whole_arguments
 from .positions import resample_positions
 
@@ -47,8 +48,8 @@ def load_checkpoint(
 
     Of a training checkpoint the averaged weights are taken where it has them, as timm's own loader does. Where the
     file's notes name another fusion, number of heads, patch size, crop_scale or pooling than the model's, it does not
-    fit: the same weights would compute another function. Pooling goes with the head: where that is left out, or the
-    model has none, another pooling is only said. A model on the meta device has no values to copy into: the file is
+    fit: the same weights would compute another function. Pooling goes with the head: where `adapt` leaves that out,
+    another pooling is only said. A model on the meta device has no values to copy into: the file is
     checked, and a warning says that nothing was loaded.
 
     Raises FileNotFoundError (no such file, or the hub gave none), ValueError (truncated, no checkpoint, with objects
@@ -78,7 +79,8 @@ def load_state(
     expected = target.state_dict()
     found = identify(state)
     told: list[str] = []
-    _fit_positions(state, target, None if image_size is None else to_size(image_size), path)
+    size = None if image_size is None else to_size(image_size)
+    _fit_positions(state, target, size, None if size is None else _grids(noted, size, target), path)
     _fit_ties(state, expected)
     asked = set(asked)
     if adapt:
@@ -150,16 +152,39 @@ def _apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return apart
 
 
+def _grids(noted: Mapping[str, Any], image_size: tuple[int, int], model: Classifier) -> dict[str, tuple[int, int]]:
+    """Rows and columns of the patches that a file's positions are of, by name, with the patches and the branches' scales
+    that its notes have.
+    """
+    theirs, grids = whole_arguments(noted), model.position_grids(image_size)
+    patches, scales = theirs.get("patch_size"), theirs.get("img_scale", [1.0])
+    if isinstance(patches, int):
+        patches = [patches]
+    if not isinstance(patches, list) or not isinstance(scales, list) or not len(patches) == len(scales) == len(grids):
+        return grids
+    if not all(isinstance(value, int | float) and value > 0 for value in patches + scales):
+        return grids
+    for name, scale, patch in zip(grids, scales, patches):
+        height, width = branch_size(image_size, scale, patch)
+        grids[name] = (int(height // patch), int(width // patch))
+    return grids
+
+
 def _fit_positions(
-    state: dict[str, Tensor], model: Classifier, image_size: tuple[int, int] | None, path: str | PathLike[str]
+    state: dict[str, Tensor],
+    model: Classifier,
+    image_size: tuple[int, int] | None,
+    grids: dict[str, tuple[int, int]] | None,
+    path: str | PathLike[str],
 ) -> None:
-    """Resamples the positions in `state` to the model's grids, where they are of another and of the right width."""
+    """Resamples the positions in `state` to the model's grids, where they are of another and of the right width. grids:
+    those that they are of, where `image_size` says it.
+    """
     own = model.position_grids()
     widths = {name: model.get_parameter(name).shape[-1] for name in own}
     names = [name for name in own if name in state and state[name].shape[::2] == (1, widths[name])]
     counts = {name: state[name].shape[1] - 1 for name in names}
-    if image_size is not None:
-        grids = model.position_grids(image_size)
+    if grids is not None:
         if wrong := [
             f"{name}: {counts[name]} patches, not {math.prod(grids[name])}"
             for name in names
@@ -225,7 +250,7 @@ def _ties(expected: Mapping[str, Tensor]) -> list[list[str]]:
     """The names of every tensor of a model's state dict that has more than one."""
     places: dict[tuple[Any, ...], list[str]] = {}
     for key, value in expected.items():
-        if not value.is_meta and value.numel():
+        if type(value) is Tensor and not value.is_meta and value.numel():
             place = (value.device, value.data_ptr(), value.dtype, tuple(value.shape), value.stride())
             places.setdefault(place, []).append(key)
     return [names for names in places.values() if len(names) > 1]
