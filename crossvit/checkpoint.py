@@ -153,8 +153,8 @@ def _apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _grids(noted: Mapping[str, Any], image_size: tuple[int, int], model: Classifier) -> dict[str, tuple[int, int]]:
-    """Rows and columns of the patches that a file's positions are of, by name, with the patches and the branches' scales
-    that its notes have.
+    """Rows and columns of the patches that a file's positions are of, by name, with the size of the patches and the
+    scales of the branches that its notes have.
     """
     theirs, grids = whole_arguments(noted), model.position_grids(image_size)
     patches, scales = theirs.get("patch_size"), theirs.get("img_scale", [1.0])

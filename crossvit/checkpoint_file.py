@@ -107,9 +107,9 @@ def unpickle(file: Path, path: str | PathLike[str]) -> Any:
             if "data.pkl" not in names:
                 raise ValueError("it is a zip file, but not of torch.save")
         try:
-            with warnings.catch_warnings():  # of what it meets on the way: the content is looked at below
+            with open(file, "rb") as opened, warnings.catch_warnings():  # the content is looked at by the caller
                 warnings.simplefilter("ignore")
-                return torch.load(file, map_location="cpu", weights_only=True)
+                return torch.load(opened, map_location="cpu", weights_only=True)
         except Exception as error:
             if refused := _refused(file, str(error)):
                 raise RefusedError(

@@ -49,7 +49,6 @@ REFUSED = {
     f"{__name__}.Own": Own(),
     f"{type(pathlib.PurePosixPath()).__module__}.PurePosixPath": pathlib.PurePosixPath("x"),
     "torch.nn.modules.linear.Linear": torch.nn.Linear(3, 3),
-    "functools.partial": __import__("functools").partial(print),
 }
 
 
@@ -66,7 +65,7 @@ def test_a_refused_object_is_named(name: str, zipped: bool, tmp_path: Path, monk
     with pytest.raises(ValueError, match="holds objects that are not loaded for safety") as error:
         crossvit.load_model("x.pth")
     assert str(error.value).endswith(f": {name}")
-    with pytest.raises(ValueError, match="x.pth holds objects that are not loaded for safety") as error:
+    with pytest.raises(ValueError, match=r"x\.pth holds objects that are not loaded for safety") as error:
         load(Path("x.pth"))
     assert str(error.value).endswith(f": {name}")
     done = command("info", "--checkpoint", "x.pth")
@@ -78,7 +77,7 @@ def test_a_refused_object_is_named(name: str, zipped: bool, tmp_path: Path, monk
 
 def test_several_refused_objects_are_all_named(tmp_path: Path) -> None:
     torch.save({"a": Own(), "b": Payload(eval, "1"), "args": argparse.Namespace(lr=1)}, tmp_path / "x.pth")
-    with pytest.raises(ValueError, match=f"plain values: {__name__}.Own, builtins.eval$"):
+    with pytest.raises(ValueError, match=f"plain values: builtins.eval, {__name__}.Own$"):
         crossvit.load_model(tmp_path / "x.pth")
 
 
@@ -149,7 +148,7 @@ def test_archives_of_others(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit's own, that it is deprecated
         torch.jit.save(torch.jit.script(torch.nn.Linear(3, 3)), tmp_path / "program.pt")
-    with pytest.raises(ValueError, match="program.pt is a TorchScript program, expected a state dict"):
+    with pytest.raises(ValueError, match=r"program\.pt is a TorchScript program, expected a state dict"):
         crossvit.load_model(tmp_path / "program.pt")
 
 
@@ -230,5 +229,8 @@ def test_cut_off_anywhere(kept: int, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"{path.name} is truncated, no checkpoint") as error:
             crossvit.load_model(path)
         assert "\n" not in str(error.value)
-        with pytest.raises(ValueError, match=f"{path.name} is truncated, or no checkpoint"):
+        with pytest.raises(
+            ValueError, match=f"{path.name} (is truncated, or no checkpoint|holds weights alone)"
+        ) as error:
             load(path)
+        assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Weights under the names that wrappers and training programs give them, averaged ones, and tensors of several names."""
+"""Weights under the names that wrappers and training programs give them, averaged ones, tensors of several names."""
 
 import argparse
 import copy
@@ -101,7 +101,7 @@ def test_wrappers_that_exist(state: dict[str, Tensor], tmp_path: Path) -> None:
 
 
 def test_what_lies_beside_a_prefix_is_named(state: dict[str, Tensor], tmp_path: Path) -> None:
-    """A loss function's buffer beside Lightning's "model." is the one thing unexpected; two values of one name raise."""
+    """A loss function's buffer beside Lightning's "model." is all that is unexpected; two values of one name raise."""
     named = {f"model.{key}": value for key, value in state.items()}
     torch.save({"state_dict": named | {"criterion.weight": torch.ones(3)}}, tmp_path / "x.pth")
     with pytest.raises(ValueError, match=r"as it was:\n  1 unexpected: criterion.weight$"):

@@ -1,5 +1,5 @@
-"""What names and shapes of weights do not show: a file that says its fusion, heads, patches or pooling fits no model with
-others, and a model without values is said to have got none.
+"""What names and shapes of weights do not show: a file that says its fusion, heads, patches or pooling fits no model
+with others, and a model without values is said to have got none.
 """
 
 import copy
@@ -112,7 +112,7 @@ def test_a_single_branch_too(tmp_path: Path) -> None:
 
 
 def test_what_does_not_change_the_function_fits(tmp_path: Path) -> None:
-    """Rates of dropout, initial deviations, other sizes of the image, of either branch too, and files that say nothing."""
+    """Rates of dropout, initial deviations, other sizes of the image and of a branch's, and files that say nothing."""
     made = small_model(proj_drop_rate=0.1, pos_std=0.5)
     crossvit.save_checkpoint(made, tmp_path / "x.safetensors")
     model = blank(image_size=144, img_scale=(1.0, 1.0), drop_rate=0.3, drop_path_rate=0.2)

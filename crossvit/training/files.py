@@ -21,6 +21,9 @@ def load(path: Path) -> dict[str, Any]:
     """What `save` wrote of a run, on the CPU; no code in the file is run. Raises ValueError for a file that is none of
     ours, OSError for one that cannot be read.
     """
+    alone = f"{path} holds weights alone, no training run (start from them with --checkpoint)"
+    if path.suffix == ".safetensors" and path.exists():
+        raise ValueError(alone)
     try:
         content = unpickle(path, path)
     except (RefusedError, *UNREADABLE):
@@ -28,7 +31,7 @@ def load(path: Path) -> dict[str, Any]:
     except Exception as error:  # of damaged bytes torch raises whatever comes up
         raise ValueError(f"{path} is truncated, or no checkpoint: {reason(error)}") from error
     if not isinstance(content, dict) or "position" not in content:
-        raise ValueError(f"{path} holds weights alone, no training run (start from them with --checkpoint)")
+        raise ValueError(alone)
     return content
 
 
