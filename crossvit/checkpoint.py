@@ -162,7 +162,7 @@ def _grids(noted: Mapping[str, Any], image_size: tuple[int, int], model: Classif
         patches = [patches]
     if not isinstance(patches, list) or not isinstance(scales, list) or not len(patches) == len(scales) == len(grids):
         return grids
-    if not all(isinstance(value, int | float) and value > 0 for value in patches + scales):
+    if not all(isinstance(value, int | float) and 0 < value < 1e6 for value in patches + scales):
         return grids
     for name, scale, patch in zip(grids, scales, patches):
         height, width = branch_size(image_size, scale, patch)

@@ -107,6 +107,9 @@ def load_model(
             raise ValueError(f"{checkpoint} holds {name}: say which model it is for, and with which arguments")
     heads = [value.shape[0] for key, value in state.items() if key.startswith("head.") and key.endswith("weight")]
     arguments = {"num_classes": heads[0] if heads else 0} | arguments | overrides
-    model = create_model(name, image_size=image_size, kernels=kernels, **arguments)
+    try:
+        model = create_model(name, image_size=image_size, kernels=kernels, **arguments)
+    except (ArithmeticError, LookupError, AttributeError) as error:  # of values that no argument can have
+        raise ValueError(f"{checkpoint}: {name} cannot be made with the arguments {arguments}: {error}") from error
     load_state(model, state, metadata, checkpoint, adapt=True, asked=overrides)
     return model, notes

@@ -113,12 +113,12 @@ def test_a_single_branch_too(tmp_path: Path) -> None:
 
 def test_what_does_not_change_the_function_fits(tmp_path: Path) -> None:
     """Rates of dropout, initial deviations, other sizes of the image and of a branch's, and files that say nothing."""
-    made = small_model(proj_drop_rate=0.1, pos_std=0.5)
+    made = small_model(proj_drop_rate=0.1, pos_std=0.5, image_size=120)
     crossvit.save_checkpoint(made, tmp_path / "x.safetensors")
-    model = blank(image_size=144, img_scale=(1.0, 1.0), drop_rate=0.3, drop_path_rate=0.2)
+    model = blank(image_size=120, img_scale=(1.0, 1.0), drop_rate=0.3, drop_path_rate=0.2)
     crossvit.load_checkpoint(model, tmp_path / "x.safetensors")
     assert torch.equal(model.norm[0].weight, made.norm[0].weight)
-    assert torch.equal(model.pos_embed_1, resample_positions(made.pos_embed_1, (4, 4), (9, 9)))
+    assert torch.equal(model.pos_embed_1, resample_positions(made.pos_embed_1, (7, 7), (8, 8)))
     save_file(made.state_dict(), tmp_path / "bare.safetensors")
     crossvit.load_checkpoint(blank(num_heads=(6, 6)), tmp_path / "bare.safetensors")
 
@@ -195,6 +195,30 @@ def test_damaged_notes_are_left_out(metadata: dict[str, str], tmp_path: Path) ->
     model, said = crossvit.load_model(tmp_path / "x.safetensors")
     assert said == {}
     assert same(model, made.state_dict())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"img_scale": [1.0, float("inf")]},
+        {"depth": [[1, 1]]},
+        {"depth": {"a": 1}},
+        {"embed_dim": [[], 3]},
+        {"gates": 3},
+    ],
+    ids=str,
+)
+def test_arguments_that_no_model_has(arguments: dict[str, Any], tmp_path: Path) -> None:
+    """Odd values in a file's notes end no command in a traceback."""
+    path = save_small(tmp_path)
+    noted = notes(small_model())
+    noted["arguments"] = json.dumps(json.loads(noted["arguments"]) | arguments)
+    save_file(load_file(path), path, noted)
+    done = command("predict", tmp_path / "x.png", "--checkpoint", path)
+    assert done.status == 2
+    assert done.err.startswith("crossvit predict: error: ")
+    with pytest.raises(ValueError, match="the model is as it was"):  # its own arguments are not the file's
+        crossvit.load_checkpoint(blank(num_heads=(6, 6)), path)
 
 
 def test_notes_give_no_other_file(tmp_path: Path) -> None:
