@@ -6,28 +6,23 @@ cls_token). The authors' training checkpoints hold the state dict under "model",
 argparse.Namespace under "args".
 """
 
-import logging
-import math
 import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .checkpoint_file import kind, read_checkpoint, some
+from .checkpoint_file import read_checkpoint, some
 from .classifier import Classifier, to_size
 from .files import replacing
+from .fitting import check, fit_channels, fit_head, fit_positions, fit_ties, noted_grids, other_settings
 from .identify import identify
-from .model import branch_size
-from .notes import hidden_settings, notes, read_notes, whole_arguments
-from .positions import resample_positions
+from .notes import notes, read_notes
 
 LAYOUTS = ("timm", "authors")
-_log = logging.getLogger(__name__)
 
 
 def load_checkpoint(
@@ -80,21 +75,21 @@ def load_state(
     found = identify(state)
     told: list[str] = []
     size = None if image_size is None else to_size(image_size)
-    _fit_positions(state, target, size, None if size is None else _grids(noted, size, target), path)
-    _fit_ties(state, expected)
+    fit_positions(state, target, size, None if size is None else noted_grids(noted, size, target), path)
+    fit_ties(state, expected)
     asked = set(asked)
     if adapt:
-        _fit_channels(state, target)
-        told = _fit_head(state, target, expected)
+        fit_channels(state, target)
+        told = fit_head(state, target, expected)
         if told or target.num_classes == 0:
             asked.add("global_pool")
-    others = _other_settings(noted, target)
+    others = other_settings(noted, target)
     told += [
         f"it was made with {name}={theirs!r}, the model has {own!r}" for name, theirs, own in others if name in asked
     ]
     settings = [f"{name} {theirs!r} instead of {own!r}" for name, theirs, own in others if name not in asked]
     what = f"{path} holds {found}, which does not fit {target.variant or type(target).__name__}"
-    _check(state, expected, settings, what)
+    check(state, expected, settings, what)
     if any(value.is_meta for value in expected.values()):
         told = [
             "its weights fit, but none was loaded: the model is on the meta device, which holds no values "
@@ -150,168 +145,6 @@ def _apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
         taken.add(storage.data_ptr())
         apart[key] = value.clone() if shared else value
     return apart
-
-
-def _grids(noted: Mapping[str, Any], image_size: tuple[int, int], model: Classifier) -> dict[str, tuple[int, int]]:
-    """Rows and columns of the patches that a file's positions are of, by name, with the size of the patches and the
-    scales of the branches that its notes have.
-    """
-    theirs, grids = whole_arguments(noted), model.position_grids(image_size)
-    patches, scales = theirs.get("patch_size"), theirs.get("img_scale", [1.0])
-    if isinstance(patches, int):
-        patches = [patches]
-    if not isinstance(patches, list) or not isinstance(scales, list) or not len(patches) == len(scales) == len(grids):
-        return grids
-    if not all(isinstance(value, int | float) and 0 < value < 1e6 for value in patches + scales):
-        return grids
-    for name, scale, patch in zip(grids, scales, patches):
-        height, width = branch_size(image_size, scale, patch)
-        grids[name] = (int(height // patch), int(width // patch))
-    return grids
-
-
-def _fit_positions(
-    state: dict[str, Tensor],
-    model: Classifier,
-    image_size: tuple[int, int] | None,
-    grids: dict[str, tuple[int, int]] | None,
-    path: str | PathLike[str],
-) -> None:
-    """Resamples the positions in `state` to the model's grids, where they are of another and of the right width. grids:
-    those that they are of, where `image_size` says it.
-    """
-    own = model.position_grids()
-    widths = {name: model.get_parameter(name).shape[-1] for name in own}
-    names = [name for name in own if name in state and state[name].shape[::2] == (1, widths[name])]
-    counts = {name: state[name].shape[1] - 1 for name in names}
-    if grids is not None:
-        if wrong := [
-            f"{name}: {counts[name]} patches, not {math.prod(grids[name])}"
-            for name in names
-            if math.prod(grids[name]) != counts[name]
-        ]:
-            raise ValueError(f"{path} was not made for image_size={image_size}: {', '.join(wrong)}")
-    elif all(counts[name] == math.prod(own[name]) for name in names):
-        return
-    else:
-        sides = {name: math.isqrt(max(0, count)) for name, count in counts.items()}
-        if any(sides[name] ** 2 != count for name, count in counts.items()):
-            raise ValueError(
-                f"{path} was made for images that are not square ({counts} patches): give load_checkpoint their "
-                "image_size=(height, width)"
-            )
-        grids = {name: (side, side) for name, side in sides.items()}
-    for name in names:
-        if grids[name] != own[name]:
-            _log.info("%s: %s resampled from %s to %s patches", path, name, grids[name], own[name])
-            state[name] = resample_positions(state[name], grids[name], own[name])
-
-
-def _fit_channels(state: dict[str, Tensor], model: Classifier) -> None:
-    """Adapts the first convolution of every branch to the model's channels, as timm: summed for one, else repeated and
-    scaled.
-    """
-    for name in model.first_convolutions():
-        weight = state.get(f"{name}.weight")
-        if weight is None or weight.dim() != 4 or weight.shape[1] == model.in_chans:
-            continue
-        channels, wanted = weight.shape[1], model.in_chans
-        adapted = weight.float()
-        if wanted == 1:
-            adapted = adapted.sum(dim=1, keepdim=True)
-        else:
-            adapted = adapted.repeat(1, -(-wanted // channels), 1, 1)[:, :wanted] * (channels / wanted)
-        state[f"{name}.weight"] = adapted.to(weight.dtype)
-
-
-def _fit_head(state: dict[str, Tensor], model: Classifier, expected: Mapping[str, Tensor]) -> list[str]:
-    """Leaves a head out of `state` that the model has not, or in another size; returns what to tell about it."""
-    own = {key: value for key, value in expected.items() if key.startswith("head.")}
-    theirs = {key: value for key, value in state.items() if key.startswith("head.")}
-    classes = {value.shape[0] for value in theirs.values()}
-    if not own or not theirs or classes != {model.num_classes}:
-        for key in theirs:
-            del state[key]
-        state.update(own)
-        if own:
-            held = f"a head of {', '.join(map(str, sorted(classes)))} classes" if theirs else "no head"
-            return [f"it has {held}; the model's, of {model.num_classes}, starts from initial weights"]
-    return []
-
-
-def _fit_ties(state: dict[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Gives each name of a tensor that the model has under several what the file has under one of them."""
-    for names in _ties(expected):
-        if held := [name for name in names if name in state]:
-            state |= {name: state[held[0]] for name in names if name not in state}
-
-
-def _ties(expected: Mapping[str, Tensor]) -> list[list[str]]:
-    """The names of every tensor of a model's state dict that has more than one."""
-    places: dict[tuple[Any, ...], list[str]] = {}
-    for key, value in expected.items():
-        if type(value) is Tensor and not value.is_meta and value.numel():
-            place = (value.device, value.data_ptr(), value.dtype, tuple(value.shape), value.stride())
-            places.setdefault(place, []).append(key)
-    return [names for names in places.values() if len(names) > 1]
-
-
-def _other_settings(noted: Mapping[str, Any], model: Classifier) -> list[tuple[str, Any, Any]]:
-    """(name, the file's value, the model's) of what a file's notes have otherwise than the model and shapes do not
-    show.
-    """
-    theirs = whole_arguments(noted)
-    own = hidden_settings(model).items()
-    return [(name, theirs[name], value) for name, value in own if name in theirs and theirs[name] != value]
-
-
-def _check(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], settings: list[str], what: str) -> None:
-    missing = [key for key in expected if key not in state]
-    unexpected = [key for key in state if key not in expected]
-    shapes = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(value.shape)}"
-        for key, value in expected.items()
-        if key in state and state[key].shape != value.shape
-    ]
-    known = [(key, state[key]) for key in expected if key in state]
-    dtypes = [f"{key} {kind(value)}" for key, value in known if not value.is_floating_point()]
-    kinds = [f"{key} {kind(value)}" for key, value in known if value.is_floating_point() and not _readable(value)]
-    apart = [
-        " and ".join(names)
-        for names in _ties(expected)
-        if all(name in state and state[name].shape == state[names[0]].shape for name in names)
-        and not all(torch.equal(state[name], state[names[0]]) for name in names)
-    ]
-    faults = [
-        f"\n  {len(names)} {kind}: {some(names)}"
-        for kind, names in [
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of another shape", shapes),
-            ("not of floating point", dtypes),
-            ("that cannot be copied", kinds),
-            ("one tensor in the model, but different ones in the file", apart),
-            ("of another setting", settings),
-        ]
-        if names
-    ]
-    if not faults:
-        return
-    hint = ""
-    if shapes and all(key.startswith(("head.", "patch_embed.")) for key in (s.split()[0] for s in shapes)):
-        hint = "\n  create_model(..., checkpoint=…) starts a new head and adapts the input channels"
-    raise ValueError(f"{what}; the model is as it was:{''.join(faults)}{hint}")
-
-
-def _readable(value: Tensor) -> bool:
-    """Whether numbers of floating point can be copied into a parameter."""
-    if value.layout != torch.strided or value.is_meta:
-        return False
-    try:
-        value.flatten()[:1].float()
-    except (RuntimeError, NotImplementedError):  # packed numbers
-        return False
-    return True
 
 
 def _unwrap(model: nn.Module) -> Classifier:
