@@ -1,11 +1,11 @@
 """The commands: python -m crossvit COMMAND, or crossvit COMMAND."""
 
-import argparse
 import importlib
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
+
+from .failures import STATUSES, Parser, guarded, prepared, report, say
 
 # Each command is a module with add_arguments(parser) and run(options) -> exit status, imported when it is asked for.
 COMMANDS = {
@@ -21,12 +21,10 @@ PACKAGES = "torchvision, Pillow, safetensors, tqdm and matplotlib: pip install c
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command. Returns 0, 1 where a part of the work failed, 2 for what the command line got wrong, 130 after
-    Ctrl-C.
-    """
+    """Runs a command. Returns its exit status, which `failures` decides on; argparse's SystemExit passes."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     commands = {name: text for name, text in COMMANDS.items() if find_spec(f"{__package__}.{name}")}
-    parser = argparse.ArgumentParser(prog="crossvit", description="CrossViT on fused kernels.")
+    parser = Parser(prog="crossvit", description="CrossViT on fused kernels.", epilog=STATUSES)
     commands_parser = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, text in commands.items():
         sub = commands_parser.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
@@ -35,33 +33,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             module = importlib.import_module(f"{__package__}.{name}")
         except ImportError as error:
-            print(f"crossvit {name}: error: {error} (the commands need {PACKAGES})", file=sys.stderr)
+            say(f"crossvit {name}: error: {error} (the commands need {PACKAGES})")
             return 2
-        except KeyboardInterrupt:  # importing takes seconds
-            return 130
+        except BaseException as error:  # importing takes seconds, in which Ctrl-C may come
+            return report(name, error)
         module.add_arguments(sub)
-    options = parser.parse_args(given)
-    return _run(module.run, options)
-
-
-def _run(run: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
-    from .commands import CommandError, say_warnings
-
-    say_warnings()
-    try:
-        return run(options)
-    except CommandError as error:
-        print(f"crossvit {options.command}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # whoever read our output has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except OSError as error:  # a full disk, a folder that may not be written to
-        print(f"crossvit {options.command}: error: {error}", file=sys.stderr)
-        return 1
+        sub.epilog = " ".join(filter(None, (sub.epilog, STATUSES)))
+        for word in given:  # argparse before Python 3.13 makes an empty list of it
+            if word.startswith("--") and word.endswith("=--"):
+                sub.error(f"argument {word.removesuffix('=--')}: expected a value, got '--'")
+    options = prepared(lambda: parser.parse_args(given))
+    return guarded(options.command, module.run, options)
 
 
 if __name__ == "__main__":

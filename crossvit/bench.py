@@ -2,7 +2,7 @@
 
 import argparse
 import importlib
-import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .commands import CommandError, Loaded, add_model_arguments, check_writable, load, progress
+from .commands import Loaded, add_model_arguments, check_fits, check_writable, load, progress
 from .export import TOLERANCE
+from .failures import CommandError
 from .files import write_text
+from .text import print_line, to_json
 
 ROUNDS, TURN_SECONDS = 9, 0.1  # the fewest turns that each takes, and how long one lasts at least
 
@@ -43,9 +45,12 @@ def run(options: argparse.Namespace) -> int:
     loaded = load(options, needs_weights=False)
     rows = []
     for batch in options.batch:
+        numbers = batch * loaded.model.in_chans * math.prod(loaded.model.image_size)
+        check_fits(f"--batch {batch}: its images", 4 * numbers)
+    for batch in options.batch:
         rows += _compare(loaded, batch, options)
     if options.json:
-        write_text(options.json, json.dumps(rows, indent=1))
+        write_text(options.json, to_json(rows, indent=1))
     return 0
 
 
@@ -67,11 +72,11 @@ def _compare(loaded: Loaded, batch: int, options: argparse.Namespace) -> list[di
             for name in names:
                 seconds[name].append(_time(_on(loaded, name, images), loaded.device))
     base = statistics.median(seconds["reference"])
-    print(f"{model.variant}, batch {batch}, {options.dtype}, {loaded.device}, {torch.get_num_threads()} threads")
+    print_line(f"{model.variant}, batch {batch}, {options.dtype}, {loaded.device}, {torch.get_num_threads()} threads")
     for name, own in seconds.items():
         middle, fastest, slowest = (batch / x for x in (statistics.median(own), min(own), max(own)))
         gain = base / statistics.median(own)
-        print(f"  {name:<10} {middle:>9.1f} images/s  ({slowest:.1f} to {fastest:.1f})  {gain:.2f} ×")
+        print_line(f"  {name:<10} {middle:>9.1f} images/s  ({slowest:.1f} to {fastest:.1f})  {gain:.2f} ×")
         rows.append(
             {
                 "model": model.variant,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .checkpoint_file import read_checkpoint, some
 from .classifier import Classifier, to_size
-from .files import replacing
+from .files import patient_file, replacing
 from .fitting import check, fit_channels, fit_head, fit_positions, fit_ties, noted_grids, other_settings
 from .identify import identify
 from .notes import notes, read_notes
@@ -133,7 +133,8 @@ def save_checkpoint(
 
             save_file(_apart(state), temporary, metadata)
         else:
-            torch.save(state, temporary)
+            with patient_file(temporary) as file:
+                torch.save(state, file)
 
 
 def _apart(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from crossvit_kernels.nn import KernelModule, PatchEmbed, check_rates, set_kernels
 
+from .checks import check_integer, check_number, check_rate
 from .describe import Description
 
 POOLS = ("token", "avg")
@@ -85,12 +86,11 @@ class Classifier(KernelModule):
         **rates: float,
     ) -> None:
         super().__init__(kernels=kernels)
-        if in_chans < 1:
-            raise ValueError(f"in_chans must be at least 1, got {in_chans}")
-        if num_classes < 0:
-            raise ValueError(f"num_classes must be at least 0, got {num_classes}")
-        if not pos_std > 0:
-            raise ValueError(f"pos_std must be more than 0, got {pos_std}")
+        check_integer("in_chans", in_chans, 1)
+        check_integer("num_classes", num_classes, 0)
+        check_number("pos_std", pos_std)
+        for name, rate in rates.items():
+            check_rate(name, rate)
         check_rates(**rates)
         self.image_size = to_size(image_size)
         self.in_chans = in_chans

@@ -3,8 +3,6 @@
 import argparse
 import json
 import re
-import sys
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +13,23 @@ import torch
 from crossvit_kernels import backends
 
 from .factory import create_model, load_model
+from .failures import CommandError, of_the_command_line
+from .files import try_to_write
+from .label_files import read_names
+from .memory import check_memory
 from .model import CrossViT
 from .single_branch import VisionTransformer
 from .variants import canonical_name
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FAILURES = (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError, OverflowError)  # of what was asked
+LARGEST = 65_535  # side of an input
 CROP_RATIO = 0.875  # timm's and the authors' evaluation, but for the models of these names
 _CROP_RATIOS = {"_408": 1.0, "_504": 1.0, "_patch16_224": 0.9}
 
 
-class CommandError(Exception):
-    """What whoever typed the command can mend; shown without a traceback."""
+class ModelError(CommandError):
+    """No model can be built of what was given."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,8 @@ def add_class_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def load(options: argparse.Namespace, *, needs_weights: bool = True) -> Loaded:
-    """The model that `options` ask for. Raises CommandError for whatever does not fit.
+    """The model that `options` ask for. Raises CommandError for whatever does not fit, ModelError where no model can be
+    built.
 
     needs_weights: a model of initial weights will not do.
     """
@@ -106,15 +111,21 @@ def load(options: argparse.Namespace, *, needs_weights: bool = True) -> Loaded:
         else:
             name = options.model and canonical_name(options.model)
             model, notes = load_model(options.checkpoint, name=name, **shared, **settings)
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
-        raise CommandError(str(error)) from error
-    classes = read_classes(options.classes) if getattr(options, "classes", None) else notes.get("classes")
+    except FAILURES as error:
+        raise ModelError(str(of_the_command_line(error))) from error
+    given = getattr(options, "classes", None)
+    classes = read_classes(given) if given else notes.get("classes")
     if classes is not None and len(classes) != model.num_classes:
-        raise CommandError(f"{len(classes)} class names were given, but the model has {model.num_classes} classes")
+        kind = CommandError if given else ModelError
+        raise kind(f"{len(classes)} class names were given, but the model has {model.num_classes} classes")
     dtype = DTYPES[options.dtype]
     crop_ratio = notes.get("crop_ratio", default_crop_ratio(model.variant))
     multi_label = notes.get("multi_label", False)
-    return Loaded(model.eval().to(device, dtype), classes, crop_ratio, multi_label, device, dtype)
+    try:
+        model.eval().to(device, dtype)
+    except RuntimeError as error:  # a GPU that is full
+        raise of_the_command_line(error) from error
+    return Loaded(model, classes, crop_ratio, multi_label, device, dtype)
 
 
 def default_crop_ratio(variant: str | None) -> float:
@@ -127,29 +138,35 @@ def read_classes(path: str) -> list[str]:
     ImageNet's, end in the name). Raises CommandError.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        if not text.lstrip().startswith(("[", "{")):
-            return [line.strip() for line in text.splitlines() if line.strip()]
-        content = json.loads(text)
-        if isinstance(content, dict):
-            content = [content[str(i)] for i in range(len(content))]
-        return [str(name[-1] if isinstance(name, list) else name) for name in content]
-    except (OSError, ValueError) as error:
+        return read_names(path)
+    except OSError as error:
+        raise CommandError(f"--classes {path}: {error.strerror or error}") from error
+    except ValueError as error:
         raise CommandError(f"--classes {path}: {error}") from error
-    except (KeyError, IndexError) as error:
-        raise CommandError(
-            f"--classes {path}: expected an entry for every index from 0, there is no {error}"
-        ) from error
 
 
 def check_writable(option: str, path: str | None) -> None:
-    """Raises CommandError, before any work, where a file cannot be written for want of its folder."""
+    """Raises CommandError, before any work, where a file cannot be written: its folder is not there or read-only, its
+    name too long.
+    """
     if path is None or path == "-":
         return
     if Path(path).is_dir():
         raise CommandError(f"{option} must be a file, {path} is a folder")
     if not Path(path).parent.is_dir():
         raise CommandError(f"{option} {path}: there is no folder {Path(path).parent}")
+    try:
+        try_to_write(path)
+    except OSError as error:
+        raise CommandError(f"{option} {path}: {error.strerror or error}") from error
+
+
+def check_fits(what: str, size: int) -> None:
+    """Raises CommandError, naming what they are for, if `size` bytes are more than there are."""
+    try:
+        check_memory(what, size)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
 
 
 def progress(steps: Iterable[Any] | None = None, *, total: int, unit: str, shown: bool = True) -> Any:
@@ -159,23 +176,16 @@ def progress(steps: Iterable[Any] | None = None, *, total: int, unit: str, shown
     return tqdm(steps, total=total, unit=unit, disable=None if shown else True, leave=False, dynamic_ncols=True)
 
 
-def say_warnings() -> None:
-    """Has warnings printed as one line on standard error."""
-
-    def show(message: Warning | str, *rest: Any, **named: Any) -> None:
-        print(f"warning: {message}", file=sys.stderr)
-
-    warnings.showwarning = show
-
-
 def _device(name: str | None) -> torch.device:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise CommandError(f"--device {name}: {str(error).splitlines()[0]}") from error
+        if float(torch.ones(1, device=device).add(1)) != 2:
+            raise RuntimeError("it does not compute")
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError, ImportError) as error:
+        reason = (str(error).splitlines() or ["there is no such device here"])[0]
+        raise CommandError(f"--device {name}: {reason}") from error
     return device
 
 
@@ -184,7 +194,10 @@ def size(text: str) -> int | tuple[int, int]:
     match = re.fullmatch(r"(\d+)(?:[x×](\d+))?", text)
     if not match:
         raise argparse.ArgumentTypeError(f"expected a side or HEIGHTxWIDTH, such as 240 or 384x288, got {text!r}")
-    return (int(match[1]), int(match[2])) if match[2] else int(match[1])
+    sides = [int(side) for side in match.groups() if side is not None and len(side) <= 9]
+    if len(sides) != 1 + (match[2] is not None) or min(sides) < 1 or max(sides) > LARGEST:
+        raise argparse.ArgumentTypeError(f"expected sides from 1 to {LARGEST}, got {text[:80]!r}")
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
 
 
 def assignment(text: str) -> tuple[str, Any]:
@@ -192,9 +205,12 @@ def assignment(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
-    if name in ("image_size", "kernels", "checkpoint"):
-        raise argparse.ArgumentTypeError(f"{name} has an option of its own, --{name.replace('_', '-')}")
+    if name in ("image_size", "kernels", "checkpoint", "name"):
+        option = "model" if name == "name" else name.replace("_", "-")
+        raise argparse.ArgumentTypeError(f"{name} has an option of its own, --{option}")
     try:
         return name, json.loads(value)
     except ValueError:
         return name, value
+    except RecursionError as error:
+        raise argparse.ArgumentTypeError(f"expected a value of {name} that is not nested so deep") from error

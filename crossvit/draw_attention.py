@@ -21,6 +21,11 @@ class Panel:
     weights: Tensor | None = None
 
 
+def panel_size(height: int, width: int) -> tuple[int, int]:
+    """(width, height) of a panel for an input of height × width: PIXELS across, but no more than four times as high."""
+    return PIXELS, min(4 * PIXELS, max(1, round(PIXELS * height / width)))
+
+
 def draw_panels(picture: Image.Image, rows: Sequence[Sequence[Panel]], title: str, path: str | Path) -> None:
     """Draws rows of panels over `picture`, which shows what the model saw, as a PNG at `path`.
 
@@ -32,7 +37,7 @@ def draw_panels(picture: Image.Image, rows: Sequence[Sequence[Panel]], title: st
     small, large = ImageFont.truetype(font, 13), ImageFont.truetype(font, 18)
     rows = [row[first : first + _COLUMNS] for row in rows for first in range(0, len(row), _COLUMNS)]
     above = 12 + 17 * (1 + max(panel.title.count("\n") for row in rows for panel in row))
-    picture = picture.resize((PIXELS, round(PIXELS * picture.height / picture.width)))
+    picture = picture.resize(panel_size(picture.height, picture.width))
     width = _GAP + max(map(len, rows)) * (PIXELS + _GAP)
     canvas = Image.new("RGB", (width, _TOP + len(rows) * (above + picture.height) + _GAP), "white")
     draw = ImageDraw.Draw(canvas)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from .text import printable
+
 _NAMED, _NUMBERED = 60, 20  # more classes than that: no names; no numbers
 
 
@@ -15,7 +17,7 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str], path: str | Path) 
     import matplotlib.colors
     from matplotlib.figure import Figure
 
-    count = len(classes)
+    classes, count = [printable(name) for name in classes], len(classes)
     shares = confusion.double() / confusion.sum(dim=1, keepdim=True).clamp(min=1)
     cell = 0.42 if count <= _NUMBERED else max(0.19, 12 / count) if count <= _NAMED else 10 / count
     side = max(3.2, cell * count)

@@ -1,10 +1,8 @@
 """`crossvit evaluate`: how often a model is right on a folder of images, exactly, on one process or under torchrun."""
 
 import argparse
-import json
-import math
-import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,14 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .commands import CommandError, Loaded, add_class_argument, add_model_arguments, check_writable, load, progress
+from .commands import (
+    Loaded,
+    add_class_argument,
+    add_model_arguments,
+    check_fits,
+    check_writable,
+    load,
+    progress,
+)
 from .datasets import SPLITS, Images, open_dataset, open_folder
 from .draw_confusion import draw_confusion
+from .failures import CommandError, of_the_command_line, report, say
 from .files import replacing, write_text
 from .metrics import Counts
 from .model import CrossViT
 from .pictures import Batch, add_loading_arguments, batches
 from .single_branch import VisionTransformer
+from .text import print_line, printable, to_json
 from .training.distributed import Processes, processes
 from .training.evaluation import mean_average_precision
 
@@ -42,6 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder with one folder of images per class, or one that holds such a val/ (test/, validation/); with a "
         "labels.csv for several labels per image; or cifar10:FOLDER, cifar100:FOLDER as torchvision stores them",
     )
+    parser.add_argument(
+        "--allow-empty-classes", action="store_true", help="a folder without images is a class too, not an error"
+    )
     parser.add_argument("--split", choices=("val", "train"), default="val", help="which of them (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the results there; - prints them instead of the table")
     parser.add_argument("--confusion", metavar="FILE", help="draw who was taken for whom there, as PNG")
@@ -54,7 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """0, or 1 where files could not be read: they are named and left out."""
+    """0, or 1 where files could not be read, which are named and left out, or --json or --confusion not be written:
+    the table, and what else can be, is written all the same.
+    """
     check_writable("--json", options.json)
     check_writable("--confusion", options.confusion)
     with processes("cpu" if options.device == "cpu" else "auto") as group:
@@ -69,18 +82,32 @@ def run(options: argparse.Namespace) -> int:
     if not group.first:
         return 0
     for file, reason in together.failures:
-        print(f"{file}: {reason}", file=sys.stderr)
+        say(f"{printable(file)}: {reason}")
     if len(together.failures) == len(data):
         raise CommandError(f"none of the {len(data)} images of {options.data} could be read")
     result = _result(options, loaded, data, together, group)
-    if options.confusion and not data.multi_label:
-        with replacing(options.confusion) as path:
-            draw_confusion(torch.tensor(result["confusion"]), data.classes, path)
-    text = json.dumps(result)  # in one line: a thousand classes have a million pairs
+    text = to_json(result)  # in one line: a thousand classes have a million pairs
+    statuses = [1 if result["failed"] else 0]
     if options.json and options.json != "-":
-        write_text(options.json, text)
-    print(text if options.json == "-" else _table(result))
-    return 1 if result["failed"] else 0
+        statuses.append(_attempt(lambda: write_text(options.json, text)))
+    if options.confusion and not data.multi_label:
+        statuses.append(_attempt(lambda: _draw(result, data, options.confusion)))
+    print_line(text if options.json == "-" else _table(result))
+    return max(statuses)
+
+
+def _attempt(write: Callable[[], None]) -> int:
+    """The exit status of writing something that is not all that there is to write."""
+    try:
+        write()
+        return 0
+    except Exception as error:
+        return report("evaluate", error)
+
+
+def _draw(result: dict[str, Any], data: Images, path: str) -> None:
+    with replacing(path) as temporary:
+        draw_confusion(torch.tensor(result["confusion"]), data.classes, temporary)
 
 
 def _open(options: argparse.Namespace, loaded: Loaded) -> Images:
@@ -88,11 +115,11 @@ def _open(options: argparse.Namespace, loaded: Loaded) -> Images:
     splits = [name for names in SPLITS.values() for name in names]
     try:
         if root.is_dir() and not any((root / name).is_dir() for name in splits):
-            data = open_folder(root, loaded.classes)
+            data = open_folder(root, loaded.classes, allow_empty=options.allow_empty_classes)
         else:
-            data = open_dataset(options.data, options.split, loaded.classes)
+            data = open_dataset(options.data, options.split, loaded.classes, allow_empty=options.allow_empty_classes)
     except (OSError, ValueError) as error:
-        raise CommandError(str(error)) from error
+        raise of_the_command_line(error) from error
     if len(data.classes) != loaded.model.num_classes:
         raise CommandError(
             f"{options.data} has {len(data.classes)} classes, the model {loaded.model.num_classes}: say with --classes "
@@ -104,6 +131,7 @@ def _open(options: argparse.Namespace, loaded: Loaded) -> Images:
 def _evaluate(options: argparse.Namespace, loaded: Loaded, data: Images, group: Processes) -> Tally:
     model, share = loaded.model, range(group.rank, len(data), group.world)  # each image is one process's
     branches = model.num_branches if isinstance(model, CrossViT) else 0
+    check_fits(f"the confusion matrix of {model.num_classes:,} classes", 8 * model.num_classes**2)
     tally = Tally(Counts(model.num_classes, branches, loaded.device))
     targets = torch.as_tensor(data.targets)
     bar = progress(total=len(share), unit="image", shown=group.first)
@@ -178,7 +206,7 @@ def _result(
             {"patch_size": patch, "mean_average_precision": own} for patch, own in zip(patches, alone)
         ]
         result["classes"] = {
-            name: _number(100 * mean_average_precision(scores[0][:, c : c + 1], targets[:, c : c + 1]))
+            name: 100 * mean_average_precision(scores[0][:, c : c + 1], targets[:, c : c + 1])
             for c, name in enumerate(data.classes)
         }
     else:
@@ -195,19 +223,15 @@ def _result(
             for b, (patch, (one, five)) in enumerate(zip(patches, branches), 1)
         ]
         per_class = 100 * counts.confusion.diagonal().double() / counts.confusion.sum(dim=1)
-        result["classes"] = {name: _number(share) for name, share in zip(data.classes, per_class.tolist())}
+        result["classes"] = dict(zip(data.classes, per_class.tolist()))  # NaN, null in JSON, where there is no image
         result["confusion"] = counts.confusion.tolist()
     result["images_per_second"] = result["images"] / tally.seconds if tally.seconds else None
     result["waiting_for_images"] = tally.waited / tally.seconds if tally.seconds else None
     return result
 
 
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else value  # JSON has no NaN
-
-
 def _table(result: dict[str, Any]) -> str:
-    lines = [f"{result['model'] or 'model'} on {result['images']:,} images of {result['data']}"]
+    lines = [f"{result['model'] or 'model'} on {result['images']:,} images of {printable(result['data'])}"]
     rows = [("model", result)]
     rows += [(f"branch {b} alone, patches {x['patch_size']}", x) for b, x in enumerate(result["branches"])]
     if "top1" in result:

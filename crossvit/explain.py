@@ -1,8 +1,8 @@
 """`crossvit explain`: what the model looks at, drawn over the pictures."""
 
 import argparse
+import math
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,14 +12,16 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from .attention_maps import AttentionMap, attention_maps
-from .commands import CommandError, Loaded, add_class_argument, add_model_arguments, load, progress
-from .data import load_image
-from .draw_attention import PIXELS, Panel, draw_panels
-from .files import replacing
+from .commands import Loaded, add_class_argument, add_model_arguments, check_fits, load, progress
+from .data import ImageError, load_image
+from .draw_attention import Panel, draw_panels, panel_size
+from .failures import CommandError, say
+from .files import replacing, try_to_write
 from .model import CrossViT
 from .pictures import add_loading_arguments, batches, find_files, of_files
 from .predict import best
 from .rollout import attention_rollout
+from .text import print_line, printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,17 +49,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """0, or 1 where files could not be read: they are named with the reason."""
     loaded = load(options)
+    tokens = 1 + max(math.prod(grid) for grid in loaded.model.position_grids().values())
+    check_fits(f"attention rollout over {tokens:,} tokens an image (--image-size)", 12 * tokens**2)
     files = find_files(options.images)
     images = of_files(files)
     try:
         Path(options.output).mkdir(parents=True, exist_ok=True)
+        try_to_write(Path(options.output, "x.png"))
     except OSError as error:
         raise CommandError(f"--output {options.output}: {error.strerror}") from error
     names, failed = _names(files), 0
     with torch.inference_mode(), progress(total=len(files), unit="image") as bar:
         for batch in batches(images, loaded, options):
             for index, reason in batch.failures:
-                print(f"{files[index]}  error: {reason}", file=sys.stderr)
+                say(f"{printable(files[index])}  error: {reason}")
                 failed += 1
             if batch.indices:
                 maps, rollout = (
@@ -66,16 +71,21 @@ def run(options: argparse.Namespace) -> int:
                 )
                 logits = loaded.model(batch.images)
                 for i, index in enumerate(batch.indices):
-                    picture = _seen(load_image(files[index]), loaded, options.crop_ratio)
+                    try:
+                        picture = _seen(load_image(files[index]), loaded, options.crop_ratio)
+                    except (OSError, ImageError) as error:  # it was there a moment ago
+                        say(f"{printable(files[index])}  error: {error}")
+                        failed += 1
+                        continue
                     rows = panels(_of_image(maps, i), [[x[i] for x in own] for own in rollout], loaded, options)
                     path = Path(options.output, names[index])
                     with replacing(path) as temporary:
                         draw_panels(picture, rows, _title(files[index], loaded, logits[i]), temporary)
                     bar.clear()
-                    print(path, flush=True)
+                    print_line(printable(path), flush=True)
             bar.update(len(batch.indices) + len(batch.failures))
     if failed:
-        print(f"{failed} of {len(files)} files could not be read", file=sys.stderr)
+        say(f"{failed} of {len(files)} files could not be read")
     return 1 if failed else 0
 
 
@@ -137,11 +147,13 @@ def _of_image(maps: list[AttentionMap], i: int) -> list[AttentionMap]:
 
 
 def _title(file: str, loaded: Loaded, logits: Tensor) -> str:
-    name = os.path.basename(file)
+    name = printable(os.path.basename(file))
     if not logits.numel() or loaded.model.num_classes == 0:
         return name
     answers = best(loaded, logits[None], 3)[0]
-    return f"{name}:  " + ",  ".join(f"{answer['class']} ({answer['probability']:.0%})" for answer in answers)
+    return f"{name}:  " + ",  ".join(
+        f"{printable(answer['class'])} ({answer['probability']:.0%})" for answer in answers
+    )
 
 
 def _seen(image: Image.Image, loaded: Loaded, crop_ratio: float | None) -> Image.Image:
@@ -151,8 +163,8 @@ def _seen(image: Image.Image, loaded: Loaded, crop_ratio: float | None) -> Image
     scale = min(image.width * ratio / width, image.height * ratio / height)  # of the picture's pixels per input pixel
     box_width, box_height = min(width * scale, image.width), min(height * scale, image.height)
     left, top = (image.width - box_width) / 2, (image.height - box_height) / 2
-    size = PIXELS, round(PIXELS * height / width)
-    return image.resize(size, Image.Resampling.BICUBIC, (left, top, left + box_width, top + box_height))
+    box = (left, top, left + box_width, top + box_height)
+    return image.resize(panel_size(height, width), Image.Resampling.BICUBIC, box)
 
 
 def _names(files: list[str]) -> list[str]:
@@ -160,7 +172,7 @@ def _names(files: list[str]) -> list[str]:
     names: list[str] = []
     taken: set[str] = set()
     for file in files:
-        stem, number = Path(file).stem or "image", 1
+        stem, number = _cut(Path(file).stem) or "image", 1
         name = f"{stem}.png"
         while name in taken:
             number += 1
@@ -168,3 +180,10 @@ def _names(files: list[str]) -> list[str]:
         taken.add(name)
         names.append(name)
     return names
+
+
+def _cut(name: str) -> str:
+    """The beginning of a name that leaves room for a number and a suffix: names have at most 255 bytes."""
+    while len(os.fsencode(name)) > 230:
+        name = name[:-1]
+    return name

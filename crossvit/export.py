@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import io
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import LAYOUTS, save_checkpoint
-from .commands import CommandError, Loaded, add_class_argument, add_model_arguments, check_writable, load
-from .files import replacing
+from .commands import Loaded, add_class_argument, add_model_arguments, check_fits, check_writable, load
+from .failures import CommandError
+from .files import patient_file, replacing
+from .text import print_line, printable
 
 WEIGHTS = (".safetensors", ".pth")
 PROGRAMS = (".onnx", ".pt2")
@@ -59,11 +62,8 @@ def run(options: argparse.Namespace) -> int:
         raise CommandError(f"--layout is for weights ({', '.join(WEIGHTS)}), got {options.output}")
     check_writable("FILE", options.output)
     loaded = load(options)
-    try:
-        told = _write(loaded, path, options)
-    except OSError as error:
-        raise CommandError(f"{path} cannot be written: {error.strerror or error}") from error
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB{told}")
+    told = _write(loaded, path, options)
+    print_line(f"{printable(path)}: {path.stat().st_size / 1e6:.1f} MB{told}")
     return 0
 
 
@@ -77,6 +77,8 @@ def _write(loaded: Loaded, path: Path, options: argparse.Namespace) -> str:
             return f"{names}; a .pth file has no place for class names, a .safetensors file has"
         return names
     batch = options.fixed_batch or 2
+    numbers = batch * loaded.model.in_chans * math.prod(loaded.model.image_size)
+    check_fits(f"--fixed-batch {batch}: its images", 4 * numbers)
     images = torch.randn(batch, loaded.model.in_chans, *loaded.model.image_size, device=loaded.device).to(loaded.dtype)
     model = loaded.model.requires_grad_(False)
     with replacing(path) as temporary, torch.no_grad():
@@ -128,7 +130,7 @@ def export_program(model: nn.Module, images: Tensor, path: Path, *, dynamic: boo
     """Writes `model` as torch.export's file. images: an example (B, C, H, W); with `dynamic`, for B of any size."""
     with _quiet():
         program = torch.export.export(model, (images,), dynamic_shapes=_dynamic(dynamic))
-        with open(path, "wb") as file:
+        with patient_file(path) as file:
             torch.export.save(program, file)
 
 

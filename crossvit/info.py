@@ -1,7 +1,6 @@
 """`crossvit info`: a model's parts and sizes, what a checkpoint file holds, which models and kernels there are."""
 
 import argparse
-import json
 import os
 from collections import Counter
 from typing import Any
@@ -11,10 +10,12 @@ from torch import Tensor
 from crossvit_kernels import backends
 
 from .checkpoint_file import describe, read_contents
-from .commands import CommandError, Loaded, add_class_argument, add_model_arguments, load
+from .commands import FAILURES, Loaded, ModelError, add_class_argument, add_model_arguments, load
 from .factory import list_models
+from .failures import of_the_command_line
 from .identify import identify
 from .notes import read_notes
+from .text import print_line, printable, to_json
 
 _NAMES = 5  # classes that are spelled out
 
@@ -31,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
     if options.checkpoint is None and options.model is None:
         found: dict[str, Any] = {"models": list_models(), "kernels": backends.BACKENDS}
         found["kernels"] = {name: backends.reason(name) or "available" for name in backends.BACKENDS}
-        print(json.dumps(found, indent=1) if options.json else _overview(found))
+        print_line(to_json(found, indent=1) if options.json else _overview(found))
         return 0
     found = {}
     if options.checkpoint is not None:
@@ -40,31 +41,29 @@ def run(options: argparse.Namespace) -> int:
     try:
         loaded = load(options, needs_weights=False)
         found["model"] = _model(loaded)
-    except CommandError as error:
+    except ModelError as error:
         if options.checkpoint is None:
             raise
         problem = str(error)
         found["problem"] = problem
     if options.json:
-        print(json.dumps(found, indent=1))
+        print_line(to_json(found, indent=1))
         return 0
     if options.checkpoint is not None:
-        print(_checkpoint_table(found["checkpoint"]))
-        print()
+        print_line(_checkpoint_table(found["checkpoint"]) + "\n")
     if problem is not None:
-        print(f"no model is built of it: {problem}")
+        print_line(f"no model is built of it: {problem}")
         return 0
-    print(loaded.model.describe())
-    print()
-    print(_settings(found["model"]))
+    print_line(f"{loaded.model.describe()}\n")
+    print_line(_settings(found["model"]))
     return 0
 
 
 def _checkpoint(path: str) -> dict[str, Any]:
     try:
         contents = read_contents(path)
-    except (OSError, ValueError, ImportError) as error:
-        raise CommandError(str(error)) from error
+    except FAILURES as error:
+        raise of_the_command_line(error) from error
     state = contents.state
     return {
         "file": str(path),
@@ -109,15 +108,17 @@ def _checkpoint_table(found: dict[str, Any]) -> str:
     dtypes = ", ".join(found["dtypes"])
     size = "" if found["bytes"] is None else f", {found['bytes'] / 1e6:.1f} MB"
     lines = [
-        f"{found['file']}{size}",
+        f"{printable(found['file'])}{size}",
         f"  {found['holds']}: {found['tensors']} tensors of {dtypes}, {found['parameters']:,} numbers",
     ]
     for name, value in found["notes"].items():
-        lines.append(f"  {name}: {_short(value) if name == 'classes' else value}")
+        lines.append(f"  {name}: {_short(value) if name == 'classes' else printable(value)}")
     if found["weights"]:
-        lines.append(f"  the weights are its {found['weights']}{', averaged over steps' if found['averaged'] else ''}")
+        averaged = ", averaged over steps" if found["averaged"] else ""
+        lines.append(f"  the weights are its {printable(found['weights'])}{averaged}")
     if found["beside"]:
-        lines += ["  it also holds", *(f"    {name}: {text}" for name, text in found["beside"].items())]
+        beside = (f"    {printable(name)}: {printable(text)}" for name, text in found["beside"].items())
+        lines += ["  it also holds", *beside]
     return "\n".join(lines)
 
 
@@ -135,7 +136,7 @@ def _settings(found: dict[str, Any]) -> str:
 
 
 def _short(names: list[str]) -> str:
-    return ", ".join(names[:_NAMES]) + (f", … ({len(names)})" if len(names) > _NAMES else "")
+    return ", ".join(map(printable, names[:_NAMES])) + (f", … ({len(names)})" if len(names) > _NAMES else "")
 
 
 def _dtype(tensor: Tensor) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from crossvit_kernels.nn import PatchEmbed
 
+from .checks import block_weights, check_branches, check_depth, check_flags, check_sizes
 from .classifier import INITIAL_DEVIATION, Classifier, drop_path_rates, take_indices
 from .describe import (
     Description,
@@ -28,16 +29,6 @@ def branch_size(image_size: tuple[int, int], scale: float, patch_size: int) -> t
     """
     height, width = (max(1, round(side * scale / patch_size)) * patch_size for side in image_size)
     return height, width
-
-
-def check_branches(branches: int | None = None, **arguments: Sequence[float]) -> None:
-    """Raises TypeError or ValueError unless each argument is a sequence of positive numbers, one per branch."""
-    for name, values in arguments.items():
-        if not isinstance(values, Sequence):
-            raise TypeError(f"{name} must be a sequence with an entry per branch, got {values!r}")
-        if not values or min(values) <= 0 or len(values) != (branches or len(values)):
-            count = f"for each of the {branches} branches of patch_size" if branches else "per branch"
-            raise ValueError(f"{name} must have a positive entry {count}, got {values!r}")
 
 
 class CrossViT(Classifier):
@@ -92,16 +83,17 @@ class CrossViT(Classifier):
             attn_drop_rate=attn_drop_rate,
             drop_path_rate=drop_path_rate,
         )
-        check_branches(patch_size=patch_size, mlp_ratio=mlp_ratio)
+        whole = ("patch_size", "embed_dim", "num_heads")
+        check_branches(whole=whole, patch_size=patch_size, mlp_ratio=mlp_ratio)
         branches = len(patch_size)
         mlp_ratio = mlp_ratio[:branches]  # the authors' have one more, for a layer that none of their models has
-        check_branches(branches, img_scale=img_scale, embed_dim=embed_dim, num_heads=num_heads, mlp_ratio=mlp_ratio)
-        if not depth or any(len(row) != branches + 1 or min(row) < 0 for row in depth):
-            raise ValueError(
-                f"depth must have rows of {branches} branch depths and the fusion's, none negative, got {depth!r}"
-            )
-        if fusion not in FUSIONS:
+        sizes = dict(img_scale=img_scale, embed_dim=embed_dim, num_heads=num_heads, mlp_ratio=mlp_ratio)
+        check_branches(branches, whole, **sizes)
+        check_depth(depth, branches)
+        if not isinstance(fusion, str) or fusion not in FUSIONS:
             raise ValueError(f"fusion must be one of {tuple(FUSIONS)}, got {fusion!r}")
+        check_flags(multi_conv=multi_conv, crop_scale=crop_scale, qkv_bias=qkv_bias)
+        self._check_sizes(img_scale, patch_size, embed_dim, mlp_ratio, depth)
         self.num_branches = branches
         self.img_scale, self.patch_size, self.embed_dim = tuple(img_scale), tuple(patch_size), tuple(embed_dim)
         self.num_heads = tuple(num_heads)
@@ -154,6 +146,29 @@ class CrossViT(Classifier):
         self.norm = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6) for dim in self.embed_dim)
         self.head = self.build_head()
         self.apply_init(*(getattr(self, f"{name}_{b}") for b in range(branches) for name in ("pos_embed", "cls_token")))
+
+    def _check_sizes(
+        self,
+        img_scale: Sequence[float],
+        patch_size: Sequence[int],
+        embed_dim: Sequence[int],
+        mlp_ratio: Sequence[float],
+        depth: Sequence[Sequence[int]],
+    ) -> None:
+        """Raises ValueError for weights that do not fit into memory."""
+        positions = patches = blocks = heads = 0
+        for b, (scale, patch, dim, ratio) in enumerate(zip(img_scale, patch_size, embed_dim, mlp_ratio)):
+            height, width = branch_size(self.image_size, scale, patch)
+            positions += (height // patch) * (width // patch) * dim
+            patches += self.in_chans * patch**2 * dim
+            blocks += sum(row[b] for row in depth) * block_weights(dim, ratio)
+            heads += dim * self.num_classes
+        check_sizes(
+            image_size__patch_size=positions,
+            in_chans__patch_size=patches,
+            embed_dim__mlp_ratio=blocks,
+            num_classes=heads,
+        )
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         super().set_grad_checkpointing(enable)

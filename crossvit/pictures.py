@@ -1,6 +1,7 @@
 """Pictures by path as batches: what is named on a command line, read and cut as a model was evaluated."""
 
 import argparse
+import codecs
 import glob
 import os
 import sys
@@ -12,9 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .commands import CommandError, Loaded
+from .commands import Loaded, check_fits
 from .data import ImageError
 from .datasets import Images
+from .failures import CommandError
+from .folders import files_below
+from .text import printable
 from .training.loading import start_worker
 from .transforms import IMAGENET_MEAN, IMAGENET_STD, Transform, evaluation_transform
 
@@ -42,10 +46,8 @@ class Readable(Dataset):
     def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
         try:
             return index, self.images[index][0]
-        except OSError as error:
-            return index, error.strerror or str(error)
         except ImageError as error:
-            return index, str(error).removeprefix(f"{self.images.paths[index]}: ")
+            return index, str(error).removeprefix(f"{printable(self.images.paths[index])}: ")
 
 
 def of_files(paths: Sequence[str]) -> Images:
@@ -54,24 +56,21 @@ def of_files(paths: Sequence[str]) -> Images:
 
 
 def find_files(arguments: Sequence[str]) -> list[str]:
-    """The files that `arguments` mean: files as they are, a folder's (without hidden ones, sorted, deep), those that a
-    glob matches, and of "-" the lines of standard input, in the order given. What is not there stays, to be reported.
+    """The files that `arguments` mean: files as they are, a folder's (sorted, deep, without hidden ones and what other
+    systems leave behind), those that a glob matches, and of "-" the lines of standard input, in the order given. What
+    is not there stays, to be reported.
 
-    Raises CommandError for a folder or glob without files.
+    Raises CommandError for a folder or glob without files, OSError for a folder that cannot be read.
     """
     found: list[str] = []
     for argument in arguments:
         if argument == "-":
-            found += [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+            found += _lines_of_standard_input()
         elif os.path.isdir(argument):
-            here = [
-                str(path)
-                for path in sorted(Path(argument).rglob("*"))
-                if not path.is_dir() and not any(part.startswith(".") for part in path.relative_to(argument).parts)
-            ]
+            here = sorted(files_below(argument))
             if not here:
                 raise CommandError(f"the folder {argument} holds no files")
-            found += here
+            found += map(str, here)
         elif not os.path.lexists(argument) and glob.has_magic(argument):
             matches = sorted(path for path in glob.glob(argument, recursive=True) if not os.path.isdir(path))
             if not matches:
@@ -82,6 +81,18 @@ def find_files(arguments: Sequence[str]) -> list[str]:
     if not found:
         raise CommandError("no images given")
     return found
+
+
+def _lines_of_standard_input() -> list[str]:
+    """Its lines as paths, of whatever bytes, without a byte order mark."""
+    if sys.stdin is None:
+        raise CommandError("- takes paths from standard input, which is closed")
+    buffer = getattr(sys.stdin, "buffer", None)
+    lines = sys.stdin.readlines() if buffer is None else [os.fsdecode(line) for line in buffer]
+    if lines:
+        first = os.fsencode(lines[0]).removeprefix(codecs.BOM_UTF8)
+        lines[0] = os.fsdecode(first)
+    return [line.rstrip("\r\n") for line in lines if line.strip()]
 
 
 def transform_of(loaded: Loaded, crop_ratio: float | None = None) -> Transform:
@@ -101,14 +112,19 @@ def batches(
     images: Images, loaded: Loaded, options: argparse.Namespace, indices: Sequence[int] | None = None
 ) -> Iterator[Batch]:
     """The images, or of those the ones at `indices`, in order, on the model's device and in its dtype."""
-    on_gpu, batch_size, workers = loaded.device.type == "cuda", options.batch_size, options.workers
+    on_gpu, workers = loaded.device.type == "cuda", options.workers
     images.transform = transform_of(loaded, options.crop_ratio)
     order = range(len(images)) if indices is None else indices
+    batch_size = max(1, min(options.batch_size, len(order)))
+    height, width = loaded.model.image_size
+    what = f"--batch-size {batch_size}: its pictures of {height}×{width}"
+    check_fits(what, 12 * batch_size * height * width)
     loader = DataLoader(
         Readable(images),
         batch_size,
         sampler=order,
-        num_workers=workers if len(order) > batch_size else 0,  # starting one takes longer than a batch
+        # Starting one takes longer than a batch, and more of them than batches have nothing to do.
+        num_workers=min(workers, -(-len(order) // batch_size)) if len(order) > batch_size else 0,
         collate_fn=_collate,
         pin_memory=on_gpu,
         worker_init_fn=start_worker,

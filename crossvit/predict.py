@@ -1,16 +1,16 @@
 """`crossvit predict`: the likeliest classes of images."""
 
 import argparse
-import json
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .commands import CommandError, Loaded, add_class_argument, add_model_arguments, check_writable, load, progress
+from .commands import Loaded, add_class_argument, add_model_arguments, check_writable, load, progress
+from .failures import CommandError, report, say
 from .files import write_text
 from .pictures import add_loading_arguments, batches, find_files, of_files
+from .text import print_line, printable, to_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,11 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_class_argument(parser)
     add_loading_arguments(parser)
     add_model_arguments(parser)
-    parser.epilog = "Exit status: 0, or 1 where a file could not be read; it is named, and the rest goes on."
+    parser.epilog = (
+        "A file that cannot be read is named, and the rest goes on; what was found before Ctrl-C or a failure is kept."
+    )
 
 
 def run(options: argparse.Namespace) -> int:
-    """0, or 1 where files could not be read: they are reported with the reason."""
+    """0, or 1 where files could not be read or --output not be written: they are reported with the reason."""
     if options.top < 1:
         raise CommandError(f"--top must be at least 1, got {options.top}")
     check_writable("--output", options.output)
@@ -41,7 +43,24 @@ def run(options: argparse.Namespace) -> int:
         raise CommandError("the model has no head (num_classes=0): it has no classes to choose from")
     files = find_files(options.images)
     rows: dict[int, dict[str, Any]] = {}
-    shown = 0  # rows are printed in the order asked for, as soon as that can be
+    try:
+        _predict(loaded, files, rows, options)
+    except BaseException:  # an hour's rows are not lost with the one that failed
+        _write(rows, options)
+        raise
+    status = _write(rows, options)
+    failed = [rows[index] for index in sorted(rows) if "error" in rows[index]]
+    if failed:
+        if options.format == "json" or options.output:
+            for row in failed:
+                say(_row(row))
+        say(f"{len(failed)} of {len(rows)} files could not be read")
+    return 1 if failed else status
+
+
+def _predict(loaded: Loaded, files: list[str], rows: dict[int, dict[str, Any]], options: argparse.Namespace) -> None:
+    """Fills `rows` by the files' indices; prints those of a table in the order asked for, as soon as that can be."""
+    shown = 0
     with torch.inference_mode(), progress(total=len(files), unit="image") as bar:
         for batch in batches(of_files(files), loaded, options):
             for index, reason in batch.failures:
@@ -55,20 +74,24 @@ def run(options: argparse.Namespace) -> int:
                     _print_row(rows[index])
                 shown = len(rows)
             bar.update(len(batch.indices) + len(batch.failures))
+
+
+def _write(rows: dict[int, dict[str, Any]], options: argparse.Namespace) -> int:
+    """Writes what has not been printed row by row: the exit status. What --output does not take is printed."""
+    if not rows or (options.format == "table" and not options.output):
+        return 0
     ordered = [rows[index] for index in sorted(rows)]
-    if options.format == "json" or options.output:
-        text = json.dumps(ordered, indent=1) if options.format == "json" else "\n".join(map(_row, ordered))
-        if options.output:
+    text = to_json(ordered, indent=1) if options.format == "json" else "\n".join(map(_row, ordered))
+    if options.output:
+        try:
             write_text(options.output, text + "\n")
-        else:
-            print(text)
-    failed = [row for row in ordered if "error" in row]
-    if failed:
-        if options.format == "json" or options.output:
-            for row in failed:
-                print(_row(row), file=sys.stderr)
-        print(f"{len(failed)} of {len(ordered)} files could not be read", file=sys.stderr)
-    return 1 if failed else 0
+            return 0
+        except OSError as error:
+            status = report("predict", error)
+            print_line(text)
+            return status
+    print_line(text)
+    return 0
 
 
 def best(loaded: Loaded, logits: Tensor, top: int) -> list[list[dict[str, Any]]]:
@@ -85,11 +108,14 @@ def best(loaded: Loaded, logits: Tensor, top: int) -> list[list[dict[str, Any]]]
 
 
 def _row(row: dict[str, Any]) -> str:
+    file = printable(row["file"])
     if "error" in row:
-        return f"{row['file']}  error: {row['error']}"
-    return f"{row['file']}  " + "  ".join(f"{p['class']} ({p['probability']:.1%})" for p in row["predictions"])
+        return f"{file}  error: {row['error']}"
+    return f"{file}  " + "  ".join(f"{printable(p['class'])} ({p['probability']:.1%})" for p in row["predictions"])
 
 
 def _print_row(row: dict[str, Any]) -> None:
-    # Errors belong where they are seen even if the table goes to a file or a pipe.
-    print(_row(row), file=sys.stderr if "error" in row else sys.stdout, flush=True)
+    if "error" in row:  # belongs where it is seen even if the table goes to a file or a pipe
+        say(_row(row))
+    else:
+        print_line(_row(row), flush=True)

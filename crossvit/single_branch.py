@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from crossvit_kernels.nn import Block, PatchEmbed
 
+from .checks import block_weights, check_blocks, check_flags, check_integer, check_number, check_sizes, shown
 from .classifier import INITIAL_DEVIATION, Classifier, drop_path_rates, take_indices
 from .describe import (
     Description,
@@ -71,10 +72,19 @@ class VisionTransformer(Classifier):
         )
         sizes = dict(patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
         for name, value in sizes.items():
-            if not isinstance(value, int):  # two branches have a tuple of each
-                raise TypeError(f"{name} must be an int for a model of one branch, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            if not isinstance(value, int) or isinstance(value, bool):  # two branches have a tuple of each
+                raise TypeError(f"{name} must be an int for a model of one branch, got {shown(value)}")
+            check_integer(name, value, 1)
+        check_number("mlp_ratio", mlp_ratio)
+        check_flags(multi_conv=multi_conv, qkv_bias=qkv_bias)
+        check_blocks(depth)
+        height, width = branch_size(self.image_size, 1.0, patch_size)
+        check_sizes(
+            image_size__patch_size=(height // patch_size) * (width // patch_size) * embed_dim,
+            in_chans__patch_size=in_chans * patch_size**2 * embed_dim,
+            embed_dim__mlp_ratio=depth * block_weights(embed_dim, mlp_ratio),
+            num_classes=embed_dim * num_classes,
+        )
         self.embed_dim = self.num_features = self.head_hidden_size = embed_dim
         self.patch_size, self.num_heads = patch_size, num_heads
         self.pos_drop_rate = pos_drop_rate

@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,16 @@ import torch
 from timm.utils import ModelEmaV3
 
 from .classifier import Classifier
-from .commands import add_building_arguments
-from .data import ImageError
+from .commands import FAILURES, add_building_arguments
 from .datasets import Images, open_dataset
 from .factory import create_model
-from .files import remove_unfinished
+from .failures import Parser, guarded, of_the_command_line, prepared, say
+from .files import remove_unfinished, try_to_write
+from .text import print_line, printable
 from .training.distributed import STRATEGIES, Processes, processes, replicate, shard
 from .training.files import Log, load
 from .training.loading import EpochSampler, Seeded, Shard, evaluation_loader, training_loader
-from .training.loop import DivergedError, Stop, Trainer
+from .training.loop import Stop, Trainer
 from .training.objective import Objective, Teacher
 from .training.optimizer import Schedule, build_optimizer
 from .training.recipes import Recipe, add_recipe_arguments, recipe_from
@@ -98,7 +99,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--eval-batch-size", type=int, metavar="N", help="per process; by default training's")
     parser.add_argument(
-        "--on-broken", default="stop", choices=("stop", "skip"), help="what a broken image does to the run (stop)"
+        "--on-broken",
+        default="stop",
+        choices=("stop", "skip"),
+        help="what an image that is broken, not there or not readable does to the run (stop)",
+    )
+    parser.add_argument(
+        "--allow-empty-classes", action="store_true", help="a folder without images is a class too, not an error"
     )
     parser.add_argument(
         "--log-every", type=int, default=50, metavar="STEPS", help="between two lines of metrics.jsonl (50)"
@@ -122,20 +129,19 @@ def run(options: argparse.Namespace) -> int:
         try:
             place = stack.enter_context(processes(options.device))
             trainer = prepare(options, place, stop)
-        except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
-            return _fail(error, 2)
-        except KeyboardInterrupt:
-            return 130
+        except FAILURES as error:
+            raise of_the_command_line(error) from error
         try:
             status = trainer.train()
-        except (DivergedError, ImageError, OSError) as error:
-            return _fail(error, 1)
-        except KeyboardInterrupt:  # a second Ctrl-C: at once
-            return 130
+        except Exception:
+            if place.first and (options.out / "last.pth").exists():
+                say(f"what was saved is kept; go on with --resume {printable(options.out / 'last.pth')}")
+            raise
         finally:
-            trainer.log.close()
+            with suppress(OSError):  # a full disk has been said
+                trainer.log.close()
         if status and place.first:
-            print(f"stopped; go on with --resume {options.out / 'last.pth'}", file=sys.stderr)
+            say(f"stopped; go on with --resume {printable(options.out / 'last.pth')}")
         return status
 
 
@@ -148,7 +154,9 @@ def prepare(options: argparse.Namespace, place: Processes, stop: Stop) -> Traine
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    training, validation = _datasets(options.data)
+    if place.first:
+        _check_out(options.out)
+    training, validation = _datasets(options)
     seed_generators(options.seed)  # the same initial weights everywhere
     model = _model(options, recipe, training)
     model.to(place.device)
@@ -174,15 +182,15 @@ def prepare(options: argparse.Namespace, place: Processes, stop: Stop) -> Traine
         erasing=recipe.erasing,
     )
     training.transform = augmented if recipe.augment else evaluation
-    workers, pin = _workers(options, place), place.device.type == "cuda"
+    # More of them than batches would have nothing to do.
+    workers, pin = min(_workers(options, place), sampler.steps * recipe.accumulate), place.device.type == "cuda"
     loader = training_loader(Seeded(training, options.seed, options.on_broken), sampler, workers, pin)
     validating = None
     if validation is not None:
         validation.transform = evaluation
         each = options.eval_batch_size or recipe.batch_size // (place.world * recipe.accumulate)
-        validating = evaluation_loader(
-            Shard(validation, place.rank, place.world, options.on_broken), each, workers, pin
-        )
+        part = Shard(validation, place.rank, place.world, options.on_broken)
+        validating = evaluation_loader(part, min(each, len(part)), workers, pin)
 
     ema = ModelEmaV3(model, decay=recipe.ema, use_warmup=recipe.ema_warmup) if recipe.ema else None
     model.train()
@@ -197,10 +205,7 @@ def prepare(options: argparse.Namespace, place: Processes, stop: Stop) -> Traine
     seed_generators(options.seed, 1 + place.rank)
     run = Run(model, optimizer, scaler, ema, recipe, training, place, settings=_settings(options, place, workers))
     if place.first:
-        try:
-            options.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"--out {options.out}: {error.strerror}") from error
+        options.out.mkdir(parents=True, exist_ok=True)
         remove_unfinished(options.out)
     place.wait()
     _resume(options, run)
@@ -208,7 +213,7 @@ def prepare(options: argparse.Namespace, place: Processes, stop: Stop) -> Traine
     metrics = options.out / "metrics.jsonl" if place.first else None
     log = Log(metrics, run.position.steps, tensorboard=options.out / "tensorboard")
     if place.first:
-        print(_summary(run, options, workers, validation), flush=True)
+        print_line(_summary(run, options, workers, validation), flush=True)
     return Trainer(
         run=run,
         network=network,
@@ -237,10 +242,19 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("--strategy fsdp needs processes to shard over: start it with torchrun -m crossvit train …")
 
 
-def _datasets(where: str) -> tuple[Images, Images | None]:
-    training = open_dataset(where, "train")
+def _check_out(out: Path) -> None:
+    """Raises ValueError where nothing can be written to the folder, or made of it where it is not there yet."""
+    there = next(folder for folder in (out, *out.absolute().parents) if os.path.lexists(folder))
     try:
-        return training, open_dataset(where, "val", training.classes)
+        try_to_write(there / "last.pth")
+    except OSError as error:
+        raise ValueError(f"--out {out}: {error.strerror}") from error
+
+
+def _datasets(options: argparse.Namespace) -> tuple[Images, Images | None]:
+    training = open_dataset(options.data, "train", allow_empty=options.allow_empty_classes)
+    try:
+        return training, open_dataset(options.data, "val", training.classes)
     except FileNotFoundError:
         return training, None
 
@@ -302,7 +316,7 @@ def _resume(options: argparse.Namespace, run: Run) -> None:
     except (LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"--resume {path} holds a damaged run, or one of another version: {error}") from error
     if run.place.first:
-        print(f"resumed from {path} at step {run.position.steps}", *told, sep="; ", flush=True)
+        print_line("; ".join([f"resumed from {printable(path)} at step {run.position.steps}", *told]), flush=True)
 
 
 def _summary(run: Run, options: argparse.Namespace, workers: int, validation: Images | None) -> str:
@@ -318,20 +332,11 @@ def _summary(run: Run, options: argparse.Namespace, workers: int, validation: Im
     )
 
 
-def _fail(error: Exception, status: int) -> int:
-    # A worker's exception comes with its traceback in front; the last line says it.
-    text = str(error)
-    if isinstance(error, ImageError):
-        text = text.strip().splitlines()[-1].removeprefix("crossvit.data.ImageError: ")
-    print(f"crossvit train: error: {text or type(error).__name__}", file=sys.stderr, flush=True)
-    return status
-
-
 def main(arguments: list[str] | None = None) -> int:
     """`python -m crossvit.train`, as torchrun may start it too."""
-    parser = argparse.ArgumentParser("crossvit train")
+    parser = Parser("crossvit train")
     add_arguments(parser)
-    return run(parser.parse_args(arguments))
+    return guarded("train", run, prepared(lambda: parser.parse_args(arguments)))
 
 
 if __name__ == "__main__":

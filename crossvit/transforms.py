@@ -1,5 +1,6 @@
 """From an RGB picture to a model's input: as in evaluation, or augmented for training."""
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import chain
 
@@ -12,6 +13,8 @@ from .classifier import to_size
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Transform = Callable[[Image.Image], Tensor]
+_RESIZED = 1 << 25  # pixels of a resized picture, of which the centre is cut out; beyond it the centre alone is made
+_SMALLEST = 1e-3  # crop ratio: of a photograph of 1000 pixels that is one
 
 
 def evaluation_transform(
@@ -25,25 +28,56 @@ def evaluation_transform(
 
     Raises ValueError or TypeError for a size or ratio that cannot be.
     """
-    height, width = to_size(image_size)
+    size = to_size(image_size)
+    check_crop_ratio(crop_ratio)
+    return v2.Compose([_Centre(*size, crop_ratio), *_to_tensor(mean, std)])
+
+
+def check_crop_ratio(crop_ratio: float, name: str = "crop_ratio") -> None:
+    """Raises ValueError for a ratio that is no part of a picture, or one of which nothing would be seen."""
     if not 0 < crop_ratio <= 1:
-        raise ValueError(f"crop_ratio must be above 0 and at most 1, got {crop_ratio!r}")
-    cover = _Cover(int(height / crop_ratio), int(width / crop_ratio))
-    return v2.Compose([cover, v2.CenterCrop([height, width]), *_to_tensor(mean, std)])
+        raise ValueError(f"{name} must be above 0 and at most 1, got {crop_ratio!r}")
+    if crop_ratio < _SMALLEST:
+        raise ValueError(
+            f"{name} must be at least {_SMALLEST:g}, a thousandth of the picture's side, got {crop_ratio!r}"
+        )
 
 
-class _Cover:
-    """Resizes a picture, its proportions kept, to the smallest that covers (height, width)."""
+class _Centre:
+    """Resizes a picture, its proportions kept, to the smallest that covers (height, width) / ratio, and cuts out its
+    centre (height, width)."""
 
-    def __init__(self, height: int, width: int) -> None:
+    def __init__(self, height: int, width: int, ratio: float) -> None:
         self.height, self.width = height, width
+        self.cover_height, self.cover_width = int(height / ratio), int(width / ratio)
+        self.cut = v2.CenterCrop([height, width])
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        if image.width * self.height >= image.height * self.width:
-            size = (self.height * image.width // image.height, self.height)
+        if image.width * self.cover_height >= image.height * self.cover_width:
+            size = (self.cover_height * image.width // image.height, self.cover_height)
         else:
-            size = (self.width, self.width * image.height // image.width)
-        return image.resize(size, Image.Resampling.BICUBIC)
+            size = (self.cover_width, self.cover_width * image.height // image.width)
+        if math.prod(size) <= _RESIZED:
+            return self.cut(image.resize(size, Image.Resampling.BICUBIC))
+        return self._centre_alone(image, size)
+
+    def _centre_alone(self, image: Image.Image, size: tuple[int, int]) -> Image.Image:
+        """The centre of `image` at (width, height) = `size`, made without the rest, within 2 of 255."""
+        x, left, right = _part(image.width, size[0], self.width)
+        y, top, bottom = _part(image.height, size[1], self.height)
+        box = x[0] - left, y[0] - top, x[1] - left, y[1] - top
+        return image.crop((left, top, right, bottom)).resize((self.width, self.height), Image.Resampling.BICUBIC, box)
+
+
+def _part(length: int, resized: int, cut: int) -> tuple[tuple[float, float], int, int]:
+    """Of the pixels of one side: from where to where the middle `cut` of `resized` come from, and all those, first and
+    past the last, that a bicubic filter reads for them. (Boxes are float32 in Pillow: they have to be small numbers.)
+    """
+    step = length / resized
+    first = round((resized - cut) / 2) * step
+    last = first + cut * step
+    margin = 3 * max(1, step)
+    return (first, last), max(0, math.floor(first - margin)), min(length, math.ceil(last + margin))
 
 
 def training_transform(

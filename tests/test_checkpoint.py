@@ -9,6 +9,7 @@ import math
 import os
 from collections import OrderedDict
 from pathlib import Path
+from typing import IO
 
 import huggingface_hub
 import pytest
@@ -138,8 +139,8 @@ def test_round_trip(layout: str, suffix: str, tmp_path: Path) -> None:
 def test_interrupted_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A save that fails half-way leaves the file that was there, and nothing beside it."""
 
-    def fail(state: object, path: Path) -> None:
-        path.write_bytes(b"half")
+    def fail(state: object, file: IO[bytes]) -> None:
+        file.write(b"half")
         raise OSError("no space left on device")
 
     path = tmp_path / "weights.pth"

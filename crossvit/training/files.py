@@ -8,12 +8,12 @@ from typing import IO, Any
 import torch
 
 from ..checkpoint_file import UNREADABLE, RefusedError, reason, unpickle
-from ..files import replacing, write_text
+from ..files import patient_file, replacing, write_text
 
 
 def save(content: dict[str, Any], path: Path) -> None:
     """Writes plain Python values and tensors, as `load` reads them."""
-    with replacing(path) as temporary, open(temporary, "wb") as file:  # by a path torch would write that path into it
+    with replacing(path) as temporary, patient_file(temporary) as file:
         torch.save(content, file)
 
 
@@ -21,6 +21,8 @@ def load(path: Path) -> dict[str, Any]:
     """What `save` wrote of a run, on the CPU; no code in the file is run. Raises ValueError for a file that is none of
     ours, OSError for one that cannot be read.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"expected a checkpoint's file, {path} is none")
     alone = f"{path} holds weights alone, no training run (start from them with --checkpoint)"
     if path.suffix == ".safetensors" and path.exists():
         raise ValueError(alone)
@@ -43,6 +45,7 @@ class Log:
     """
 
     def __init__(self, path: Path | None, step: int = 0, tensorboard: Path | None = None) -> None:
+        self.path = path
         self.file: IO[str] | None = None
         self.board: Any = None
         if path is None:
@@ -54,11 +57,14 @@ class Log:
             self.board = writer(str(tensorboard), purge_step=step + 1)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """Appends {"kind", "step", **values}."""
+        """Appends {"kind", "step", **values}. Raises OSError, naming the file, where the disk is full."""
         if self.file is None:
             return
-        self.file.write(_line({"kind": kind, "step": step} | values))
-        self.file.flush()
+        try:
+            self.file.write(_line({"kind": kind, "step": step} | values))
+            self.file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         if self.board is not None:
             for name, value in values.items():
                 self.board.add_scalar(f"{kind}/{name}", value, step)

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from ..data import ImageError
 from ..datasets import Images
+from ..failures import say
 
 Key = tuple[int, int, int]  # epoch, position in it, index of the image
 
@@ -62,7 +63,8 @@ class EpochSampler(Sampler[list[Key]]):
         if not self.shuffle:
             return np.arange(self.length) // self.repeats
         permutation = np.random.default_rng([self.seed, epoch, 0]).permutation(self.length)
-        return np.repeat(permutation, self.repeats)[: self.length]
+        drawn = permutation[: -(-self.length // self.repeats)]  # the others are not reached
+        return np.repeat(drawn, min(self.repeats, self.length))[: self.length]
 
     def __len__(self) -> int:
         return (self.steps - self.first_step) * self.pieces
@@ -70,7 +72,7 @@ class EpochSampler(Sampler[list[Key]]):
     def __iter__(self) -> Iterator[list[Key]]:
         order, each = self.order(self.epoch), self.batch_size // (self.pieces * self.world)
         # An image's repetitions do not lie side by side: mixing takes neighbours.
-        within = np.concatenate([np.arange(k, each, self.repeats) for k in range(self.repeats)])
+        within = np.concatenate([np.arange(k, each, self.repeats) for k in range(min(self.repeats, each))])
         for step in range(self.first_step, self.steps):
             for piece in range(self.pieces):
                 first = step * self.batch_size + piece * each * self.world + self.rank
@@ -81,7 +83,8 @@ class EpochSampler(Sampler[list[Key]]):
 class Seeded(Dataset):
     """Images by the sampler's keys, each transformed with generators seeded by (seed, epoch, position).
 
-    on_broken: "stop" raises the ImageError of a broken file, "skip" says it and takes the next image instead.
+    on_broken: "stop" raises the ImageError of a file that is broken or not there, "skip" says it and takes the next
+    image instead.
     """
 
     def __init__(self, images: Images, seed: int, on_broken: str = "stop") -> None:
@@ -112,7 +115,7 @@ class Seeded(Dataset):
             except ImageError as error:
                 if self.on_broken == "stop":
                     raise
-                print(f"skipped {error}", file=sys.stderr, flush=True)
+                say(f"skipped {error}")
         raise ImageError("none of the training images can be read")
 
 
@@ -136,7 +139,7 @@ class Shard(Dataset):
         except ImageError as error:
             if self.on_broken == "stop":
                 raise
-            print(f"skipped {error}", file=sys.stderr, flush=True)
+            say(f"skipped {error}")
             return self._blank(), self.images.targets[index], False
 
     def _blank(self) -> Any:

@@ -2,7 +2,6 @@
 
 import math
 import signal
-import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -15,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from ..failures import say
+from ..text import print_line
 from .curves import draw_curves
 from .distributed import local_gradients
 from .evaluation import evaluate
@@ -190,22 +191,23 @@ class Trainer:
         if not place.first:
             return
         text = "".join(f"  {name} {value:.4g}" for name, value in found.items())
-        print(f"epoch {position.epoch}/{run.recipe.epochs}{text}  {images_per_second:.4g} images/s", flush=True)
+        print_line(f"epoch {position.epoch}/{run.recipe.epochs}{text}  {images_per_second:.4g} images/s", flush=True)
         if waiting and not self._said_slow:
             self._said_slow = True
             workers = self.training.num_workers
-            print(
+            say(
                 f"reading images does not keep up with the model: {waiting:.0%} of the epoch went by waiting for them; "
-                f"more --workers ({workers} now), smaller files or a faster disk would help",
-                file=sys.stderr,
-                flush=True,
+                f"more --workers ({workers} now), smaller files or a faster disk would help"
             )
         if time.monotonic() - self._drawn > DRAW_EVERY:
             self._draw()
 
     def _draw(self) -> None:
         if self.run.place.first:
-            draw_curves({"run": self.folder / "metrics.jsonl"}, self.folder / "curves.png")
+            try:
+                draw_curves({"run": self.folder / "metrics.jsonl"}, self.folder / "curves.png")
+            except OSError as error:  # the run goes on without a picture
+                say(f"the curves could not be drawn: {error}")
             self._drawn = time.monotonic()
 
     def _save(self, best: dict[str, float] | None = None) -> None:

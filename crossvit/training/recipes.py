@@ -4,6 +4,9 @@ import argparse
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from ..checks import shown
+from ..transforms import check_crop_ratio
+
 OPTIMIZERS = ("adamw", "sgd")
 PRECISIONS = ("float32", "bfloat16", "float16")
 LOSSES = ("cross_entropy", "bce")
@@ -63,6 +66,12 @@ class Recipe:
     distillation_tau: float = _option(3.0, "temperature of soft distillation")
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, float | int | tuple):
+                most = 2**31 - 1 if f.type is int else 1e30
+                numbers = value if isinstance(value, tuple) else (value,)
+                self._check(f.name, all(abs(number) <= most for number in numbers), f"a number up to {most:g}")
         for name in ("epochs", "batch_size", "accumulate", "repeats"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
         for name in ("lr", "layer_decay", "eps", "distillation_tau"):
@@ -76,6 +85,7 @@ class Recipe:
             "clip_grad",
             "mixup",
             "cutmix",
+            "color_jitter",
         ):
             self._check(name, getattr(self, name) >= 0, "at least 0")
         for name in ("ema", "label_smoothing", "drop_path", "drop", "momentum"):
@@ -84,6 +94,7 @@ class Recipe:
             self._check(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
         for name in ("crop_scale", "crop_ratio"):
             self._check(name, 0 < getattr(self, name) <= 1, "above 0 and at most 1")
+        check_crop_ratio(self.crop_ratio)
         self._check("warmup_epochs", self.warmup_epochs <= self.epochs, f"at most epochs, {self.epochs}")
         self._check("betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers from 0 to 1")
         for f in fields(self):
@@ -92,7 +103,7 @@ class Recipe:
 
     def _check(self, name: str, fine: bool, expected: str) -> None:
         if not fine:
-            raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+            raise ValueError(f"{name} must be {expected}, got {shown(getattr(self, name))}")
 
     @property
     def scaled_lr(self) -> float:
@@ -164,7 +175,8 @@ def recipe(preset: str, model: str = "", **changes: Any) -> Recipe:
         settings["lr_batch"] = 0
     if "epochs" in changes and "warmup_epochs" not in changes:  # a short trial of a long recipe
         whole = Recipe(**settings)
-        settings["warmup_epochs"] = whole.warmup_epochs * min(1.0, changes["epochs"] / whole.epochs)
+        share = changes["epochs"] / whole.epochs if changes["epochs"] < whole.epochs else 1.0
+        settings["warmup_epochs"] = whole.warmup_epochs * max(0.0, share)
     return Recipe(**(settings | changes))
 
 
