@@ -252,6 +252,11 @@ SITES = {
 }
 
 
+def at(path: str, change: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Any]:
+    """A change of the child at `path`."""
+    return lambda module: change(module.get_submodule(path))
+
+
 def leaves(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, child) for name, child in module.named_modules() if name and not child._modules)
 
@@ -310,7 +315,7 @@ def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
     """Up to roundings: a gradient that is zero by mathematics is held to the largest one's scale."""
     assert found.keys() == expected.keys()
-    largest = max(value.abs().max().item() for name, value in expected.items() if not name.startswith("output"))
+    largest = max((v.abs().max().item() for name, v in expected.items() if not name.startswith("output")), default=0)
     for name, value in expected.items():
         scale = max(value.abs().max().item(), 0 if name.startswith("output") else largest)
         assert (found[name] - value).abs().max().item() <= tolerance * scale, name

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rule import SITES, assert_close, assert_same_bits, ops_of, outcome, watch
+from rule import SITES, assert_close, assert_same_bits, at, ops_of, outcome, watch
 from weights import CPU_BACKENDS
 
 pytestmark = pytest.mark.parametrize("kernels", CPU_BACKENDS)
@@ -148,7 +148,7 @@ CALLS: dict[str, Callable[[nn.Module], Any]] = {
 @everywhere
 def test_what_sees_or_changes_a_childs_call_does(site: str, call: str, kernels: str) -> None:
     for child in SITES[site].some(SITES[site].children(), list(CALLS).index(call)):
-        check(site, child, lambda module, child=child: CALLS[call](module.get_submodule(child)), kernels)
+        check(site, child, at(child, CALLS[call]), kernels)
 
 
 @everywhere

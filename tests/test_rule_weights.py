@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from rule import SITES, assert_close, assert_same_bits, ops_of, outcome, watch
+from rule import SITES, assert_close, assert_same_bits, at, ops_of, outcome, watch
 from weights import CPU_BACKENDS
 
 pytestmark = [
@@ -64,21 +64,20 @@ def test_computed_weights(site: str, kind: str, kernels: str) -> None:
     where, inputs = SITES[site], SITES[site].inputs()
     turn = list(LINEAR).index(kind)
     for child in where.some(where.linears, turn) + (where.some(where.norms, turn) if kind in NORM else []):
-        change = LINEAR[kind]
+        change = at(child, LINEAR[kind])
         for before in (True, False) if where.ours is None else (False,):
-            ours, twin = where.pair(kernels, lambda module: change(module.get_submodule(child)), before=before)
+            pair = where.pair(kernels, change, before=before)
             for _ in range(2):
-                assert_close(outcome(ours, inputs), outcome(twin, inputs))
-                for module in (ours, twin):
+                found, expected = (outcome(module, inputs) for module in pair)
+                assert_close(found, expected)
+                for module in pair:
                     step(module, inputs)
-            ours, twin = where.pair(kernels, lambda module: change(module.get_submodule(child)), before=before)
-            for module in (ours, twin):
-                watch(module, where.elsewhere(child))
-            if where.exact:
-                for _ in range(2):
-                    assert_same_bits(outcome(ours, inputs), outcome(twin, inputs))
-                    for module in (ours, twin):
-                        step(module, inputs)
+        pair = where.pair(kernels, change)
+        for module in pair:
+            watch(module, where.elsewhere(child))
+        found, expected = (outcome(module, inputs) for module in pair)
+        if where.exact:
+            assert_same_bits(found, expected)
 
 
 @pytest.mark.parametrize("kind", ["l1 pruning", "weight norm by hooks", "weight norm", "a parametrisation"])
