@@ -5,12 +5,14 @@ very bits, and the others may stay fused.
 """
 
 import copy
+import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from timm.layers import AttentionPoolLatent, LayerNorm
@@ -26,9 +28,19 @@ from torch.utils._pytree import tree_leaves
 from crossvit.fusion import FUSIONS
 from crossvit_kernels import accelerate
 from crossvit_kernels.nn import Attention, AttentionBlock, Block, CrossAttentionBlock, LayerNormLinear
-from weights import perturb
+from weights import CPU_BACKENDS, perturb
 
 NORM = partial(nn.LayerNorm, eps=1e-6)
+
+
+def in_turn(**cases: Iterable[Any]) -> pytest.MarkDecorator:
+    """Parametrises a test over all combinations of the cases, and `kernels`, which takes turns over them: the rule is
+    the same for every backend, and each case meets each in some combination."""
+    combinations = []
+    for turn in itertools.product(*(enumerate(values) for values in cases.values())):
+        backend = CPU_BACKENDS[sum(index for index, _ in turn) % len(CPU_BACKENDS)]
+        combinations.append((*(value for _, value in turn), backend))
+    return pytest.mark.parametrize(",".join((*cases, "kernels")), combinations)
 
 
 def tokens(*shape: int, seed: int = 0) -> Tensor:
@@ -160,7 +172,7 @@ DIRECTIONS = dict(
     ),
     linears=("projs.0.2", "fusion.1.attn.wk", "revert_projs.1.2", "blocks.0.0.mlp.fc1"),
     norms=("projs.1.0", "fusion.0.norm1", "revert_projs.0.0", "blocks.0.0.norm1"),
-    others=("projs.0.1", "revert_projs.1.1", "fusion.1.attn", "projs.0", "fusion.0", "blocks.0.0", "blocks.0.0.attn"),
+    others=("projs.0.1", "revert_projs.1.1", "fusion.1.attn", "projs.0", "fusion.0", "blocks.0.0.attn"),
     inputs=stage_inputs,
 )
 CROSS = dict(
@@ -298,12 +310,13 @@ def outcome(module: nn.Module, inputs: tuple[Any, ...], gradients: bool = True) 
             return {f"output {i}": y for i, y in enumerate(tree_leaves(module(*inputs)))}
     for x in given.values():
         x.requires_grad_()
+    module.zero_grad()
     outputs = tree_leaves(module(*inputs))
-    leaves = given | {name: p for name, p in module.named_parameters() if p.requires_grad}
-    loss = sum((y * torch.linspace(-1, 1, y.numel()).to(y).view_as(y)).sum() for y in outputs)
-    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    sum((y * torch.linspace(-1, 1, y.numel()).to(y).view_as(y)).sum() for y in outputs).backward()
     results = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
-    return results | {name: gradient for name, gradient in zip(leaves, found) if gradient is not None}
+    results |= {name: x.grad for name, x in (given | dict(module.named_parameters())).items() if x.grad is not None}
+    module.zero_grad()
+    return results
 
 
 def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import crossvit_kernels
-from rule import SITES, assert_close, assert_same_bits, ops_of, outcome, watch
+from rule import SITES, assert_close, assert_same_bits, in_turn, ops_of, outcome, watch
 from test_rule_children import put
 from timm_models import build, images
 from weights import CPU_BACKENDS, our_model, relative, timm_model
@@ -19,7 +19,6 @@ peft = pytest.importorskip("peft")
 loralib = pytest.importorskip("loralib")
 
 pytestmark = [
-    pytest.mark.parametrize("kernels", CPU_BACKENDS),
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning"),
 ]
 
@@ -75,8 +74,7 @@ ADAPTERS: dict[str, Callable[[str], Callable[[nn.Module], Any]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ADAPTERS)
-@pytest.mark.parametrize("site", SITES)
+@in_turn(kind=ADAPTERS, site=SITES)
 def test_an_adapter_on_a_linear(site: str, kind: str, kernels: str) -> None:
     """Output and all gradients, its own among them; to the bit where nothing else of the module fuses, and else the
     other parts fuse on."""
@@ -105,9 +103,7 @@ TARGETS = {
 }
 
 
-@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
-@pytest.mark.parametrize("kind", ["LoRA", "DoRA", "IA3"])
-@pytest.mark.parametrize("name", TARGETS)
+@in_turn(before=[True, False], kind=["LoRA", "DoRA", "IA3"], name=TARGETS)
 def test_peft_over_a_whole_model(name: str, kind: str, before: bool, kernels: str) -> None:
     """`get_peft_model` and a step of training, then `merge_and_unload`: the logits of timm's model all along, and in
     the end all modules fuse as they did at first."""
@@ -138,6 +134,7 @@ def test_peft_over_a_whole_model(name: str, kind: str, before: bool, kernels: st
         assert relative(found, expected) < 1e-3
 
 
+@pytest.mark.parametrize("kernels", CPU_BACKENDS)
 def test_peft_over_our_models(kernels: str) -> None:
     """LoRA on our model as on timm's."""
     plain = timm_model("crossvit_tiny_240", depth=((1, 1, 0),), num_classes=7)

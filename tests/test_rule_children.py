@@ -8,11 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rule import SITES, assert_close, assert_same_bits, at, ops_of, outcome, watch
-from weights import CPU_BACKENDS
-
-pytestmark = pytest.mark.parametrize("kernels", CPU_BACKENDS)
-everywhere = pytest.mark.parametrize("site", SITES)
+from rule import SITES, assert_close, assert_same_bits, at, in_turn, ops_of, outcome, watch
 
 
 def put(module: nn.Module, path: str, child: nn.Module) -> None:
@@ -80,7 +76,7 @@ def twice(module: nn.Module, path: str, kind: type[nn.Linear] = Twice) -> None:
     put(module, path, like(old, kind, old.in_features, old.out_features, old.bias is not None))
 
 
-@everywhere
+@in_turn(site=SITES)
 def test_a_subclass_of_linear_runs_its_own_forward(site: str, kernels: str) -> None:
     for child in SITES[site].linears:
         check(site, child, lambda module, child=child: twice(module, child), kernels)
@@ -88,7 +84,7 @@ def test_a_subclass_of_linear_runs_its_own_forward(site: str, kernels: str) -> N
         check(site, child, lambda module, child=child: twice(module, child, Same), kernels)
 
 
-@everywhere
+@in_turn(site=SITES)
 def test_a_subclass_of_layer_norm_runs_its_own_forward(site: str, kernels: str) -> None:
     def change(module: nn.Module, path: str) -> None:
         old: Any = module.get_submodule(path)
@@ -98,7 +94,7 @@ def test_a_subclass_of_layer_norm_runs_its_own_forward(site: str, kernels: str) 
         check(site, child, lambda module, child=child: change(module, child), kernels)
 
 
-@everywhere
+@in_turn(site=SITES)
 def test_a_module_around_a_child_is_called(site: str, kernels: str) -> None:
     """Sequentials of one are the least of such wrappers."""
     for child in SITES[site].some(SITES[site].linears, 1) + SITES[site].some(SITES[site].norms, 1):
@@ -144,14 +140,13 @@ CALLS: dict[str, Callable[[nn.Module], Any]] = {
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
-@pytest.mark.parametrize("call", CALLS)
-@everywhere
+@in_turn(call=CALLS, site=SITES)
 def test_what_sees_or_changes_a_childs_call_does(site: str, call: str, kernels: str) -> None:
     for child in SITES[site].some(SITES[site].children(), list(CALLS).index(call)):
         check(site, child, at(child, CALLS[call]), kernels)
 
 
-@everywhere
+@in_turn(site=SITES)
 def test_a_compiled_child_is_called_compiled(site: str, kernels: str) -> None:
     """`child.compile()`, by a backend that counts how often its code runs."""
     for child in SITES[site].some(SITES[site].linears, 0) + SITES[site].some(SITES[site].norms, 0):
@@ -164,6 +159,7 @@ def test_a_compiled_child_is_called_compiled(site: str, kernels: str) -> None:
 
             return run
 
+        torch._dynamo.reset()
         ours, twin = SITES[site].pair(kernels)
         ours.get_submodule(child).compile(backend=backend)
         inputs = SITES[site].inputs()
@@ -171,8 +167,7 @@ def test_a_compiled_child_is_called_compiled(site: str, kernels: str) -> None:
         assert runs, f"{child} was not called"
 
 
-@pytest.mark.parametrize("call", CALLS)
-@everywhere
+@in_turn(call=CALLS, site=SITES)
 def test_a_call_that_is_plain_again_fuses_again(site: str, call: str, kernels: str) -> None:
     """Hooks that were removed leave nothing behind."""
     if "of its own" in call:

@@ -15,11 +15,9 @@ from torch import nn
 from torch.nn.modules import module as hooks
 
 import crossvit_kernels.nn
-from rule import SITES, assert_close, assert_same_bits, ops_of, outcome
+from rule import SITES, assert_close, assert_same_bits, in_turn, ops_of, outcome
 from timm_models import build, images
-from weights import CPU_BACKENDS
 
-pytestmark = pytest.mark.parametrize("kernels", CPU_BACKENDS)
 CLASSES = {
     "nn.Linear": nn.Linear,
     "nn.LayerNorm": nn.LayerNorm,
@@ -40,9 +38,7 @@ def twice(run: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args, **options: 2 * run(*args, **options)
 
 
-@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
-@pytest.mark.parametrize("method", ["forward", "_call_impl"])
-@pytest.mark.parametrize("name", CLASSES)
+@in_turn(before=[True, False], method=["forward", "_call_impl"], name=CLASSES)
 def test_a_method_replaced_on_a_class_is_the_one_that_runs(
     name: str, method: str, before: bool, kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,7 +80,7 @@ def halves(module: nn.Module) -> list[list[nn.Module]]:
     return [half for half in (first, second) if half]
 
 
-@pytest.mark.parametrize("name", OURS)
+@in_turn(name=OURS)
 def test_a_forward_replaced_on_a_class_of_this_package(
     name: str, kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,7 +99,7 @@ def test_a_forward_replaced_on_a_class_of_this_package(
         assert_same_bits(again, plain)
 
 
-@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@in_turn(before=[True, False])
 def test_attention_maps_are_collected_by_a_forward_on_the_class(
     before: bool, kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,7 +143,7 @@ def _no_hook_is_left() -> Iterator[None]:
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
-@pytest.mark.parametrize("kind", GLOBAL)
+@in_turn(kind=GLOBAL)
 def test_a_hook_on_all_modules_sees_every_child(kind: str, kernels: str) -> None:
     """In the order in which plain modules call them, with the same bits."""
     for site in SITES.values():

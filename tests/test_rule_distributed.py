@@ -15,11 +15,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_modul
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.testing._internal.two_tensor import TwoTensor
 
-from rule import SITES, assert_close, assert_same_bits, ops_of, outcome, watch
-from weights import CPU_BACKENDS
+from rule import SITES, assert_close, assert_same_bits, in_turn, ops_of, outcome, watch
 
 pytestmark = [
-    pytest.mark.parametrize("kernels", CPU_BACKENDS),
     pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="there is no gloo"),
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning"),
 ]
@@ -38,14 +36,13 @@ def whole(results: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in results.items()}
 
 
-@pytest.mark.parametrize("key", SITES)
+@in_turn(key=SITES)
 def test_fsdp_of_a_whole_module(mesh: DeviceMesh, key: str, kernels: str) -> None:
     """Its weights are gathered while it runs: it fuses as before."""
     where = SITES[key]
     if where.ours is None:
         pytest.skip("its class changes, see test_accelerate_uses")
-    ours, twin = where.pair(kernels)
-    untouched = where.pair(kernels)[0]
+    ours, untouched = where.pair(kernels)[0], where.pair(kernels)[0]
     expected = outcome(untouched, where.inputs())
     fully_shard(ours, mesh=mesh)
     inputs = where.inputs()
@@ -53,7 +50,7 @@ def test_fsdp_of_a_whole_module(mesh: DeviceMesh, key: str, kernels: str) -> Non
     assert_same_bits(whole(outcome(ours, inputs)), expected)
 
 
-@pytest.mark.parametrize("key", ["nn.Block", "timm Block", "CaiT LayerScaleBlockClassAttn", "timm MultiScaleBlock"])
+@in_turn(key=["nn.Block", "timm Block", "CaiT LayerScaleBlockClassAttn", "timm MultiScaleBlock"])
 def test_fsdp_of_an_accelerated_module_and_of_its_root(mesh: DeviceMesh, key: str, kernels: str) -> None:
     for inner in (True, False):
         where, inputs = SITES[key], SITES[key].inputs()
@@ -77,23 +74,21 @@ class Root(nn.Module):
         return self.module(*inputs)
 
 
-@pytest.mark.parametrize("key", SITES)
+@in_turn(key=SITES)
 def test_fsdp_of_a_child(mesh: DeviceMesh, key: str, kernels: str) -> None:
     """A Linear that is sharded by itself is gathered only while it is called: so it is called."""
     where, inputs = SITES[key], SITES[key].inputs()
     for child in where.some(where.linears, 0):
-        for kind in (lambda module: fully_shard(module, mesh=mesh),):
-            ours, twin = where.pair(kernels)
-            kind(ours.get_submodule(child))
-            assert_close(whole(outcome(ours, inputs)), outcome(twin, inputs))
-            ours.get_submodule(child).reshard()
-            if kernels != "reference":
-                untouched = where.pair(kernels)[0]
-                watch(untouched, where.part(child))
-                assert ops_of(ours, inputs) == ops_of(untouched, inputs)
+        ours, twin = where.pair(kernels)
+        fully_shard(ours.get_submodule(child), mesh=mesh)
+        assert_close(whole(outcome(ours, inputs)), outcome(twin, inputs))
+        if kernels != "reference":
+            untouched = where.pair(kernels)[0]
+            watch(untouched, where.part(child))
+            assert ops_of(ours, inputs) == ops_of(untouched, inputs)
 
 
-@pytest.mark.parametrize("key", ["nn.Block", "timm Block", "CaiT LayerScaleBlock"])
+@in_turn(key=["nn.Block", "timm Block", "CaiT LayerScaleBlock"])
 def test_tensor_parallel(mesh: DeviceMesh, key: str, kernels: str) -> None:
     """An MLP split by columns and rows, as `parallelize_module` does it; the attention fuses on."""
     where, inputs = SITES[key], SITES[key].inputs()
@@ -107,7 +102,7 @@ def test_tensor_parallel(mesh: DeviceMesh, key: str, kernels: str) -> None:
         assert ops_of(ours, inputs) == ops_of(untouched, inputs) != set()
 
 
-@pytest.mark.parametrize("key", ["nn.LayerNormLinear", *BLOCKS])
+@in_turn(key=["nn.LayerNormLinear", *BLOCKS])
 def test_distributed_weights_and_inputs(mesh: DeviceMesh, key: str, kernels: str) -> None:
     """DTensors throughout, without a hook: plain modules know what to do with them."""
     where = SITES[key]
@@ -134,7 +129,7 @@ def test_distributed_weights_and_inputs(mesh: DeviceMesh, key: str, kernels: str
         assert torch.equal(found.full_tensor(), expected.full_tensor())
 
 
-@pytest.mark.parametrize("key", SITES)
+@in_turn(key=SITES)
 def test_weights_of_another_tensor_class(key: str, kernels: str) -> None:
     """PyTorch's two tensors in one, which know only PyTorch's ops: to the bit what plain modules give."""
     where, inputs = SITES[key], SITES[key].inputs()

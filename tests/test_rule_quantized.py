@@ -11,13 +11,12 @@ import torch
 from torch import nn
 
 import crossvit_kernels
-from rule import SITES, assert_close, assert_same_bits, at, ops_of, outcome, watch
+from rule import SITES, assert_close, assert_same_bits, at, in_turn, ops_of, outcome, watch
 from test_rule_children import put
 from timm_models import build, images
 from weights import CPU_BACKENDS, our_model, relative, timm_model
 
 pytestmark = [
-    pytest.mark.parametrize("kernels", CPU_BACKENDS),
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
 ]
 
@@ -50,8 +49,7 @@ def rehearsed(path: str) -> Callable[[nn.Module], Any]:
 KINDS = {"torchao": torchao_weights, "dynamic": dynamic, "rehearsed": rehearsed}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("site", SITES)
+@in_turn(kind=KINDS, site=SITES)
 def test_a_quantised_linear(site: str, kind: str, kernels: str) -> None:
     """One Linear of each part: to the bit where nothing fuses, and the other parts fuse on."""
     where, inputs, gradients = SITES[site], SITES[site].inputs(), kind == "rehearsed"
@@ -71,8 +69,7 @@ def test_a_quantised_linear(site: str, kind: str, kernels: str) -> None:
             assert_same_bits(outcome(ours, inputs, gradients), outcome(twin, inputs, gradients))
 
 
-@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
-@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "siglip", "cait_xxs24_224", "crossvit_9_240"])
+@in_turn(before=[True, False], name=["deit_tiny_patch16_224", "siglip", "cait_xxs24_224", "crossvit_9_240"])
 def test_torchao_over_a_whole_model(name: str, before: bool, kernels: str) -> None:
     """`quantize_(model, Int8WeightOnlyConfig())`, before accelerate and after."""
     quantization = pytest.importorskip("torchao.quantization")
@@ -88,6 +85,7 @@ def test_torchao_over_a_whole_model(name: str, before: bool, kernels: str) -> No
         assert relative(model(x), plain(x)) < 1e-4
 
 
+@pytest.mark.parametrize("kernels", CPU_BACKENDS)
 def test_torchao_over_our_models(kernels: str) -> None:
     """Against timm's model with the same weights, quantised too; what is no Linear still runs on the ops."""
     quantization = pytest.importorskip("torchao.quantization")
@@ -101,6 +99,7 @@ def test_torchao_over_our_models(kernels: str) -> None:
             assert relative(model(x), plain(x)) < 1e-4
 
 
+@pytest.mark.parametrize("kernels", CPU_BACKENDS)
 def test_quantised_in_training(kernels: str) -> None:
     """torch.ao's own preparation of a whole module, which swaps every Linear, and a step of training with it."""
     where = SITES["timm Block"]
@@ -121,6 +120,7 @@ def test_quantised_in_training(kernels: str) -> None:
         assert_close(*found, 0.02)
 
 
+@pytest.mark.parametrize("kernels", CPU_BACKENDS)
 def test_one_weight_in_another_memory_format(kernels: str) -> None:
     """A weight that is no plain tensor of numbers (here sparse) is its Linear's own business."""
     for key in ("nn.LayerNormLinear", "timm Block", "nn.Block"):

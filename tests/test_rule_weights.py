@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from rule import SITES, assert_close, assert_same_bits, at, ops_of, outcome, watch
-from weights import CPU_BACKENDS
+from rule import SITES, assert_close, assert_same_bits, at, in_turn, ops_of, outcome, watch
 
 pytestmark = [
-    pytest.mark.parametrize("kernels", CPU_BACKENDS),
     pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning"),
 ]
 
@@ -56,8 +54,7 @@ def step(module: nn.Module, inputs: Any) -> None:
     optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("kind", LINEAR)
-@pytest.mark.parametrize("site", SITES)
+@in_turn(kind=LINEAR, site=SITES)
 def test_computed_weights(site: str, kind: str, kernels: str) -> None:
     """What is computed is computed anew for every call, so that a second step works and starts from the first's
     weights; and exactly where nothing else of the module fuses."""
@@ -80,8 +77,7 @@ def test_computed_weights(site: str, kind: str, kernels: str) -> None:
             assert_same_bits(found, expected)
 
 
-@pytest.mark.parametrize("kind", ["l1 pruning", "weight norm by hooks", "weight norm", "a parametrisation"])
-@pytest.mark.parametrize("site", SITES)
+@in_turn(kind=["l1 pruning", "weight norm by hooks", "weight norm", "a parametrisation"], site=SITES)
 def test_weights_that_are_plain_again_fuse_again(site: str, kind: str, kernels: str) -> None:
     """What was computed is made the parameter: `prune.remove`, `remove_weight_norm`, `remove_parametrizations`."""
     where = SITES[site]
