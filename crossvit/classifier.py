@@ -9,6 +9,8 @@ from crossvit_kernels.nn import KernelModule, PatchEmbed, check_rates, set_kerne
 
 from .checks import check_integer, check_number, check_rate
 from .describe import Description
+from .intermediates import Indices, describe_features, take_indices
+from .variants import IMAGENET_MEAN, IMAGENET_STD, default_crop_ratio
 
 POOLS = ("token", "avg")
 INITIAL_DEVIATION = 0.02
@@ -50,27 +52,14 @@ def init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def take_indices(indices: int | list[int] | tuple[int, ...] | None, count: int) -> list[int]:
-    """timm's reading of `indices`: None all of `count`, an int the last so many, a sequence those (negative ones from
-    the end).
-    """
-    if indices is None:
-        return list(range(count))
-    if isinstance(indices, int):
-        if not 0 < indices <= count:
-            raise ValueError(f"indices: the last n of {count} features asks for 1 to {count}, got {indices}")
-        return list(range(count - indices, count))
-    taken = [i + count if i < 0 else i for i in indices]
-    if not taken or not all(0 <= i < count for i in taken):
-        raise ValueError(f"indices must lie between {-count} and {count - 1}, got {indices!r}")
-    return taken
-
-
 class Classifier(KernelModule):
     """Base of the models. A subclass sets `embed_dim`, `patch_embed`, `blocks`, `norm` and `head`, and gives the
     methods that raise here.
     """
 
+    blocks: Any  # the stages, or the blocks where there is one branch
+    norm: Any  # the final LayerNorm, or one for every branch
+    feature_info: list[dict[str, Any]]  # timm's description of the intermediates
     variant: str | None = None  # the name it was created by
     arguments: dict[str, Any] = {}  # noqa: RUF012  and what else create_model was given to make it
 
@@ -100,8 +89,12 @@ class Classifier(KernelModule):
         self.drop_rate = rates["drop_rate"]
         self.grad_checkpointing = False
 
-    def check_images(self, images: Tensor) -> None:
-        """Raises TypeError or ValueError unless `images` is (B, in_chans, *image_size)."""
+    def check_images(self, images: Tensor | torch.fx.Proxy) -> None:
+        """Raises TypeError or ValueError unless `images` is (B, in_chans, *image_size); what torch.fx traces with has
+        no size to look at.
+        """
+        if isinstance(images, torch.fx.Proxy):
+            return
         if not images.is_floating_point():
             raise TypeError(f"images must be a floating point tensor, got {images.dtype}")
         if images.dim() != 4 or images.shape[1] != self.in_chans:
@@ -161,7 +154,7 @@ class Classifier(KernelModule):
         """A Linear to `num_classes` with initial weights, an Identity for none."""
         if self.num_classes == 0:
             return nn.Identity()
-        like = next(cast(nn.Module, self.norm).parameters())
+        like = next(p for part in (self.norm, self) for p in part.parameters())  # no norm if pruned
         head = nn.Linear(in_features, self.num_classes, device=like.device, dtype=like.dtype)
         init_weights(head)
         return head
@@ -169,6 +162,56 @@ class Classifier(KernelModule):
     def get_classifier(self) -> nn.Module:
         """The head."""
         return self.head
+
+    @property
+    def default_cfg(self) -> dict[str, Any]:
+        """timm's description of the model: its input, how images are prepared, and the names of its first convolutions
+        and of its classifiers.
+        """
+        classifiers = [name for name, m in self.named_modules() if name.startswith("head") and isinstance(m, nn.Linear)]
+        branches = isinstance(self.patch_embed, nn.ModuleList)
+        return dict(
+            architecture=self.variant,
+            input_size=(self.in_chans, *self.image_size),
+            fixed_input_size=True,
+            num_classes=self.num_classes,
+            pool_size=None,
+            crop_pct=default_crop_ratio(self.variant),
+            crop_mode="center",
+            interpolation="bicubic",
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
+            first_conv=tuple(self.first_convolutions()) if branches else self.first_convolutions()[0],
+            classifier=tuple(classifiers) if branches else "".join(classifiers),
+        )
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """`default_cfg`, under the name by which timm's `resolve_data_config` asks for it."""
+        return self.default_cfg
+
+    def prune_intermediate_layers(
+        self, indices: Indices = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Removes what the intermediates `indices`, counted as in `forward_intermediates`, do not need: all behind
+        them, the final norm with `prune_norm`, and the head with `prune_head`.
+
+        Returns the indices of the same intermediates in the model as it is then; `feature_info` describes those. Raises
+        ValueError for indices out of range.
+        """
+        info, before = self.feature_info, len(self.blocks)
+        taken = take_indices(indices, len(info))
+        after = 1 + max(i % before for i in taken)
+        self.blocks = self.blocks[:after]
+        self.feature_info = describe_features(
+            [i["num_chs"] for i in info[::before]], [i["reduction"] for i in info[::before]], after
+        )
+        if prune_norm:
+            several = isinstance(self.norm, nn.ModuleList)
+            self.norm = nn.ModuleList(nn.Identity() for _ in self.norm) if several else nn.Identity()
+        if prune_head:
+            self.reset_classifier(0)
+        return [i // before * after + i % before for i in taken]
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that the recipe exempts from weight decay beside biases and norms: CLS tokens and

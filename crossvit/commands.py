@@ -19,13 +19,11 @@ from .label_files import read_names
 from .memory import check_memory
 from .model import CrossViT
 from .single_branch import VisionTransformer
-from .variants import canonical_name
+from .variants import canonical_name, default_crop_ratio
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FAILURES = (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError, OverflowError)  # of what was asked
 LARGEST = 65_535  # side of an input
-CROP_RATIO = 0.875  # timm's and the authors' evaluation, but for the models of these names
-_CROP_RATIOS = {"_408": 1.0, "_504": 1.0, "_patch16_224": 0.9}
 
 
 class ModelError(CommandError):
@@ -126,11 +124,6 @@ def load(options: argparse.Namespace, *, needs_weights: bool = True) -> Loaded:
     except RuntimeError as error:  # a GPU that is full
         raise of_the_command_line(error) from error
     return Loaded(model, classes, crop_ratio, multi_label, device, dtype)
-
-
-def default_crop_ratio(variant: str | None) -> float:
-    """The side of the centre crop over the resized image's that a published model is evaluated with."""
-    return next((ratio for end, ratio in _CROP_RATIOS.items() if variant and variant.endswith(end)), CROP_RATIO)
 
 
 def read_classes(path: str) -> list[str]:

@@ -68,13 +68,15 @@ class MultiScaleBlock(KernelModule):
 
     def fuse(self, tokens: list[Tensor], cls_only: bool) -> list[Tensor]:
         """The fused tokens (B, 1 + N_i, D_i) of every branch, or with `cls_only` their CLS (B, D_i)."""
-        cls, patches = zip(*(x.split((1, x.shape[1] - 1), dim=1) for x in tokens))
-        fused = self.fuse_cls([c.squeeze(1) for c in cls], patches)
+        split = [x.split((1, x.shape[1] - 1), dim=1) for x in tokens]
+        patches = [parts[1] for parts in split]  # by index: what torch.fx traces with cannot be iterated
+        fused = self.fuse_cls([parts[0].squeeze(1) for parts in split], patches)
         if cls_only:
             return fused
         for b, (c, own) in enumerate(zip(fused, patches)):
             # Only what this stage's blocks have just made may be overwritten, and nothing that autograd may have saved.
-            if torch.is_grad_enabled() or not len(cast(nn.Sequential, self.blocks[b])):
+            made = len(cast(nn.Sequential, self.blocks[b])) > 0 and isinstance(tokens[b], Tensor)
+            if torch.is_grad_enabled() or not made:
                 tokens[b] = torch.cat((c[:, None], own), dim=1)
             else:
                 tokens[b][:, 0] = c
@@ -152,7 +154,7 @@ class AllAttentionFusion(MultiScaleBlock):
     def fuse(self, tokens: list[Tensor], cls_only: bool) -> list[Tensor]:
         y = torch.cat([f(x) for f, x in zip(self.projs, tokens)], dim=1)
         split = self.fusion(y).split([x.shape[1] for x in tokens], dim=1)
-        return [g(o[:, 0] if cls_only else o) for g, o in zip(self.revert_projs, split)]
+        return [g(split[b][:, 0] if cls_only else split[b]) for b, g in enumerate(self.revert_projs)]
 
     def fusion_multiply_adds(self) -> tuple[int, int]:
         lengths = self.lengths()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from crossvit_kernels.nn import PatchEmbed
 
 from .checks import block_weights, check_branches, check_depth, check_flags, check_sizes
-from .classifier import INITIAL_DEVIATION, Classifier, drop_path_rates, take_indices
+from .classifier import INITIAL_DEVIATION, Classifier, drop_path_rates
 from .describe import (
     Description,
     Part,
@@ -20,6 +20,7 @@ from .describe import (
     linear_multiply_adds,
 )
 from .fusion import FUSIONS, MultiScaleBlock
+from .intermediates import Indices, check_format, describe_features, formatted, take_indices
 from .stem import conv_stem
 
 
@@ -138,11 +139,8 @@ class CrossViT(Classifier):
                     kernels=kernels,
                 )
             )
-        self.feature_info = [
-            dict(num_chs=dim, reduction=round(patch / scale), module=f"blocks.{k}")
-            for dim, patch, scale in zip(self.embed_dim, patch_size, img_scale)
-            for k in range(len(depth))
-        ]
+        reductions = [round(patch / scale) for patch, scale in zip(patch_size, img_scale)]
+        self.feature_info = describe_features(self.embed_dim, reductions, len(depth))
         self.norm = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6) for dim in self.embed_dim)
         self.head = self.build_head()
         self.apply_init(*(getattr(self, f"{name}_{b}") for b in range(branches) for name in ("pos_embed", "cls_token")))
@@ -189,7 +187,7 @@ class CrossViT(Classifier):
         self.check_images(images)
         tokens = []
         for b, embed in enumerate(self.patch_embed):
-            x = _centre(images, cast(PatchEmbed, embed).image_size) if self.crop_scale else images
+            x = _centre(images, self.image_size, cast(PatchEmbed, embed).image_size) if self.crop_scale else images
             # By keyword: torch's module tracker, which the FLOP counter uses, hooks the gradient of positional ones.
             x = embed(x, cls_token=getattr(self, f"cls_token_{b}"), pos_embed=getattr(self, f"pos_embed_{b}"))
             tokens.append(F.dropout(x, self.pos_drop_rate, self.training))
@@ -244,7 +242,7 @@ class CrossViT(Classifier):
     def forward_intermediates(
         self,
         images: Tensor,
-        indices: int | list[int] | tuple[int, ...] | None = None,
+        indices: Indices = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
@@ -258,8 +256,7 @@ class CrossViT(Classifier):
         branch's last tokens are. stop_early: later stages are not run (the first list then holds the tokens of the last
         one that was). Raises ValueError for indices out of range.
         """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
+        check_format(output_fmt)
         stages = len(self.blocks)
         taken = set(take_indices(indices, self.num_branches * stages))
         run = 1 + max(i % stages for i in taken) if stop_early else stages
@@ -270,10 +267,7 @@ class CrossViT(Classifier):
             for b, (embed, branch_norm, x) in enumerate(zip(self.patch_embed, self.norm, tokens)):
                 if b * stages + k in taken:
                     patches = (branch_norm(x) if norm else x)[:, 1:]
-                    if output_fmt == "NCHW":
-                        grid = cast(PatchEmbed, embed).grid_size
-                        patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()
-                    found[b * stages + k] = patches
+                    found[b * stages + k] = formatted(patches, cast(PatchEmbed, embed).grid_size, output_fmt)
         intermediates = [found[i] for i in sorted(found)]
         if intermediates_only:
             return intermediates
@@ -305,9 +299,11 @@ class CrossViT(Classifier):
         return Description(f"{self.variant or 'CrossViT'}, image {size}, {self.num_classes} classes", tuple(parts))
 
 
-def _centre(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """The centre of images (B, C, H, W), as timm's `crop_scale` cuts it; smaller images come back whole."""
-    (height, width), (h, w) = images.shape[2:], size
+def _centre(images: Tensor, image_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """The centre, of this size, of images (B, C, *image_size), as timm's `crop_scale` cuts it; smaller images come back
+    whole.
+    """
+    (height, width), (h, w) = image_size, size
     if h > height or w > width:
         return images
     top, left = round((height - h) / 2), round((width - w) / 2)

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from crossvit_kernels.nn import Block, PatchEmbed
 
 from .checks import block_weights, check_blocks, check_flags, check_integer, check_number, check_sizes, shown
-from .classifier import INITIAL_DEVIATION, Classifier, drop_path_rates, take_indices
+from .classifier import INITIAL_DEVIATION, Classifier, drop_path_rates
 from .describe import (
     Description,
     Part,
@@ -21,6 +21,7 @@ from .describe import (
     embed_multiply_adds,
     linear_multiply_adds,
 )
+from .intermediates import Indices, check_format, describe_features, formatted, take_indices
 from .model import branch_size
 from .stem import conv_stem
 
@@ -113,7 +114,7 @@ class VisionTransformer(Classifier):
                 for rate in drop_path_rates(drop_path_rate, depth)
             )
         )
-        self.feature_info = [dict(num_chs=embed_dim, reduction=patch_size, module=f"blocks.{k}") for k in range(depth)]
+        self.feature_info = describe_features([embed_dim], [patch_size], depth)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head = self.build_head()
         self.apply_init(self.pos_embed, self.cls_token)
@@ -165,8 +166,7 @@ class VisionTransformer(Classifier):
     def forward_intermediates(
         self,
         images: Tensor,
-        indices: int | list[int] | tuple[int, ...] | None = None,
-        *,
+        indices: Indices = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
@@ -175,8 +175,7 @@ class VisionTransformer(Classifier):
         """What `forward_features` returns, and the patch tokens behind every block; timm's arguments, as in
         `CrossViT.forward_intermediates`.
         """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
+        check_format(output_fmt)
         taken = set(take_indices(indices, len(self.blocks)))
         intermediates = []
         x = self._embed(images)
@@ -184,9 +183,7 @@ class VisionTransformer(Classifier):
             x = self._block(self.blocks[k], x)
             if k in taken:
                 patches = (self.norm(x) if norm else x)[:, 1:]
-                if output_fmt == "NCHW":
-                    patches = patches.transpose(1, 2).unflatten(2, self.patch_embed.grid_size).contiguous()
-                intermediates.append(patches)
+                intermediates.append(formatted(patches, self.patch_embed.grid_size, output_fmt))
         return intermediates if intermediates_only else (self.norm(x), intermediates)
 
     def describe(self) -> Description:

@@ -10,8 +10,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from .classifier import to_size
+from .variants import IMAGENET_MEAN, IMAGENET_STD
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Transform = Callable[[Image.Image], Tensor]
 _RESIZED = 1 << 25  # pixels of a resized picture, of which the centre is cut out; beyond it the centre alone is made
 _SMALLEST = 1e-3  # crop ratio: of a photograph of 1000 pixels that is one

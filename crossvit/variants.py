@@ -4,6 +4,17 @@ import difflib
 from dataclasses import dataclass
 from typing import Any
 
+# How the published models are evaluated: images standardised so, and of the resized image its centre, by this share of
+# its sides, but for the models whose names end so.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CROP_RATIO = 0.875
+_CROP_RATIOS = {"_408": 1.0, "_504": 1.0, "_patch16_224": 0.9}
+
+
+def default_crop_ratio(variant: str | None) -> float:
+    """The side of the centre crop over the resized image's that a published model is evaluated with."""
+    return next((ratio for end, ratio in _CROP_RATIOS.items() if variant and variant.endswith(end)), CROP_RATIO)
+
 
 @dataclass(frozen=True)
 class Variant:
