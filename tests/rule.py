@@ -103,9 +103,9 @@ class Site:
     """A module that fuses.
 
     plain: makes the twin; ours: makes the module of this package, by the backend, or None where it is the accelerated
-    twin; parts: patterns of the children's names, one per part that fuses by itself; without: the part that runs no op
-    of this package even so; exact: whether a module whose parts are all disturbed computes what the twin does in the
-    same order, to the bit.
+    twin; parts: patterns of the children's names, one per part that fuses by itself; alone: those parts without which
+    no op runs; keeps: the ops that run even where every child is called, as they stand for none; exact: whether the
+    children are called in the order and with the functions that the twin has, so that the bits are the same.
     """
 
     plain: Callable[[], nn.Module]
@@ -116,7 +116,12 @@ class Site:
     others: tuple[str, ...] = ()
     ours: Callable[[str], nn.Module] | None = None
     exact: bool = True
-    without: str = ""
+    alone: tuple[str, ...] = ()
+    keeps: frozenset[str] = frozenset()
+
+    def same_bits(self, kernels: str) -> bool:
+        """Whether the module gives the twin's bits where every child is called."""
+        return self.exact and (kernels == "reference" or not self.keeps)
 
     def children(self) -> tuple[str, ...]:
         return self.linears + self.norms + self.others
@@ -163,16 +168,12 @@ BLOCK = dict(
 )
 DIRECTIONS = dict(
     parts=(
-        "projs",
-        "fusion",
-        "revert_projs",
-        r"blocks\.0\.0\.(norm1|attn)",
-        r"blocks\.0\.0\.(norm2|mlp)",
-        r"blocks\.1",
+        *(rf"{name}\.{branch}" for name in ("projs", "fusion", "revert_projs") for branch in range(2)),
+        *(rf"blocks\.{branch}\.0\.({half})" for half in ("norm1|attn", "norm2|mlp") for branch in range(2)),
     ),
     linears=("projs.0.2", "fusion.1.attn.wk", "revert_projs.1.2", "blocks.0.0.mlp.fc1"),
     norms=("projs.1.0", "fusion.0.norm1", "revert_projs.0.0", "blocks.0.0.norm1"),
-    others=("projs.0.1", "revert_projs.1.1", "fusion.1.attn", "projs.0", "fusion.0", "blocks.0.0.attn"),
+    others=("projs.0.1", "revert_projs.1.1", "fusion.1.attn", "projs.0", "blocks.0.0.attn"),
     inputs=stage_inputs,
 )
 CROSS = dict(
@@ -198,6 +199,7 @@ SITES = {
         ("qkv", "proj"),
         (),
         ours=lambda kernels: Attention(48, 3, True, kernels=kernels),
+        keeps=frozenset({"self_attention"}),
     ),
     "nn.AttentionBlock": Site(
         PlainAttentionBlock,
@@ -207,13 +209,15 @@ SITES = {
         ("norm1",),
         ("attn",),
         lambda kernels: AttentionBlock(48, 3, True, kernels=kernels),
+        keeps=frozenset({"self_attention"}),
     ),
     "nn.Block": Site(
-        lambda: TimmBlock(48, 3, qkv_bias=True, init_values=0.5),
+        lambda: TimmBlock(48, 3, qkv_bias=True, init_values=0.5, norm_layer=NORM),
         lambda: (tokens(2, 9, 48),),
         **BLOCK,
         others=("attn", "mlp", "ls1", "ls2"),
         ours=lambda kernels: Block(48, 3, qkv_bias=True, init_values=0.5, kernels=kernels),
+        keeps=frozenset({"self_attention"}),
     ),
     "nn.CrossAttentionBlock": Site(
         PlainCrossAttentionBlock,
@@ -222,7 +226,7 @@ SITES = {
         ours=lambda kernels: CrossAttentionBlock(48, 3, qkv_bias=True, kernels=kernels),
     ),
     # Of PyTorch's attention where timm multiplies out: the last bits differ.
-    "crossvit stage": Site(plain_stage, **DIRECTIONS, ours=our_stage, exact=False),
+    "crossvit stage": Site(plain_stage, **DIRECTIONS, ours=our_stage, exact=False, keeps=frozenset({"self_attention"})),
     "timm Block": Site(
         lambda: TimmBlock(48, 3, qkv_bias=True, init_values=0.5),
         lambda: (tokens(2, 9, 48),),
@@ -236,7 +240,7 @@ SITES = {
         ("mlp.fc1", "mlp.fc2"),
         ("norm2",),
         ("mlp", "mlp.act"),
-        without="norm1|attn",
+        alone=("norm2|mlp",),
     ),
     "CaiT LayerScaleBlockClassAttn": Site(
         lambda: LayerScaleBlockClassAttn(48, 3, qkv_bias=True),
@@ -249,11 +253,11 @@ SITES = {
     "SigLIP AttentionPoolLatent": Site(
         lambda: AttentionPoolLatent(48, num_heads=3, norm_layer=LayerNorm),
         lambda: (tokens(2, 9, 48),),
-        ("q|kv|proj", "norm|mlp"),
+        ("q|kv", "norm|mlp", "proj"),
         ("q", "kv", "proj", "mlp.fc1", "mlp.fc2"),
         ("norm",),
         ("q_norm", "proj_drop", "mlp", "mlp.act"),
-        without="q|kv|proj",
+        alone=("q|kv", "norm|mlp"),
     ),
     "timm CrossAttentionBlock": Site(
         lambda: TimmCrossAttentionBlock(48, 3, qkv_bias=True, norm_layer=NORM),

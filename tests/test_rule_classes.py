@@ -53,12 +53,12 @@ def test_a_method_replaced_on_a_class_is_the_one_that_runs(
             with monkeypatch.context() as patch:
                 patch.setattr(kind, method, twice(getattr(kind, method)))
                 ours, twin = site.pair(kernels, before=True)
-                compare(ours, twin, inputs, kind, plain, site.exact)
+                compare(ours, twin, inputs, kind, plain, site.same_bits(kernels))
         else:
             assert_close(outcome(ours, inputs), plain)
             with monkeypatch.context() as patch:
                 patch.setattr(kind, method, twice(getattr(kind, method)))
-                compare(ours, twin, inputs, kind, plain, site.exact)
+                compare(ours, twin, inputs, kind, plain, site.same_bits(kernels))
         assert_close(outcome(ours, inputs), plain)
 
 
@@ -145,7 +145,7 @@ def _no_hook_is_left() -> Iterator[None]:
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 @in_turn(kind=GLOBAL)
 def test_a_hook_on_all_modules_sees_every_child(kind: str, kernels: str) -> None:
-    """In the order in which plain modules call them, with the same bits."""
+    """With the same bits; where it is timm's module, in its order."""
     for site in SITES.values():
         ours, twin = site.pair(kernels)
         inputs = site.inputs()
@@ -161,11 +161,11 @@ def test_a_hook_on_all_modules_sees_every_child(kind: str, kernels: str) -> None
                 runs.append([name for name in called if name in site.linears + site.norms])
                 if module is ours:
                     found = results
-            assert kernels == "reference" or not ops_of(ours, inputs)
+            assert ops_of(ours, inputs) <= site.keeps
         finally:
             handle.remove()
-        assert runs[0] == runs[1]
+        assert runs[0] == runs[1] if site.exact else sorted(runs[0]) == sorted(runs[1])
         assert runs[0]
-        if site.exact:
+        if site.same_bits(kernels):
             assert_same_bits(found, results)
         assert ops_of(ours, inputs) == before
