@@ -173,7 +173,7 @@ DIRECTIONS = dict(
     ),
     linears=("projs.0.2", "fusion.1.attn.wk", "revert_projs.1.2", "blocks.0.0.mlp.fc1"),
     norms=("projs.1.0", "fusion.0.norm1", "revert_projs.0.0", "blocks.0.0.norm1"),
-    others=("projs.0.1", "revert_projs.1.1", "fusion.1.attn", "projs.0", "blocks.0.0.attn"),
+    others=("projs.0.1", "revert_projs.1.1", "fusion.1.attn", "blocks.0.0.attn"),
     inputs=stage_inputs,
 )
 CROSS = dict(
