@@ -1,5 +1,5 @@
-"""The rule for when to fuse, as to settings: what a module is told after it was made, or accelerated, holds for the next
-call, in whichever way that call is computed."""
+"""The rule for when to fuse, as to settings: what a module is told after it was made, or accelerated, holds for its
+next call, in whichever way that is computed."""
 
 from collections.abc import Callable
 from typing import Any
