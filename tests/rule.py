@@ -127,9 +127,10 @@ class Site:
         return self.linears + self.norms + self.others
 
     def some(self, names: tuple[str, ...], turn: int) -> list[str]:
-        """Of every part one of `names`, which take turns."""
+        """Of two parts one of `names` each; all take turns."""
         parts = [[name for name in names if self.part(name) == part] for part in self.parts]
-        return [part[turn % len(part)] for part in parts if part]
+        taken = [part[turn % len(part)] for part in parts if part]
+        return [taken[i % len(taken)] for i in range(2 * turn, 2 * turn + min(2, len(taken)))]
 
     def pair(
         self, kernels: str, change: Callable[[nn.Module], Any] = lambda module: None, *, before: bool = False

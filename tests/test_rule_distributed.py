@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="there is no gloo"),
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning"),
 ]
-BLOCKS = ["nn.Block", "timm Block", "CaiT LayerScaleBlockClassAttn"]
+BLOCKS = ["nn.Block", "timm Block"]
 
 
 @pytest.fixture(scope="module")

@@ -66,7 +66,7 @@ def test_computed_weights(site: str, kind: str, kernels: str) -> None:
             pair = where.pair(kernels, change, before=before)
             for _ in range(2):
                 found, expected = (outcome(module, inputs) for module in pair)
-                assert_close(found, expected)
+                assert_close(found, expected, 1e-4)  # a norm is taken out of the gradient: it cancels
                 for module in pair:
                     step(module, inputs)
         pair = where.pair(kernels, change)
