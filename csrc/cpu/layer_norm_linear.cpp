@@ -8,6 +8,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_linear(const Tensor& x, co
                                                              const OptionalTensor& norm_bias, const Tensor& weight,
                                                              const OptionalTensor& bias, double eps, bool gelu_in,
                                                              bool gelu_out, bool save) {
+  arguments::layer_norm_linear(kTaken, x, norm_weight, norm_bias, weight, bias, eps);
   const RowTensor in(x);
   const WeightTensor matrix(weight);
   auto shape = x.sizes().vec();
@@ -38,6 +39,8 @@ std::vector<Tensor> layer_norm_linear_backward(const Tensor& grad_out, const Ten
                                                const OptionalTensor& norm_bias, const Tensor& weight,
                                                const Tensor& mean, const Tensor& rstd, const Tensor& pre, bool gelu_in,
                                                bool gelu_out, Needs needs, bool wide) {
+  arguments::layer_norm_linear_backward(kTaken, grad_out, x, norm_weight, norm_bias, weight, mean, rstd, pre, gelu_out,
+                                        needs);
   const RowTensor grad(grad_out), in(x);
   LinearGradArgs args{};
   args.grad = grad.rows;

@@ -26,6 +26,7 @@ Args head_shape(const Tensor& qkv, int64_t num_heads) {
 }  // namespace
 
 std::tuple<Tensor, Tensor> self_attention(const Tensor& qkv, int64_t num_heads, bool save) {
+  arguments::self_attention(kTaken, qkv, num_heads);
   const Tensor dense = dense_rows(qkv);
   auto args = head_shape<AttentionArgs>(dense, num_heads);
   const Tensor out = empty_like_dtype({args.batch, args.tokens, num_heads * args.width}, qkv.scalar_type());
@@ -38,6 +39,7 @@ std::tuple<Tensor, Tensor> self_attention(const Tensor& qkv, int64_t num_heads, 
 
 Tensor self_attention_backward(const Tensor& grad_out, const Tensor& qkv, const Tensor& out, const Tensor& lse,
                                int64_t num_heads) {
+  arguments::self_attention_backward(kTaken, grad_out, qkv, out, lse, num_heads);
   const Tensor dense = dense_rows(qkv), grad = grad_out.contiguous(), result = out.contiguous();
   auto args = head_shape<AttentionGradArgs>(dense, num_heads);
   const Tensor grad_qkv = empty_like_dtype(qkv.sizes(), qkv.scalar_type());

@@ -46,8 +46,9 @@ OptionalTensor transformer_block(const Tensor& x, const Tensor& norm1_weight, co
   const Tensor qkv =
       std::get<0>(layer_norm_linear(x, norm1_weight, norm1_bias, qkv_weight, qkv_bias, eps1, false, false, false));
   const Tensor heads = std::get<0>(self_attention(qkv, num_heads, false));
-  const Tensor sum = linear_residual(heads, proj_weight, proj_bias, x, scale1);
-  return std::get<0>(layer_norm_mlp(sum, norm2_weight, norm2_bias, w1, b1, w2, b2, eps2, scale2, false));
+  const Tensor sum = linear_residual(heads, proj_weight, proj_bias, x, scale1, scale1 && scale1->dim() != 1);
+  return std::get<0>(
+      layer_norm_mlp(sum, norm2_weight, norm2_bias, w1, b1, w2, b2, eps2, scale2, scale2 && scale2->dim() != 1, false));
 }
 
 }  // namespace crossvit
