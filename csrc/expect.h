@@ -131,7 +131,7 @@ class Expect {
   void countable(const char* name, std::int64_t rows, std::int64_t features) const {
     std::int64_t all = 0;
     if (__builtin_mul_overflow(rows, features, &all) || all > kMostElements) [[unlikely]]
-      fail(name, "less elements than " + std::to_string(kMostElements),
+      fail(name, "fewer elements than " + std::to_string(kMostElements),
            std::to_string(rows) + " rows of " + std::to_string(features));
   }
   // The length of `needs`.

@@ -88,8 +88,8 @@ def activation(name: str, value: str | None) -> bool:
 
 
 def scale(value: Tensor, x: Tensor, width: int) -> bool:
-    """Whether a factor is one per sample, (B, 1, ..., 1) with the dimensions of x, or one per channel, (width,). Where x
-    is a single row, (D,), it is one per channel."""
+    """Whether a factor is one per sample, (B, 1, ..., 1) with the dimensions of x, or one per channel, (width,). For a
+    single row x, (D,), it is one per channel."""
     if not isinstance(value, Tensor):
         raise TypeError(f"scale: expected a tensor, got {type(value).__name__}")
     per_sample = value.dim() == x.dim() > 1
