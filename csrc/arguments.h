@@ -20,10 +20,14 @@ inline void normalized(const Expect& expect, const Tensor& x, const Tensor& norm
   expect.vector("norm_bias", norm_bias, x.sizes().back());
 }
 
+// What a factor's values are for: by its own rank, never by that of what it is a factor of. crossvit_kernels/ops/_validate.py
+// has it so that a factor per channel has one dimension, one per sample more.
+inline bool is_per_sample(const Tensor& scale) { return scale.dim() > 1; }
+
 // The factor of a residual branch onto `residual` (B, ..., E).
-inline void scaled(const Expect& expect, const OptionalTensor& scale, bool per_sample, const Tensor& residual) {
+inline void scaled(const Expect& expect, const OptionalTensor& scale, const Tensor& residual) {
   if (!scale) return;
-  if (per_sample) return expect.per_sample("scale", *scale, residual);
+  if (is_per_sample(*scale)) return expect.per_sample("scale", *scale, residual);
   expect.tensor("scale", *scale, {residual.sizes().back()});
 }
 
@@ -61,27 +65,26 @@ inline void layer_norm_linear_backward(Taken taken, const Tensor& grad_out, cons
 // --- linear_residual: x (..., K), weight (E, K), residual (..., E) ------------------------------------------------------
 
 inline void linear_residual(Taken taken, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                            const Tensor& residual, const OptionalTensor& scale, bool per_sample) {
+                            const Tensor& residual, const OptionalTensor& scale) {
   const Expect expect("linear_residual", taken, "x", x);
   expect.rows("x", x);
   expect.matrix("weight", weight, x.sizes().back());
-  expect.dtype("x", x, weight.scalar_type());
+  expect.of_dtype("x", x, weight.scalar_type());
   expect.vector("bias", bias, weight.sizes()[0]);
   expect.beside("residual", residual, x, weight.sizes()[0]);
-  scaled(expect, scale, per_sample, residual);
+  scaled(expect, scale, residual);
   expect.countable("x", rows_of(x), weight.sizes()[0]);
 }
 
 inline void linear_residual_backward(Taken taken, const Tensor& grad_out, const Tensor& x, const Tensor& weight,
-                                     const OptionalTensor& bias, const OptionalTensor& scale, bool per_sample,
-                                     const Needs& needs) {
+                                     const OptionalTensor& bias, const OptionalTensor& scale, const Needs& needs) {
   const Expect expect("linear_residual_backward", taken, "x", x);
   expect.rows("x", x);
   expect.matrix("weight", weight, x.sizes().back());
-  expect.dtype("x", x, weight.scalar_type());
+  expect.of_dtype("x", x, weight.scalar_type());
   expect.vector("bias", bias, weight.sizes()[0]);
   expect.beside("grad_out", grad_out, x, weight.sizes()[0]);
-  scaled(expect, scale, per_sample, grad_out);
+  scaled(expect, scale, grad_out);
   expect.countable("x", rows_of(x), x.sizes().back());
   expect.countable("grad_out", rows_of(x), weight.sizes()[0]);
   expect.needs(needs, 4);
@@ -93,7 +96,7 @@ inline void linear_residual_backward(Taken taken, const Tensor& grad_out, const 
 
 inline void layer_norm_mlp(Taken taken, const Tensor& x, const Tensor& norm_weight, const OptionalTensor& norm_bias,
                            const Tensor& w1, const OptionalTensor& b1, const Tensor& w2, const OptionalTensor& b2,
-                           double eps, const OptionalTensor& scale, bool per_sample) {
+                           double eps, const OptionalTensor& scale) {
   const Expect expect("layer_norm_mlp", taken, "x", x);
   normalized(expect, x, norm_weight, norm_bias);
   expect.matrix("w1", w1, x.sizes().back());
@@ -103,14 +106,14 @@ inline void layer_norm_mlp(Taken taken, const Tensor& x, const Tensor& norm_weig
   expect.tensor("w2", w2, {width, hidden}, w1.scalar_type());
   expect.vector("b2", b2, width);
   expect.epsilon(eps);
-  scaled(expect, scale, per_sample, x);
+  scaled(expect, scale, x);
   expect.countable("x", rows_of(x), hidden);
 }
 
 inline void layer_norm_mlp_backward(Taken taken, const Tensor& grad_out, const Tensor& x, const Tensor& norm_weight,
                                     const OptionalTensor& norm_bias, const Tensor& w1, const Tensor& w2,
-                                    const OptionalTensor& b2, const OptionalTensor& scale, bool per_sample,
-                                    const Tensor& mean, const Tensor& rstd, const Tensor& pre, const Needs& needs) {
+                                    const OptionalTensor& b2, const OptionalTensor& scale, const Tensor& mean,
+                                    const Tensor& rstd, const Tensor& pre, const Needs& needs) {
   const Expect expect("layer_norm_mlp_backward", taken, "x", x);
   normalized(expect, x, norm_weight, norm_bias);
   expect.matrix("w1", w1, x.sizes().back());
@@ -120,7 +123,7 @@ inline void layer_norm_mlp_backward(Taken taken, const Tensor& grad_out, const T
   expect.countable("w1", rows, hidden);
   expect.tensor("w2", w2, {width, hidden}, w1.scalar_type());
   expect.vector("b2", b2, width);
-  scaled(expect, scale, per_sample, x);
+  scaled(expect, scale, x);
   expect.beside("grad_out", grad_out, x, width);
   expect.saved("mean", mean, {rows});
   expect.saved("rstd", rstd, {rows});
@@ -133,7 +136,8 @@ inline void layer_norm_mlp_backward(Taken taken, const Tensor& grad_out, const T
 
 // --- cls_cross_attention: cls (B, D), patches (B, N, D), weights (D, D) -------------------------------------------------
 
-inline void tokens(const Expect& expect, const Tensor& cls, const Tensor& patches, const Tensor& norm_weight,
+// All but cls.
+inline void tokens(const Expect& expect, const Tensor& patches, const Tensor& norm_weight,
                    const OptionalTensor& norm_bias, const Tensor& q_weight, const Tensor& k_weight,
                    const Tensor& v_weight, std::int64_t num_heads) {
   expect.rank("patches", patches, 3);
@@ -144,7 +148,6 @@ inline void tokens(const Expect& expect, const Tensor& cls, const Tensor& patche
   const at::ScalarType dtype = q_weight.scalar_type();
   expect.tensor("k_weight", k_weight, {width, width}, dtype);
   expect.tensor("v_weight", v_weight, {width, width}, dtype);
-  expect.activation("cls", cls, dtype);
   expect.activation("patches", patches, dtype);
   expect.heads(num_heads, width);
 }
@@ -154,10 +157,10 @@ inline void cls_cross_attention(Taken taken, const Tensor& cls, const Tensor& pa
                                 const Tensor& k_weight, const Tensor& v_weight, const OptionalTensor& v_bias,
                                 std::int64_t num_heads, double eps) {
   const Expect expect("cls_cross_attention", taken, "patches", patches);
-  expect.rank("cls", cls, 2);
-  tokens(expect, cls, patches, norm_weight, norm_bias, q_weight, k_weight, v_weight, num_heads);
+  tokens(expect, patches, norm_weight, norm_bias, q_weight, k_weight, v_weight, num_heads);
   const std::int64_t width = patches.sizes()[2];
   expect.tensor("cls", cls, {patches.sizes()[0], width});
+  expect.activation("cls", cls, q_weight.scalar_type());
   expect.vector("q_bias", q_bias, width);
   expect.vector("v_bias", v_bias, width);
   expect.epsilon(eps);
@@ -170,10 +173,10 @@ inline void cls_cross_attention_backward(Taken taken, const Tensor& grad_out, co
                                          const Tensor& context, const Tensor& query, const Tensor& key_query,
                                          std::int64_t num_heads, const Needs& needs) {
   const Expect expect("cls_cross_attention_backward", taken, "patches", patches);
-  expect.rank("cls", cls, 2);
-  tokens(expect, cls, patches, norm_weight, norm_bias, q_weight, k_weight, v_weight, num_heads);
+  tokens(expect, patches, norm_weight, norm_bias, q_weight, k_weight, v_weight, num_heads);
   const std::int64_t batch = patches.sizes()[0], all = 1 + patches.sizes()[1], width = patches.sizes()[2];
   expect.tensor("cls", cls, {batch, width});
+  expect.activation("cls", cls, q_weight.scalar_type());
   expect.tensor("grad_out", grad_out, {batch, width});
   expect.saved("mean", mean, {batch, all});
   expect.saved("rstd", rstd, {batch, all});
@@ -197,10 +200,11 @@ inline void cls_fusion(Taken taken, const Tensor& cls, const Tensor& patches, co
                        double eps) {
   const Expect expect("cls_fusion", taken, "patches", patches);
   expect.rank("cls", cls, 2);
-  tokens(expect, cls, patches, norm_weight, norm_bias, q_weight, k_weight, v_weight, num_heads);
+  tokens(expect, patches, norm_weight, norm_bias, q_weight, k_weight, v_weight, num_heads);
   const std::int64_t own = cls.sizes()[1], width = patches.sizes()[2];
   const at::ScalarType dtype = q_weight.scalar_type();
   expect.tensor("cls", cls, {patches.sizes()[0], own});
+  expect.activation("cls", cls, dtype);
   expect.vector("proj_norm_weight", proj_norm_weight, own);
   expect.vector("proj_norm_bias", proj_norm_bias, own);
   expect.tensor("proj_weight", proj_weight, {width, own}, dtype);

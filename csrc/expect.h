@@ -10,7 +10,6 @@
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 
@@ -20,7 +19,23 @@ namespace crossvit {
 struct Taken {
   c10::DeviceType device;
   bool float16;
+  bool takes(at::ScalarType dtype) const {
+    return dtype == at::kFloat || dtype == at::kBFloat16 || (float16 && dtype == at::kHalf);
+  }
 };
+
+// Whether all elements of a dense tensor lie in its memory, which a storage that was made smaller no longer holds.
+inline bool in_memory(const at::Tensor& t) {
+  std::int64_t end = t.storage_offset() + t.numel();
+  if (!t.is_contiguous() && t.numel() != 0) {
+    const at::IntArrayRef sizes = t.sizes(), strides = t.strides();
+    end = t.storage_offset() + 1;
+    for (std::size_t d = 0; d < sizes.size(); d++) end += (sizes[d] - 1) * strides[d];
+  }
+  const auto dtype = t.scalar_type();
+  const std::int64_t size = dtype == at::kFloat ? 4 : dtype == at::kHalf || dtype == at::kBFloat16 ? 2 : t.itemsize();
+  return end * size <= static_cast<std::int64_t>(t.storage().nbytes()) || t.numel() == 0;
+}
 
 // Sizes, of which kAny in what is expected stands for one that is free.
 using Sizes = std::initializer_list<std::int64_t>;
@@ -36,10 +51,9 @@ class Expect {
   // op: whose arguments these are. first: its main activation, on whose device all others are.
   Expect(const char* op, Taken taken, const char* name, const at::Tensor& first)
       : op_(op), first_name_(name), taken_(taken), device_(taken.device) {
-    if (!first.defined()) missing(name);
+    if (!first.defined() || first.device().type() != taken.device) [[unlikely]]
+      explain_device(name, first);
     device_ = first.device();
-    if (device_.type() != taken.device) [[unlikely]]
-      fail(name, c10::DeviceTypeName(taken.device, true), device_.str());
     plain(name, first);
   }
 
@@ -47,40 +61,35 @@ class Expect {
   void tensor(const char* name, const at::Tensor& t, Sizes sizes) const {
     plain(name, t);
     if (!has(t, sizes)) [[unlikely]]
-      fail(name, "shape " + text(sizes), shape(t));
+      explain_shape(name, t, at::IntArrayRef(sizes));
   }
-  // One that the kernels read as `dtype`.
+  // One that kernels read as `dtype`.
   void tensor(const char* name, const at::Tensor& t, Sizes sizes, at::ScalarType dtype) const {
     tensor(name, t, sizes);
-    this->dtype(name, t, dtype);
+    of_dtype(name, t, dtype);
   }
-  void dtype(const char* name, const at::Tensor& t, at::ScalarType dtype) const {
+  void of_dtype(const char* name, const at::Tensor& t, at::ScalarType dtype) const {
     if (t.scalar_type() != dtype) [[unlikely]]
-      fail(name, c10::toString(dtype), c10::toString(t.scalar_type()));
+      explain_dtype(name, t, dtype, false);
   }
-  // One that kernels read as rows of `dtype` or of float32.
+  // One that kernels read as rows of `dtype`, the weight's, or of float32.
   void activation(const char* name, const at::Tensor& t, at::ScalarType dtype) const {
     if (t.scalar_type() != dtype && t.scalar_type() != at::kFloat) [[unlikely]]
-      fail(name, std::string(c10::toString(at::kFloat)) + " or the weight's " + c10::toString(dtype),
-           c10::toString(t.scalar_type()));
+      explain_dtype(name, t, dtype, true);
   }
   // A tensor (..., width) with the leading sizes of `like`, which has been looked at.
   void beside(const char* name, const at::Tensor& t, const at::Tensor& like, std::int64_t width) const {
     plain(name, t);
-    const auto sizes = t.sizes(), wanted = like.sizes();
-    bool same = sizes.size() == wanted.size();
-    for (std::size_t d = 0; same && d < sizes.size(); d++)
-      same = sizes[d] == (d + 1 < sizes.size() ? wanted[d] : width);
-    if (!same) [[unlikely]] {
-      auto expected = wanted.vec();
-      expected.back() = width;
-      fail(name, "shape " + text(expected), shape(t));
-    }
+    const at::IntArrayRef sizes = t.sizes(), wanted = like.sizes();
+    bool same = sizes.size() == wanted.size() && sizes.back() == width;
+    for (std::size_t d = 0; same && d + 1 < sizes.size(); d++) same = sizes[d] == wanted[d];
+    if (!same) [[unlikely]]
+      explain_beside(name, t, like, width);
   }
   // A LayerNorm's or a Linear's vector, contiguous; it may be absent.
   void vector(const char* name, const at::Tensor& t, std::int64_t size) const {
-    tensor(name, t, {size});
-    contiguous(name, t);
+    if (!is_plain(t) || t.dim() != 1 || t.sizes()[0] != size || !t.is_contiguous()) [[unlikely]]
+      explain_vector(name, t, size);
   }
   void vector(const char* name, const std::optional<at::Tensor>& t, std::int64_t size) const {
     if (t) vector(name, *t, size);
@@ -90,30 +99,30 @@ class Expect {
     tensor(name, t, sizes, dtype);
     contiguous(name, t);
   }
-
   // A value for each of the samples of x: (B, 1, ..., 1), with the dimensions of x.
   void per_sample(const char* name, const at::Tensor& t, const at::Tensor& x) const {
     plain(name, t);
-    const auto sizes = t.sizes();
-    if (x.dim() < 2 || t.dim() != x.dim() || sizes[0] != x.sizes()[0] || t.numel() != sizes[0]) [[unlikely]]
-      fail(name, "a value per sample, with as many dimensions as " + shape(x), "shape " + shape(t));
+    if (x.dim() < 2 || t.dim() != x.dim() || t.sizes()[0] != x.sizes()[0] || t.numel() != t.sizes()[0]) [[unlikely]]
+      fail(name, "a value per sample, with as many dimensions as " + text(x.sizes()), "shape " + text(t.sizes()));
   }
 
-  // Rows (..., width) of at least one element.
+  // Of the first argument: rows (..., D), of at least one element.
   void rows(const char* name, const at::Tensor& t) const {
-    if (t.dim() == 0 || t.numel() == 0) [[unlikely]]
-      fail(name, "a tensor (..., D) that is not empty", "shape " + shape(t));
+    if (t.numel() == 0 || t.dim() == 0) [[unlikely]]
+      fail(name, "a tensor (..., D) that is not empty", "shape " + text(t.sizes()));
   }
+  // A tensor of so many dimensions and at least one element.
   void rank(const char* name, const at::Tensor& t, std::int64_t dims) const {
     plain(name, t);
     if (t.dim() != dims || t.numel() == 0) [[unlikely]]
-      fail(name, "a tensor of " + std::to_string(dims) + " dimensions that is not empty", "shape " + shape(t));
+      fail(name, "a tensor of " + std::to_string(dims) + " dimensions that is not empty", "shape " + text(t.sizes()));
   }
   // A weight (any number of rows, columns).
   void matrix(const char* name, const at::Tensor& t, std::int64_t columns) const {
-    tensor(name, t, {kAny, columns});
-    if (t.size(0) == 0) [[unlikely]]
-      fail(name, "at least one row", "shape " + shape(t));
+    plain(name, t);
+    const at::IntArrayRef sizes = t.sizes();
+    if (sizes.size() != 2 || sizes[1] != columns || sizes[0] == 0) [[unlikely]]
+      explain_shape(name, t, {kAny, columns});
   }
   void heads(std::int64_t heads, std::int64_t width) const {
     if (heads <= 0 || width % heads != 0) [[unlikely]]
@@ -134,7 +143,7 @@ class Expect {
       fail(name, "fewer elements than " + std::to_string(kMostElements),
            std::to_string(rows) + " rows of " + std::to_string(features));
   }
-  // The length of `needs`.
+  // The length of `needs`, of what has so many gradients.
   void needs(const c10::List<bool>& needs, std::size_t gradients) const {
     if (needs.size() != gradients) [[unlikely]]
       fail("needs", std::to_string(gradients) + " entries", std::to_string(needs.size()));
@@ -145,67 +154,74 @@ class Expect {
       fail(name, "a tensor, whose gradient is asked for", "None");
   }
 
-  [[noreturn]] void fail(const char* name, const std::string& expected, const std::string& came) const {
+  [[noreturn, gnu::cold, gnu::noinline]] void fail(const char* name, const std::string& expected,
+                                                   const std::string& came) const {
     throw std::invalid_argument(std::string(op_) + ": " + name + ": expected " + expected + ", got " + came);
   }
 
  private:
-  // A dense tensor of a dtype that the kernels take, on the device of the first, all of whose elements lie in its memory (which
-  // a storage that was made smaller no longer holds).
+  // A dense tensor of a dtype that the kernels take, on the device of the first, and in_memory().
+  bool is_plain(const at::Tensor& t) const {
+    return t.defined() && taken_.takes(t.scalar_type()) && t.layout() == at::kStrided && t.device() == device_ &&
+           in_memory(t);
+  }
   void plain(const char* name, const at::Tensor& t) const {
-    if (!t.defined()) [[unlikely]]
-      missing(name);
-    const at::ScalarType dtype = t.scalar_type();
-    if (t.layout() != at::kStrided) [[unlikely]]
-      fail(name, "a dense tensor", c10::str(t.layout()));
-    if (dtype != at::kFloat && dtype != at::kBFloat16 && !(taken_.float16 && dtype == at::kHalf)) [[unlikely]]
-      fail(name, taken_.float16 ? "float32, bfloat16 or float16" : "float32 or bfloat16", c10::toString(dtype));
-    if (t.device() != device_) [[unlikely]]
-      fail(name, device_.str() + " as " + first_name_ + " is on", t.device().str());
-    if (!in_memory(t)) [[unlikely]]
-      fail(name, "memory of its own",
-           "a storage of " + std::to_string(t.storage().nbytes()) + " bytes for " + shape(t));
+    if (!is_plain(t)) [[unlikely]]
+      explain(name, t);
   }
   void contiguous(const char* name, const at::Tensor& t) const {
     if (!t.is_contiguous()) [[unlikely]]
       fail(name, "a contiguous tensor", "strides " + text(t.strides()));
   }
-  [[noreturn]] void missing(const char* name) const { fail(name, "a tensor", "None"); }
 
   static bool has(const at::Tensor& t, Sizes expected) {
-    const auto sizes = t.sizes();
+    const at::IntArrayRef sizes = t.sizes();
     if (sizes.size() != expected.size()) return false;
-    const std::int64_t* size = sizes.data();
-    for (const std::int64_t wanted : expected)
-      if (const std::int64_t here = *size++; wanted != here && wanted != kAny) return false;
+    const std::int64_t *size = sizes.data(), *wanted = expected.begin();
+    for (std::size_t d = 0; d < sizes.size(); d++)
+      if (size[d] != wanted[d]) return false;
     return true;
   }
-  static bool in_memory(const at::Tensor& t) {
-    const auto sizes = t.sizes(), strides = t.strides();
-    std::int64_t last = t.storage_offset();
-    for (std::size_t d = 0; d < sizes.size(); d++) {
-      if (sizes[d] == 0) return true;
-      last += (sizes[d] - 1) * strides[d];
-    }
-    return (last + 1) * static_cast<std::int64_t>(t.itemsize()) <= static_cast<std::int64_t>(t.storage().nbytes());
-  }
 
-  static std::string shape(const at::Tensor& t) { return text(t.sizes()); }
-  template <class Range>
-  static std::string text(const Range& sizes) {
-    std::ostringstream out;
-    const char* before = "(";
-    for (const std::int64_t size : sizes) {
-      out << before;
-      if (size == kAny) {
-        out << "any";
-      } else {
-        out << size;
-      }
-      before = ", ";
-    }
-    out << (sizes.size() == 0 ? "()" : sizes.size() == 1 ? ",)" : ")");
-    return out.str();
+  // What is wrong with a tensor that is not plain.
+  [[noreturn, gnu::cold, gnu::noinline]] void explain(const char* name, const at::Tensor& t) const {
+    if (!t.defined()) fail(name, "a tensor", "None");
+    if (t.layout() != at::kStrided) fail(name, "a dense tensor", c10::str(t.layout()));
+    if (!taken_.takes(t.scalar_type()))
+      fail(name, taken_.float16 ? "float32, bfloat16 or float16" : "float32 or bfloat16",
+           c10::toString(t.scalar_type()));
+    if (t.device() != device_) fail(name, device_.str() + " as " + first_name_ + " is on", t.device().str());
+    fail(name, "memory of its own",
+         "a storage of " + std::to_string(t.storage().nbytes()) + " bytes for " + text(t.sizes()));
+  }
+  [[noreturn, gnu::cold, gnu::noinline]] void explain_device(const char* name, const at::Tensor& t) const {
+    fail(name, "a tensor on " + c10::DeviceTypeName(taken_.device, true), t.defined() ? t.device().str() : "None");
+  }
+  [[noreturn, gnu::cold, gnu::noinline]] void explain_shape(const char* name, const at::Tensor& t,
+                                                            at::IntArrayRef expected) const {
+    fail(name, "shape " + text(expected), text(t.sizes()));
+  }
+  [[gnu::cold, gnu::noinline]] void explain_vector(const char* name, const at::Tensor& t, std::int64_t size) const {
+    tensor(name, t, {size});
+    contiguous(name, t);
+  }
+  [[noreturn, gnu::cold, gnu::noinline]] void explain_beside(const char* name, const at::Tensor& t,
+                                                             const at::Tensor& like, std::int64_t width) const {
+    auto expected = like.sizes().vec();
+    expected.back() = width;
+    explain_shape(name, t, expected);
+  }
+  [[noreturn, gnu::cold, gnu::noinline]] void explain_dtype(const char* name, const at::Tensor& t, at::ScalarType dtype,
+                                                            bool or_float32) const {
+    fail(name, std::string(c10::toString(dtype)) + (or_float32 ? " as the weight, or Float" : ""),
+         c10::toString(t.scalar_type()));
+  }
+  // Sizes as Python writes them.
+  [[gnu::cold, gnu::noinline]] static std::string text(at::IntArrayRef sizes) {
+    std::string result = "(";
+    for (std::size_t d = 0; d < sizes.size(); d++)
+      result += (d ? ", " : "") + (sizes[d] == kAny ? "any" : std::to_string(sizes[d]));
+    return result + (sizes.size() == 1 ? ",)" : ")");
   }
 
   const char* op_;

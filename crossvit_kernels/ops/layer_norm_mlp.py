@@ -35,12 +35,11 @@ def layer_norm_mlp_reference(
 
 
 def _reference(x: Tensor, *rest: Any) -> Tensor:
-    *given, scale, _ = rest
-    return layer_norm_mlp_reference(x, *given, scale=scale)
+    return layer_norm_mlp_reference(x, *rest[:-1], scale=rest[-1])
 
 
 def _save(x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, w1: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    b1, _, _, eps, _, _ = rest
+    b1, _, _, eps, _ = rest
     pre = F.linear(F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps), w1, b1)
     return *norm_statistics(x, eps), pre.reshape(-1, w1.shape[0])
 
@@ -64,9 +63,8 @@ def _backward_flops(backend: str, needs: dict[str, bool], *inputs: Any) -> int:
 
 _op = Op(
     "layer_norm_mlp",
-    # per_sample: what `scale` is, decided once, below
     "Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, "
-    "float eps, Tensor? scale, bool per_sample",
+    "float eps, Tensor? scale",
     reference=_reference,
     outputs=_outputs,
     flops=_flops,
@@ -124,8 +122,9 @@ def layer_norm_mlp(
     if b2 is not None:
         _validate.beside("b2", b2, (width,), "x", x)
     _validate.epsilon(eps)
-    per_sample = scale is not None and _validate.scale(scale, x, width)
+    if scale is not None:
+        _validate.scale(scale, x, width)
     if _op.needs_reference(kernels, x, w1.dtype):
-        return _reference(x, norm_weight, norm_bias, w1, b1, w2, b2, eps, scale, per_sample)
+        return _reference(x, norm_weight, norm_bias, w1, b1, w2, b2, eps, scale)
     x, scale = _validate.promoted(x, scale, w1)
-    return _op(x, norm_weight, norm_bias, w1, b1, w2, b2, eps, scale, per_sample, kernels=kernels)
+    return _op(x, norm_weight, norm_bias, w1, b1, w2, b2, eps, scale, kernels=kernels)

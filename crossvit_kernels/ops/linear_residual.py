@@ -22,13 +22,11 @@ def linear_residual_reference(
     return residual + (y if scale is None else scale * y)
 
 
-def _reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, scale: Tensor | None, per_sample: bool
-) -> Tensor:
+def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, scale: Tensor | None) -> Tensor:
     return linear_residual_reference(x, weight, bias, residual, scale=scale)
 
 
-def _outputs(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, *rest: Any) -> tuple[Tensor]:
+def _outputs(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, scale: Tensor | None) -> tuple[Tensor]:
     return (residual.new_empty(residual.shape, dtype=torch.promote_types(residual.dtype, weight.dtype)),)
 
 
@@ -44,8 +42,7 @@ def _backward_flops(backend: str, needs: dict[str, bool], *inputs: Any) -> int:
 
 _op = Op(
     "linear_residual",
-    # per_sample: what `scale` is, decided once, below
-    "Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor? scale, bool per_sample",
+    "Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor? scale",
     reference=_reference,
     outputs=_outputs,
     flops=_flops,
@@ -90,8 +87,9 @@ def linear_residual(
     if bias is not None:
         _validate.beside("bias", bias, (width,), "x", x)
     _validate.beside("residual", residual, (*x.shape[:-1], width), "x", x, any_dtype=True)
-    per_sample = scale is not None and _validate.scale(scale, x, width)
+    if scale is not None:
+        _validate.scale(scale, x, width)
     if _op.needs_reference(kernels, x, weight.dtype):
-        return _reference(x, weight, bias, residual, scale, per_sample)
+        return _reference(x, weight, bias, residual, scale)
     residual, scale = _validate.promoted(residual, scale, weight)
-    return _op(x, weight, bias, residual, scale, per_sample, kernels=kernels)
+    return _op(x, weight, bias, residual, scale, kernels=kernels)

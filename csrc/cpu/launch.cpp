@@ -86,10 +86,10 @@ WeightTensor transposed(const Tensor& weight) {
   return WeightTensor(result);
 }
 
-ScaleTensor::ScaleTensor(const OptionalTensor& t, bool per_sample, const Tensor& x) {
+ScaleTensor::ScaleTensor(const OptionalTensor& t, const Tensor& x) {
   if (!t) return;
   tensor = t->contiguous();
-  scale.kind = per_sample ? Scale::sample : Scale::channel;
+  scale.kind = arguments::is_per_sample(*t) ? Scale::sample : Scale::channel;
   scale.values = vector_of(tensor);
   scale.rows_per_sample = std::max<int64_t>(1, x.numel() / std::max<int64_t>(1, x.size(0) * x.size(-1)));
 }

@@ -4,11 +4,12 @@
 
 namespace crossvit {
 
+namespace unchecked {
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_linear(const Tensor& x, const Tensor& norm_weight,
                                                              const OptionalTensor& norm_bias, const Tensor& weight,
                                                              const OptionalTensor& bias, double eps, bool gelu_in,
                                                              bool gelu_out, bool save) {
-  arguments::layer_norm_linear(kTaken, x, norm_weight, norm_bias, weight, bias, eps);
   const RowTensor in(x);
   const WeightTensor matrix(weight);
   auto shape = x.sizes().vec();
@@ -33,6 +34,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_linear(const Tensor& x, co
   args.bias = vector_of(bias);
   launch(active().linear, args);
   return {out, mean, rstd, pre};
+}
+
+}  // namespace unchecked
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_linear(const Tensor& x, const Tensor& norm_weight,
+                                                             const OptionalTensor& norm_bias, const Tensor& weight,
+                                                             const OptionalTensor& bias, double eps, bool gelu_in,
+                                                             bool gelu_out, bool save) {
+  arguments::layer_norm_linear(kTaken, x, norm_weight, norm_bias, weight, bias, eps);
+  return unchecked::layer_norm_linear(x, norm_weight, norm_bias, weight, bias, eps, gelu_in, gelu_out, save);
 }
 
 std::vector<Tensor> layer_norm_linear_backward(const Tensor& grad_out, const Tensor& x, const Tensor& norm_weight,

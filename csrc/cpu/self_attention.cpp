@@ -25,8 +25,9 @@ Args head_shape(const Tensor& qkv, int64_t num_heads) {
 
 }  // namespace
 
+namespace unchecked {
+
 std::tuple<Tensor, Tensor> self_attention(const Tensor& qkv, int64_t num_heads, bool save) {
-  arguments::self_attention(kTaken, qkv, num_heads);
   const Tensor dense = dense_rows(qkv);
   auto args = head_shape<AttentionArgs>(dense, num_heads);
   const Tensor out = empty_like_dtype({args.batch, args.tokens, num_heads * args.width}, qkv.scalar_type());
@@ -35,6 +36,13 @@ std::tuple<Tensor, Tensor> self_attention(const Tensor& qkv, int64_t num_heads, 
   args.lse = float_data(lse);
   launch(active().attention, args);
   return {out, lse};
+}
+
+}  // namespace unchecked
+
+std::tuple<Tensor, Tensor> self_attention(const Tensor& qkv, int64_t num_heads, bool save) {
+  arguments::self_attention(kTaken, qkv, num_heads);
+  return unchecked::self_attention(qkv, num_heads, save);
 }
 
 Tensor self_attention_backward(const Tensor& grad_out, const Tensor& qkv, const Tensor& out, const Tensor& lse,
