@@ -20,14 +20,10 @@ inline void normalized(const Expect& expect, const Tensor& x, const Tensor& norm
   expect.vector("norm_bias", norm_bias, x.sizes().back());
 }
 
-// What a factor's values are for: by its own rank, never by that of what it is a factor of. crossvit_kernels/ops/_validate.py
-// has it so that a factor per channel has one dimension, one per sample more.
-inline bool is_per_sample(const Tensor& scale) { return scale.dim() > 1; }
-
 // The factor of a residual branch onto `residual` (B, ..., E).
-inline void scaled(const Expect& expect, const OptionalTensor& scale, const Tensor& residual) {
+inline void scaled(const Expect& expect, const OptionalTensor& scale, bool per_sample, const Tensor& residual) {
   if (!scale) return;
-  if (is_per_sample(*scale)) return expect.per_sample("scale", *scale, residual);
+  if (per_sample) return expect.per_sample("scale", *scale, residual);
   expect.tensor("scale", *scale, {residual.sizes().back()});
 }
 
@@ -65,26 +61,27 @@ inline void layer_norm_linear_backward(Taken taken, const Tensor& grad_out, cons
 // --- linear_residual: x (..., K), weight (E, K), residual (..., E) ------------------------------------------------------
 
 inline void linear_residual(Taken taken, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                            const Tensor& residual, const OptionalTensor& scale) {
+                            const Tensor& residual, const OptionalTensor& scale, bool per_sample) {
   const Expect expect("linear_residual", taken, "x", x);
   expect.rows("x", x);
   expect.matrix("weight", weight, x.sizes().back());
   expect.of_dtype("x", x, weight.scalar_type());
   expect.vector("bias", bias, weight.sizes()[0]);
   expect.beside("residual", residual, x, weight.sizes()[0]);
-  scaled(expect, scale, residual);
+  scaled(expect, scale, per_sample, residual);
   expect.countable("x", rows_of(x), weight.sizes()[0]);
 }
 
 inline void linear_residual_backward(Taken taken, const Tensor& grad_out, const Tensor& x, const Tensor& weight,
-                                     const OptionalTensor& bias, const OptionalTensor& scale, const Needs& needs) {
+                                     const OptionalTensor& bias, const OptionalTensor& scale, bool per_sample,
+                                     const Needs& needs) {
   const Expect expect("linear_residual_backward", taken, "x", x);
   expect.rows("x", x);
   expect.matrix("weight", weight, x.sizes().back());
   expect.of_dtype("x", x, weight.scalar_type());
   expect.vector("bias", bias, weight.sizes()[0]);
   expect.beside("grad_out", grad_out, x, weight.sizes()[0]);
-  scaled(expect, scale, grad_out);
+  scaled(expect, scale, per_sample, grad_out);
   expect.countable("x", rows_of(x), x.sizes().back());
   expect.countable("grad_out", rows_of(x), weight.sizes()[0]);
   expect.needs(needs, 4);
@@ -96,7 +93,7 @@ inline void linear_residual_backward(Taken taken, const Tensor& grad_out, const 
 
 inline void layer_norm_mlp(Taken taken, const Tensor& x, const Tensor& norm_weight, const OptionalTensor& norm_bias,
                            const Tensor& w1, const OptionalTensor& b1, const Tensor& w2, const OptionalTensor& b2,
-                           double eps, const OptionalTensor& scale) {
+                           double eps, const OptionalTensor& scale, bool per_sample) {
   const Expect expect("layer_norm_mlp", taken, "x", x);
   normalized(expect, x, norm_weight, norm_bias);
   expect.matrix("w1", w1, x.sizes().back());
@@ -106,14 +103,14 @@ inline void layer_norm_mlp(Taken taken, const Tensor& x, const Tensor& norm_weig
   expect.tensor("w2", w2, {width, hidden}, w1.scalar_type());
   expect.vector("b2", b2, width);
   expect.epsilon(eps);
-  scaled(expect, scale, x);
+  scaled(expect, scale, per_sample, x);
   expect.countable("x", rows_of(x), hidden);
 }
 
 inline void layer_norm_mlp_backward(Taken taken, const Tensor& grad_out, const Tensor& x, const Tensor& norm_weight,
                                     const OptionalTensor& norm_bias, const Tensor& w1, const Tensor& w2,
-                                    const OptionalTensor& b2, const OptionalTensor& scale, const Tensor& mean,
-                                    const Tensor& rstd, const Tensor& pre, const Needs& needs) {
+                                    const OptionalTensor& b2, const OptionalTensor& scale, bool per_sample,
+                                    const Tensor& mean, const Tensor& rstd, const Tensor& pre, const Needs& needs) {
   const Expect expect("layer_norm_mlp_backward", taken, "x", x);
   normalized(expect, x, norm_weight, norm_bias);
   expect.matrix("w1", w1, x.sizes().back());
@@ -123,7 +120,7 @@ inline void layer_norm_mlp_backward(Taken taken, const Tensor& grad_out, const T
   expect.countable("w1", rows, hidden);
   expect.tensor("w2", w2, {width, hidden}, w1.scalar_type());
   expect.vector("b2", b2, width);
-  scaled(expect, scale, x);
+  scaled(expect, scale, per_sample, x);
   expect.beside("grad_out", grad_out, x, width);
   expect.saved("mean", mean, {rows});
   expect.saved("rstd", rstd, {rows});

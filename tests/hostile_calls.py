@@ -98,7 +98,9 @@ def named_calls(backend: str) -> dict[str, Callable[[], Any]]:
         "a norm weight of one element": lambda: ops.layer_norm_linear(
             wide, torch.ones(1), None, torch.randn(8, 1 << 22), None, *ends
         ),
-        "a short residual": lambda: ops.linear_residual(torch.randn(4096, 8), weight, None, torch.randn(2, 8), None),
+        "a short residual": lambda: ops.linear_residual(
+            torch.randn(4096, 8), weight, None, torch.randn(2, 8), None, False
+        ),
         "a patch of 0": lambda: ops.patch_embed(
             images, torch.randn(8, 3, 0, 0), None, torch.randn(1, 1, 8), torch.randn(1, 2, 8), 8, 8
         ),
@@ -106,7 +108,7 @@ def named_calls(backend: str) -> dict[str, Callable[[], Any]]:
             x, torch.randn(2, 3, 8), ones, None, weight, None, weight, weight, None, 0, 1e-6, True
         ),
         "more elements than can be counted": lambda: ops.linear_residual(
-            one.expand(1 << 40, 1), one.expand(1 << 20, 1), None, one.expand(1 << 40, 1 << 20), None
+            one.expand(1 << 40, 1), one.expand(1 << 20, 1), None, one.expand(1 << 40, 1 << 20), None, False
         ),
         "freed memory": lambda: ops.layer_norm_linear(x, ones, None, _freed(weight), None, *ends),
         "a weight of another size in the backward": lambda: _weight_of_another_size(backend),

@@ -85,7 +85,7 @@ WeightTensor transposed(const Tensor& weight);
 struct ScaleTensor {
   Tensor tensor;
   Scale scale;
-  ScaleTensor(const OptionalTensor& t, const Tensor& x);
+  ScaleTensor(const OptionalTensor& t, bool per_sample, const Tensor& x);
 };
 
 Norm norm_of(const Tensor& weight, const OptionalTensor& bias, double eps);

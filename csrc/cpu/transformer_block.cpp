@@ -21,9 +21,12 @@ bool is_linear(const Tensor& weight, const OptionalTensor& bias, int64_t out, in
          is_vector(bias, out, x);
 }
 
+// A factor of this block's, whose x (B, N, D) has three dimensions: (B, 1, 1) or (D,).
+bool is_per_sample(const OptionalTensor& t) { return t && t->dim() == 3; }
+
 bool is_scale(const OptionalTensor& t, const Tensor& x) {
-  if (!t || !arguments::is_per_sample(*t)) return is_vector(t, x.size(2), x);
-  return t->dim() == 3 && t->size(0) == x.size(0) && t->numel() == x.size(0) && goes_with(*t, x);
+  if (!is_per_sample(t)) return is_vector(t, x.size(2), x);
+  return t->size(0) == x.size(0) && t->numel() == x.size(0) && goes_with(*t, x);
 }
 
 }  // namespace
@@ -47,8 +50,9 @@ OptionalTensor transformer_block(const Tensor& x, const Tensor& norm1_weight, co
   const Tensor qkv = std::get<0>(
       unchecked::layer_norm_linear(x, norm1_weight, norm1_bias, qkv_weight, qkv_bias, eps1, false, false, false));
   const Tensor heads = std::get<0>(unchecked::self_attention(qkv, num_heads, false));
-  const Tensor sum = unchecked::linear_residual(heads, proj_weight, proj_bias, x, scale1);
-  return std::get<0>(unchecked::layer_norm_mlp(sum, norm2_weight, norm2_bias, w1, b1, w2, b2, eps2, scale2, false));
+  const Tensor sum = unchecked::linear_residual(heads, proj_weight, proj_bias, x, scale1, is_per_sample(scale1));
+  return std::get<0>(unchecked::layer_norm_mlp(sum, norm2_weight, norm2_bias, w1, b1, w2, b2, eps2, scale2,
+                                               is_per_sample(scale2), false));
 }
 
 }  // namespace crossvit

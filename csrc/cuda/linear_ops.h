@@ -14,7 +14,7 @@ struct ScaleTensor {
   Tensor tensor;
   Scale scale;
   ScaleTensor() = default;
-  ScaleTensor(const OptionalTensor& t, const Tensor& x);
+  ScaleTensor(const OptionalTensor& t, bool per_sample, const Tensor& x);
 };
 
 // out (..., E) = residual + scale * Linear(x), residual of out's dtype; without a residual Linear(x).
