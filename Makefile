@@ -50,7 +50,7 @@ cuda-report: $(PACKAGE)  ## Registers, memory, spills and instructions of every 
 # A package of its own in build/sanitize, with its own objects, tested from there: the one in use stays as it is.
 SANITIZED := build/sanitize
 OP_TESTS := layer_norm_linear layer_norm_mlp linear_residual self_attention bicubic_resize patch_embed cls_cross_attention cls_fusion
-sanitize: $(PACKAGE)  ## The op tests on C++ and emulated CUDA kernels compiled with -fsanitize=address,undefined
+sanitize: $(PACKAGE)  ## The op tests, and wrong calls of every native op, on C++ and emulated CUDA kernels compiled with -fsanitize
 	rm -rf $(SANITIZED)
 	CROSSVIT_KERNELS_SANITIZE=address,undefined $(PYTHON) setup.py -q \
 		build_py --build-lib $(SANITIZED) build_ext --build-lib $(SANITIZED)
@@ -58,8 +58,8 @@ sanitize: $(PACKAGE)  ## The op tests on C++ and emulated CUDA kernels compiled 
 	cd $(SANITIZED) && \
 	export LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 && \
-	$(CURDIR)/$(PYTHON) -m pytest --durations=5 -k "cpu or cuda or test_rule" \
-		tests/test_instruction_sets.py $(OP_TESTS:%=tests/test_%.py)
+	CROSSVIT_HOSTILE_CALLS=1000 $(CURDIR)/$(PYTHON) -m pytest --durations=5 -k "cpu or cuda or test_rule" \
+		tests/test_hostile_calls.py tests/test_instruction_sets.py $(OP_TESTS:%=tests/test_%.py)
 
 random-calls: $(PACKAGE)  ## CALLS=200000 random calls of the ops on the C++ kernels, held to the reference; SEED=0
 	$(PYTHON) tests/random_calls.py --calls $(or $(CALLS),200000) --seed $(or $(SEED),0)

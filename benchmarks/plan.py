@@ -67,6 +67,7 @@ def arguments(cell: Cell, autocast: bool = False, device: str = "meta") -> list[
     operands of products are of the cell's dtype."""
     matrices = [OPS[cell.op].inputs[i] for i in OPS[cell.op].matrices]
     values: dict[str, Any] = {"num_heads": cell.sizes.heads, "eps": 1e-6, "gelu_in": False, "gelu_out": False}
+    values["per_sample"] = False
     values["height"] = values["width"] = cell.sizes.image
     for name, shape in cell.shapes().items():
         if name == "patches":  # a view behind the CLS token, as in the model

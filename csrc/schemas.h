@@ -12,19 +12,20 @@ inline constexpr const char* layer_norm_linear_backward =
     "Tensor mean, Tensor rstd, Tensor pre, bool gelu_in, bool gelu_out, bool[] needs) -> Tensor[]";
 
 inline constexpr const char* linear_residual =
-    "linear_residual(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor? scale) -> Tensor";
+    "linear_residual(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor? scale, "
+    "bool per_sample) -> Tensor";
 
 inline constexpr const char* linear_residual_backward =
-    "linear_residual_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor? bias, Tensor? scale, bool[] "
-    "needs) -> Tensor[]";
+    "linear_residual_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor? bias, Tensor? scale, bool "
+    "per_sample, bool[] needs) -> Tensor[]";
 
 inline constexpr const char* layer_norm_mlp =
     "layer_norm_mlp(Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor w1, Tensor? b1, Tensor w2, Tensor? "
-    "b2, float eps, Tensor? scale, bool save) -> (Tensor out, Tensor mean, Tensor rstd, Tensor pre)";
+    "b2, float eps, Tensor? scale, bool per_sample, bool save) -> (Tensor out, Tensor mean, Tensor rstd, Tensor pre)";
 
 inline constexpr const char* layer_norm_mlp_backward =
     "layer_norm_mlp_backward(Tensor grad_out, Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor w1, Tensor "
-    "w2, Tensor? b2, Tensor? scale, Tensor mean, Tensor rstd, Tensor pre, bool[] needs) -> Tensor[]";
+    "w2, Tensor? b2, Tensor? scale, bool per_sample, Tensor mean, Tensor rstd, Tensor pre, bool[] needs) -> Tensor[]";
 
 inline constexpr const char* cls_cross_attention =
     "cls_cross_attention(Tensor cls, Tensor patches, Tensor norm_weight, Tensor? norm_bias, Tensor q_weight, "

@@ -80,6 +80,8 @@ def dispatcher_inputs(name: str, *, permuted: bool = False, device: str = "cpu")
     if name == "layer_norm_linear":
         given |= {"gelu_in": False, "gelu_out": given.pop("activation") == "gelu"}
     op = OPS[name]
+    if "per_sample" in op.inputs:
+        given["per_sample"] = given["scale"].dim() > 1
     if permuted:
         for i in op.activations:
             given[op.inputs[i]] = inputs.arrange(given[op.inputs[i]], "permuted")

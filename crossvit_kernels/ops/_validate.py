@@ -87,12 +87,15 @@ def activation(name: str, value: str | None) -> bool:
     return True
 
 
-def scale(value: Tensor, x: Tensor, width: int) -> None:
-    """A factor per sample, (B, 1, ..., 1) with the dimensions of x, or per channel, (width,)."""
+def scale(value: Tensor, x: Tensor, width: int) -> bool:
+    """Whether a factor is one per sample, (B, 1, ..., 1) with the dimensions of x, or one per channel, (width,). Where
+    x is a single row, (D,), it is one per channel."""
     if not isinstance(value, Tensor):
         raise TypeError(f"scale: expected a tensor, got {type(value).__name__}")
-    per_sample = (x.shape[0], *([1] * (x.dim() - 1))) if x.dim() > 1 else (width,)
-    beside("scale", value, per_sample if value.dim() == x.dim() else (width,), "x", x, any_dtype=True)
+    per_sample = value.dim() == x.dim() > 1
+    shape = (x.shape[0], *([1] * (x.dim() - 1))) if per_sample else (width,)
+    beside("scale", value, shape, "x", x, any_dtype=True)
+    return per_sample
 
 
 def size(name: str, value: int | tuple[int, int]) -> tuple[int, int]:

@@ -35,11 +35,12 @@ def layer_norm_mlp_reference(
 
 
 def _reference(x: Tensor, *rest: Any) -> Tensor:
-    return layer_norm_mlp_reference(x, *rest[:-1], scale=rest[-1])
+    *given, scale, _ = rest
+    return layer_norm_mlp_reference(x, *given, scale=scale)
 
 
 def _save(x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, w1: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    b1, _, _, eps, _ = rest
+    b1, _, _, eps, _, _ = rest
     pre = F.linear(F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps), w1, b1)
     return *norm_statistics(x, eps), pre.reshape(-1, w1.shape[0])
 
@@ -63,8 +64,9 @@ def _backward_flops(backend: str, needs: dict[str, bool], *inputs: Any) -> int:
 
 _op = Op(
     "layer_norm_mlp",
+    # per_sample: what `scale` is, decided once, below
     "Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, "
-    "float eps, Tensor? scale",
+    "float eps, Tensor? scale, bool per_sample",
     reference=_reference,
     outputs=_outputs,
     flops=_flops,
@@ -122,9 +124,8 @@ def layer_norm_mlp(
     if b2 is not None:
         _validate.beside("b2", b2, (width,), "x", x)
     _validate.epsilon(eps)
-    if scale is not None:
-        _validate.scale(scale, x, width)
+    per_sample = scale is not None and _validate.scale(scale, x, width)
     if _op.needs_reference(kernels, x, w1.dtype):
-        return _reference(x, norm_weight, norm_bias, w1, b1, w2, b2, eps, scale)
+        return _reference(x, norm_weight, norm_bias, w1, b1, w2, b2, eps, scale, per_sample)
     x, scale = _validate.promoted(x, scale, w1)
-    return _op(x, norm_weight, norm_bias, w1, b1, w2, b2, eps, scale, kernels=kernels)
+    return _op(x, norm_weight, norm_bias, w1, b1, w2, b2, eps, scale, per_sample, kernels=kernels)

@@ -22,11 +22,13 @@ def linear_residual_reference(
     return residual + (y if scale is None else scale * y)
 
 
-def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, scale: Tensor | None) -> Tensor:
+def _reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, scale: Tensor | None, per_sample: bool
+) -> Tensor:
     return linear_residual_reference(x, weight, bias, residual, scale=scale)
 
 
-def _outputs(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, scale: Tensor | None) -> tuple[Tensor]:
+def _outputs(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, *rest: Any) -> tuple[Tensor]:
     return (residual.new_empty(residual.shape, dtype=torch.promote_types(residual.dtype, weight.dtype)),)
 
 
@@ -42,7 +44,8 @@ def _backward_flops(backend: str, needs: dict[str, bool], *inputs: Any) -> int:
 
 _op = Op(
     "linear_residual",
-    "Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor? scale",
+    # per_sample: what `scale` is, decided once, below
+    "Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor? scale, bool per_sample",
     reference=_reference,
     outputs=_outputs,
     flops=_flops,
@@ -87,9 +90,8 @@ def linear_residual(
     if bias is not None:
         _validate.beside("bias", bias, (width,), "x", x)
     _validate.beside("residual", residual, (*x.shape[:-1], width), "x", x, any_dtype=True)
-    if scale is not None:
-        _validate.scale(scale, x, width)
+    per_sample = scale is not None and _validate.scale(scale, x, width)
     if _op.needs_reference(kernels, x, weight.dtype):
-        return _reference(x, weight, bias, residual, scale)
+        return _reference(x, weight, bias, residual, scale, per_sample)
     residual, scale = _validate.promoted(residual, scale, weight)
-    return _op(x, weight, bias, residual, scale, kernels=kernels)
+    return _op(x, weight, bias, residual, scale, per_sample, kernels=kernels)

@@ -24,11 +24,11 @@ class Scale(NamedTuple):
 UNSCALED = Scale(None, NONE, 1)
 
 
-def scale_of(scale: Tensor | None, x: Tensor) -> Scale:
-    """`scale`, (B, 1, ..., 1) with the dimensions of x or per channel, for the rows of x (B, ..., D)."""
+def scale_of(scale: Tensor | None, per_sample: bool, x: Tensor) -> Scale:
+    """`scale`, one value per sample or per channel, for the rows of x (B, ..., D)."""
     if scale is None:
         return UNSCALED
-    if scale.dim() == x.dim() and x.dim() > 1:
+    if per_sample:
         return Scale(scale.reshape(-1).contiguous(), SAMPLE, x.numel() // (x.shape[0] * x.shape[-1]))
     return Scale(scale.contiguous(), CHANNEL, 1)
 

@@ -21,12 +21,13 @@ def forward(
     b2: Tensor | None,
     eps: float,
     scale: Tensor | None,
+    per_sample: bool,
     save: bool,
 ) -> tuple[Tensor, ...]:
     """(out, mean, rstd, pre) of the op, the last three without rows unless `save`."""
     hidden, mean, rstd, pre = layer_norm_linear.forward(x, norm_weight, norm_bias, w1, b1, eps, False, True, save)
     out = w1.new_empty(x.shape, dtype=torch.promote_types(x.dtype, w1.dtype))
-    linear_residual.launch_forward(rows_of(hidden), w2, b2, rows_of(x), scale_of(scale, x), out)
+    linear_residual.launch_forward(rows_of(hidden), w2, b2, rows_of(x), scale_of(scale, per_sample, x), out)
     return out, mean, rstd, pre
 
 
@@ -41,13 +42,14 @@ def backward(
     b2: Tensor | None,
     eps: float,
     scale: Tensor | None,
+    per_sample: bool,
     mean: Tensor,
     rstd: Tensor,
     pre: Tensor,
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """The gradients that are needed, of x, norm_weight, norm_bias, w1, b1, w2, b2 and scale."""
-    grad, factor = rows_of(grad_out), scale_of(scale, x)
+    grad, factor = rows_of(grad_out), scale_of(scale, per_sample, x)
     hidden, gelu_in, result = pre, True, []
     if any(needs[:5]):
         if needs[5] or needs[7]:

@@ -135,11 +135,17 @@ def linear_scale_gradient(
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, scale: Tensor | None, save: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    scale: Tensor | None,
+    per_sample: bool,
+    save: bool,
 ) -> Tensor:
     """residual + scale * Linear(x)."""
     out = weight.new_empty(residual.shape, dtype=torch.promote_types(residual.dtype, weight.dtype))
-    launch_forward(rows_of(x), weight, bias, rows_of(residual), scale_of(scale, residual), out)
+    launch_forward(rows_of(x), weight, bias, rows_of(residual), scale_of(scale, per_sample, residual), out)
     return out
 
 
@@ -170,10 +176,16 @@ def launch_forward(x: Rows, weight: Tensor, bias: Tensor | None, residual: Rows,
 
 
 def backward(
-    grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, needs: Sequence[bool]
+    grad_out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    per_sample: bool,
+    needs: Sequence[bool],
 ) -> list[Tensor]:
     """The gradients that are needed, of x, weight, bias and scale."""
-    grad, rows, factor = rows_of(grad_out), rows_of(x), scale_of(scale, grad_out)
+    grad, rows, factor = rows_of(grad_out), rows_of(x), scale_of(scale, per_sample, grad_out)
     result = []
     if needs[0]:
         result.append(input_gradient(grad, factor, weight, weight.new_empty(x.shape)))

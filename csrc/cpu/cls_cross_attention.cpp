@@ -95,12 +95,11 @@ Args cross_shape(const RowTensor& cls, const Tensor& patches, int64_t num_heads,
   return args;
 }
 
-}  // namespace
-
-CrossAttentionResult cls_cross_attention(const Tensor& cls, const Tensor& patches, const Tensor& norm_weight,
-                                         const OptionalTensor& norm_bias, const Tensor& q_weight,
-                                         const OptionalTensor& q_bias, const Tensor& k_weight, const Tensor& v_weight,
-                                         const OptionalTensor& v_bias, int64_t num_heads, double eps, bool save) {
+// cls_cross_attention, of arguments that have been looked at.
+CrossAttentionResult attend(const Tensor& cls, const Tensor& patches, const Tensor& norm_weight,
+                            const OptionalTensor& norm_bias, const Tensor& q_weight, const OptionalTensor& q_bias,
+                            const Tensor& k_weight, const Tensor& v_weight, const OptionalTensor& v_bias,
+                            int64_t num_heads, double eps, bool save) {
   const int64_t batch = patches.size(0), tokens = patches.size(1), width = patches.size(2);
   const Norm norm = norm_of(norm_weight, norm_bias, eps);
   const Tensor query = linear_rows(cls, norm, false, q_weight, q_bias, {}, at::kFloat);
@@ -133,12 +132,26 @@ CrossAttentionResult cls_cross_attention(const Tensor& cls, const Tensor& patche
   return {out, mean, rstd, probs, kept(context), kept(query), kept(key_query)};
 }
 
+}  // namespace
+
+CrossAttentionResult cls_cross_attention(const Tensor& cls, const Tensor& patches, const Tensor& norm_weight,
+                                         const OptionalTensor& norm_bias, const Tensor& q_weight,
+                                         const OptionalTensor& q_bias, const Tensor& k_weight, const Tensor& v_weight,
+                                         const OptionalTensor& v_bias, int64_t num_heads, double eps, bool save) {
+  arguments::cls_cross_attention(kTaken, cls, patches, norm_weight, norm_bias, q_weight, q_bias, k_weight, v_weight,
+                                 v_bias, num_heads, eps);
+  return attend(cls, patches, norm_weight, norm_bias, q_weight, q_bias, k_weight, v_weight, v_bias, num_heads, eps,
+                save);
+}
+
 std::vector<Tensor> cls_cross_attention_backward(const Tensor& grad_out, const Tensor& cls, const Tensor& patches,
                                                  const Tensor& norm_weight, const OptionalTensor& norm_bias,
                                                  const Tensor& q_weight, const Tensor& k_weight, const Tensor& v_weight,
                                                  const Tensor& mean, const Tensor& rstd, const Tensor& probs,
                                                  const Tensor& context, const Tensor& query, const Tensor& key_query,
                                                  int64_t num_heads, Needs needs, bool wide) {
+  arguments::cls_cross_attention_backward(kTaken, grad_out, cls, patches, norm_weight, norm_bias, q_weight, k_weight,
+                                          v_weight, mean, rstd, probs, context, query, key_query, num_heads, needs);
   const int64_t batch = patches.size(0), tokens = patches.size(1), width = patches.size(2), d = width / num_heads;
   const double scale = 1.0 / std::sqrt(static_cast<double>(d));
   const Tensor gamma = norm_weight.to(at::kFloat);
@@ -212,11 +225,14 @@ Tensor cls_fusion(const Tensor& cls, const Tensor& patches, const Tensor& proj_n
                   const OptionalTensor& v_bias, const Tensor& out_weight, const OptionalTensor& out_bias,
                   const Tensor& revert_norm_weight, const OptionalTensor& revert_norm_bias, const Tensor& revert_weight,
                   const OptionalTensor& revert_bias, int64_t num_heads, double eps) {
+  arguments::cls_fusion(kTaken, cls, patches, proj_norm_weight, proj_norm_bias, proj_weight, proj_bias, norm_weight,
+                        norm_bias, q_weight, q_bias, k_weight, v_weight, v_bias, out_weight, out_bias,
+                        revert_norm_weight, revert_norm_bias, revert_weight, revert_bias, num_heads, eps);
   // Between the ops the CLS stays in float32, whatever the model's dtype.
   const Tensor projected =
       linear_rows(cls, norm_of(proj_norm_weight, proj_norm_bias, eps), true, proj_weight, proj_bias, {}, at::kFloat);
-  const Tensor attended = std::get<0>(cls_cross_attention(projected, patches, norm_weight, norm_bias, q_weight, q_bias,
-                                                          k_weight, v_weight, v_bias, num_heads, eps, false));
+  const Tensor attended = std::get<0>(attend(projected, patches, norm_weight, norm_bias, q_weight, q_bias, k_weight,
+                                             v_weight, v_bias, num_heads, eps, false));
   const Tensor fused = linear_rows(attended, Norm{}, false, out_weight, out_bias, projected, at::kFloat);
   return linear_rows(fused, norm_of(revert_norm_weight, revert_norm_bias, eps), true, revert_weight, revert_bias, {},
                      revert_weight.scalar_type());

@@ -1,6 +1,7 @@
 #include "launch.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_cpu_dispatch.h>
 
 #include <cstdlib>
 #include <new>
@@ -86,10 +87,10 @@ WeightTensor transposed(const Tensor& weight) {
   return WeightTensor(result);
 }
 
-ScaleTensor::ScaleTensor(const OptionalTensor& t, const Tensor& x) {
+ScaleTensor::ScaleTensor(const OptionalTensor& t, bool per_sample, const Tensor& x) {
   if (!t) return;
   tensor = t->contiguous();
-  scale.kind = t->dim() == 1 && x.dim() > 1 ? Scale::channel : Scale::sample;
+  scale.kind = per_sample ? Scale::sample : Scale::channel;
   scale.values = vector_of(tensor);
   scale.rows_per_sample = std::max<int64_t>(1, x.numel() / std::max<int64_t>(1, x.size(0) * x.size(-1)));
 }
@@ -111,6 +112,7 @@ NormGradients::NormGradients(bool weight_wanted, bool bias_wanted, int64_t tasks
 
 Tensor total(const Tensor& partial, const Tensor& parameter) { return partial.sum(0).to(parameter.scalar_type()); }
 
-Tensor empty_like_dtype(at::IntArrayRef shape, at::ScalarType dtype) { return at::empty(shape, at::dtype(dtype)); }
+// On the CPU, as at::empty would find out.
+Tensor empty_like_dtype(at::IntArrayRef shape, at::ScalarType dtype) { return at::cpu::empty(shape, at::dtype(dtype)); }
 
 }  // namespace crossvit

@@ -11,6 +11,7 @@
 #include <optional>
 #include <vector>
 
+#include "arguments.h"
 #include "kernels.h"
 
 namespace crossvit {
@@ -18,6 +19,9 @@ namespace crossvit {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using Needs = c10::List<bool>;  // which gradients are wanted, in the order of the op's schema
+
+// The tensors that the kernels take.
+inline constexpr Taken kTaken{c10::DeviceType::CPU, /*float16=*/false};
 
 // The kernels of the instruction set in force (bindings.cpp chooses it when the module is loaded).
 const Kernels& active();
@@ -77,11 +81,11 @@ at::ScalarType products_of(const Tensor& weight);
 // A weight transposed, in that dtype, as the gradients of the inputs want it.
 WeightTensor transposed(const Tensor& weight);
 
-// The factor of linear_residual and layer_norm_mlp; owns a contiguous copy if it needs one.
+// The factor of linear_residual and layer_norm_mlp, a value per sample or per channel; owns a contiguous copy if it needs one.
 struct ScaleTensor {
   Tensor tensor;
   Scale scale;
-  ScaleTensor(const OptionalTensor& t, const Tensor& x);
+  ScaleTensor(const OptionalTensor& t, bool per_sample, const Tensor& x);
 };
 
 Norm norm_of(const Tensor& weight, const OptionalTensor& bias, double eps);

@@ -4,6 +4,8 @@
 
 namespace crossvit {
 
+namespace unchecked {
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_linear(const Tensor& x, const Tensor& norm_weight,
                                                              const OptionalTensor& norm_bias, const Tensor& weight,
                                                              const OptionalTensor& bias, double eps, bool gelu_in,
@@ -34,10 +36,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_linear(const Tensor& x, co
   return {out, mean, rstd, pre};
 }
 
+}  // namespace unchecked
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_linear(const Tensor& x, const Tensor& norm_weight,
+                                                             const OptionalTensor& norm_bias, const Tensor& weight,
+                                                             const OptionalTensor& bias, double eps, bool gelu_in,
+                                                             bool gelu_out, bool save) {
+  arguments::layer_norm_linear(kTaken, x, norm_weight, norm_bias, weight, bias, eps);
+  return unchecked::layer_norm_linear(x, norm_weight, norm_bias, weight, bias, eps, gelu_in, gelu_out, save);
+}
+
 std::vector<Tensor> layer_norm_linear_backward(const Tensor& grad_out, const Tensor& x, const Tensor& norm_weight,
                                                const OptionalTensor& norm_bias, const Tensor& weight,
                                                const Tensor& mean, const Tensor& rstd, const Tensor& pre, bool gelu_in,
                                                bool gelu_out, Needs needs, bool wide) {
+  arguments::layer_norm_linear_backward(kTaken, grad_out, x, norm_weight, norm_bias, weight, mean, rstd, pre, gelu_out,
+                                        needs);
   const RowTensor grad(grad_out), in(x);
   LinearGradArgs args{};
   args.grad = grad.rows;

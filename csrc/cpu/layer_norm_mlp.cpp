@@ -6,14 +6,16 @@
 
 namespace crossvit {
 
+namespace unchecked {
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_mlp(const Tensor& x, const Tensor& norm_weight,
                                                           const OptionalTensor& norm_bias, const Tensor& w1,
                                                           const OptionalTensor& b1, const Tensor& w2,
                                                           const OptionalTensor& b2, double eps,
-                                                          const OptionalTensor& scale, bool save) {
+                                                          const OptionalTensor& scale, bool per_sample, bool save) {
   const RowTensor in(x);
   const WeightTensor first(w1), second(w2);
-  const ScaleTensor factor(scale, x);
+  const ScaleTensor factor(scale, per_sample, x);
   const Tensor out = empty_like_dtype(x.sizes(), c10::promoteTypes(x.scalar_type(), w2.scalar_type()));
   const Tensor mean = empty_f32({save ? in.count : 0}), rstd = empty_f32({save ? in.count : 0});
   const Tensor pre = empty_like_dtype({save ? in.count : 0, w1.size(0)}, w1.scalar_type());
@@ -37,12 +39,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_mlp(const Tensor& x, const
   return {out, mean, rstd, pre};
 }
 
+}  // namespace unchecked
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_mlp(const Tensor& x, const Tensor& norm_weight,
+                                                          const OptionalTensor& norm_bias, const Tensor& w1,
+                                                          const OptionalTensor& b1, const Tensor& w2,
+                                                          const OptionalTensor& b2, double eps,
+                                                          const OptionalTensor& scale, bool per_sample, bool save) {
+  arguments::layer_norm_mlp(kTaken, x, norm_weight, norm_bias, w1, b1, w2, b2, eps, scale, per_sample);
+  return unchecked::layer_norm_mlp(x, norm_weight, norm_bias, w1, b1, w2, b2, eps, scale, per_sample, save);
+}
+
 std::vector<Tensor> layer_norm_mlp_backward(const Tensor& grad_out, const Tensor& x, const Tensor& norm_weight,
                                             const OptionalTensor& norm_bias, const Tensor& w1, const Tensor& w2,
-                                            const OptionalTensor& b2, const OptionalTensor& scale, const Tensor& mean,
-                                            const Tensor& rstd, const Tensor& pre, Needs needs, bool wide) {
+                                            const OptionalTensor& b2, const OptionalTensor& scale, bool per_sample,
+                                            const Tensor& mean, const Tensor& rstd, const Tensor& pre, Needs needs,
+                                            bool wide) {
+  arguments::layer_norm_mlp_backward(kTaken, grad_out, x, norm_weight, norm_bias, w1, w2, b2, scale, per_sample, mean,
+                                     rstd, pre, needs);
   const RowTensor grad(grad_out), in(x), hidden(pre);
-  const ScaleTensor factor(scale, x);
+  const ScaleTensor factor(scale, per_sample, x);
   const bool below = needs.get(0) || needs.get(1) || needs.get(2);
   const int64_t width = x.size(-1), features = w1.size(0);
   std::vector<Tensor> result;

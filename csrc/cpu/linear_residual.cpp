@@ -4,11 +4,13 @@
 
 namespace crossvit {
 
+namespace unchecked {
+
 Tensor linear_residual(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& residual,
-                       const OptionalTensor& scale) {
+                       const OptionalTensor& scale, bool per_sample) {
   const RowTensor in(x), base(residual);
   const WeightTensor matrix(weight);
-  const ScaleTensor factor(scale, residual);
+  const ScaleTensor factor(scale, per_sample, residual);
   const Tensor out =
       empty_like_dtype(residual.sizes(), c10::promoteTypes(residual.scalar_type(), weight.scalar_type()));
 
@@ -26,11 +28,20 @@ Tensor linear_residual(const Tensor& x, const Tensor& weight, const OptionalTens
   return out;
 }
 
+}  // namespace unchecked
+
+Tensor linear_residual(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& residual,
+                       const OptionalTensor& scale, bool per_sample) {
+  arguments::linear_residual(kTaken, x, weight, bias, residual, scale, per_sample);
+  return unchecked::linear_residual(x, weight, bias, residual, scale, per_sample);
+}
+
 std::vector<Tensor> linear_residual_backward(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
-                                             const OptionalTensor& bias, const OptionalTensor& scale, Needs needs,
-                                             bool wide) {
+                                             const OptionalTensor& bias, const OptionalTensor& scale, bool per_sample,
+                                             Needs needs, bool wide) {
+  arguments::linear_residual_backward(kTaken, grad_out, x, weight, bias, scale, per_sample, needs);
   const RowTensor grad(grad_out), in(x);
-  const ScaleTensor factor(scale, grad_out);
+  const ScaleTensor factor(scale, per_sample, grad_out);
   std::vector<Tensor> result;
   if (needs.get(0) || needs.get(1) || needs.get(2)) {
     LinearGradArgs args{};

@@ -82,6 +82,8 @@ inline void gelu_panel(float* x, int64_t values) {
 
 // The gradient through LayerNorm. x holds the rows, grad the gradient of the normalised rows; on return grad holds the
 // gradient of the rows. The parameters' gradients of these rows are written to grad_weight and grad_bias where wanted.
+// The mean of the gradient is subtracted last: where a row is one element wide, what it is subtracted from has been rounded
+// as it was, and the difference is zero.
 template <int NV>
 inline void normalize_panel_backward(const float* x, float* grad, int64_t depth, const Norm& norm, const float* weight,
                                      int64_t m, int64_t count, float* grad_weight, float* grad_bias) {
@@ -108,7 +110,7 @@ inline void normalize_panel_backward(const float* x, float* grad, int64_t depth,
     for (int v = 0; v < NV; v++) {
       const Vec normalized = (load(x + k * lanes + v * VL) - mean[v]) * rstd[v];
       float* at = grad + k * lanes + v * VL;
-      store(at, rstd[v] * (load(at) * weight[k] - sum[v] * inverse - normalized * (dot[v] * inverse)));
+      store(at, rstd[v] * ((load(at) * weight[k] - normalized * (dot[v] * inverse)) - sum[v] * inverse));
     }
 }
 

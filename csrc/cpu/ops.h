@@ -1,5 +1,5 @@
 // The CPU implementations that bindings.cpp hands to the dispatcher; contracts and saved tensors are those of
-// crossvit_kernels/ops/<op>.py, which has validated the arguments.
+// crossvit_kernels/ops/<op>.py. Anyone can call them, through torch.ops: each looks at its arguments first (arguments.h).
 #pragma once
 
 #include <tuple>
@@ -22,20 +22,21 @@ std::vector<Tensor> layer_norm_linear_backward(const Tensor& grad_out, const Ten
                                                bool gelu_out, Needs needs, bool wide);
 
 Tensor linear_residual(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& residual,
-                       const OptionalTensor& scale);
+                       const OptionalTensor& scale, bool per_sample);
 std::vector<Tensor> linear_residual_backward(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
-                                             const OptionalTensor& bias, const OptionalTensor& scale, Needs needs,
-                                             bool wide);
+                                             const OptionalTensor& bias, const OptionalTensor& scale, bool per_sample,
+                                             Needs needs, bool wide);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_mlp(const Tensor& x, const Tensor& norm_weight,
                                                           const OptionalTensor& norm_bias, const Tensor& w1,
                                                           const OptionalTensor& b1, const Tensor& w2,
                                                           const OptionalTensor& b2, double eps,
-                                                          const OptionalTensor& scale, bool save);
+                                                          const OptionalTensor& scale, bool per_sample, bool save);
 std::vector<Tensor> layer_norm_mlp_backward(const Tensor& grad_out, const Tensor& x, const Tensor& norm_weight,
                                             const OptionalTensor& norm_bias, const Tensor& w1, const Tensor& w2,
-                                            const OptionalTensor& b2, const OptionalTensor& scale, const Tensor& mean,
-                                            const Tensor& rstd, const Tensor& pre, Needs needs, bool wide);
+                                            const OptionalTensor& b2, const OptionalTensor& scale, bool per_sample,
+                                            const Tensor& mean, const Tensor& rstd, const Tensor& pre, Needs needs,
+                                            bool wide);
 
 std::tuple<Tensor, Tensor> self_attention(const Tensor& qkv, int64_t num_heads, bool save);
 Tensor self_attention_backward(const Tensor& grad_out, const Tensor& qkv, const Tensor& out, const Tensor& lse,
@@ -59,6 +60,22 @@ Tensor cls_fusion(const Tensor& cls, const Tensor& patches, const Tensor& proj_n
                   const OptionalTensor& v_bias, const Tensor& out_weight, const OptionalTensor& out_bias,
                   const Tensor& revert_norm_weight, const OptionalTensor& revert_norm_bias, const Tensor& revert_weight,
                   const OptionalTensor& revert_bias, int64_t num_heads, double eps);
+
+// The same without that look, for transformer_block, which has had its own.
+namespace unchecked {
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_linear(const Tensor& x, const Tensor& norm_weight,
+                                                             const OptionalTensor& norm_bias, const Tensor& weight,
+                                                             const OptionalTensor& bias, double eps, bool gelu_in,
+                                                             bool gelu_out, bool save);
+std::tuple<Tensor, Tensor> self_attention(const Tensor& qkv, int64_t num_heads, bool save);
+Tensor linear_residual(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& residual,
+                       const OptionalTensor& scale, bool per_sample);
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_mlp(const Tensor& x, const Tensor& norm_weight,
+                                                          const OptionalTensor& norm_bias, const Tensor& w1,
+                                                          const OptionalTensor& b1, const Tensor& w2,
+                                                          const OptionalTensor& b2, double eps,
+                                                          const OptionalTensor& scale, bool per_sample, bool save);
+}  // namespace unchecked
 
 // Without a value where an argument is not what it should be: then the four ops, called in turn, say so or do without.
 OptionalTensor transformer_block(const Tensor& x, const Tensor& norm1_weight, const OptionalTensor& norm1_bias,

@@ -50,6 +50,7 @@ Tensor as_matrix(const Tensor& weight) { return weight.contiguous().view({weight
 
 Tensor patch_embed(const Tensor& images, const Tensor& weight, const OptionalTensor& bias, const Tensor& cls_token,
                    const Tensor& pos_embed, int64_t height, int64_t width) {
+  arguments::patch_embed(kTaken, images, weight, bias, cls_token, pos_embed, height, width);
   const ResizedImages resized(images, height, width, weight.size(3));
   const int64_t features = weight.size(0), patches = resized.images.per_image;
   const WeightTensor matrix(as_matrix(weight));
@@ -84,6 +85,7 @@ Tensor patch_embed(const Tensor& images, const Tensor& weight, const OptionalTen
 std::vector<Tensor> patch_embed_backward(const Tensor& grad_out, const Tensor& images, const Tensor& weight,
                                          const OptionalTensor& bias, const Tensor& cls_token, const Tensor& pos_embed,
                                          int64_t height, int64_t width, Needs needs, bool wide) {
+  arguments::patch_embed_backward(kTaken, grad_out, images, weight, bias, cls_token, pos_embed, height, width, needs);
   const ResizedImages resized(images, height, width, weight.size(3));
   const Tensor matrix = as_matrix(weight);
   const RowTensor grad(grad_out.narrow(1, 1, resized.images.per_image));

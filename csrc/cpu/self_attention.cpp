@@ -25,6 +25,8 @@ Args head_shape(const Tensor& qkv, int64_t num_heads) {
 
 }  // namespace
 
+namespace unchecked {
+
 std::tuple<Tensor, Tensor> self_attention(const Tensor& qkv, int64_t num_heads, bool save) {
   const Tensor dense = dense_rows(qkv);
   auto args = head_shape<AttentionArgs>(dense, num_heads);
@@ -36,8 +38,16 @@ std::tuple<Tensor, Tensor> self_attention(const Tensor& qkv, int64_t num_heads, 
   return {out, lse};
 }
 
+}  // namespace unchecked
+
+std::tuple<Tensor, Tensor> self_attention(const Tensor& qkv, int64_t num_heads, bool save) {
+  arguments::self_attention(kTaken, qkv, num_heads);
+  return unchecked::self_attention(qkv, num_heads, save);
+}
+
 Tensor self_attention_backward(const Tensor& grad_out, const Tensor& qkv, const Tensor& out, const Tensor& lse,
                                int64_t num_heads) {
+  arguments::self_attention_backward(kTaken, grad_out, qkv, out, lse, num_heads);
   const Tensor dense = dense_rows(qkv), grad = grad_out.contiguous(), result = out.contiguous();
   auto args = head_shape<AttentionGradArgs>(dense, num_heads);
   const Tensor grad_qkv = empty_like_dtype(qkv.sizes(), qkv.scalar_type());

@@ -8,7 +8,8 @@ namespace crossvit {
 namespace {
 
 bool goes_with(const Tensor& t, const Tensor& x) {
-  return t.scalar_type() == x.scalar_type() && t.device() == x.device() && t.layout() == at::kStrided;
+  return t.defined() && t.scalar_type() == x.scalar_type() && t.device() == x.device() && t.layout() == at::kStrided &&
+         in_memory(t);
 }
 
 bool is_vector(const OptionalTensor& t, int64_t size, const Tensor& x) {
@@ -20,9 +21,12 @@ bool is_linear(const Tensor& weight, const OptionalTensor& bias, int64_t out, in
          is_vector(bias, out, x);
 }
 
+// A factor of this block's, whose x (B, N, D) has three dimensions: (B, 1, 1) or (D,).
+bool is_per_sample(const OptionalTensor& t) { return t && t->dim() == 3; }
+
 bool is_scale(const OptionalTensor& t, const Tensor& x) {
-  if (!t || t->dim() == 1) return is_vector(t, x.size(2), x);
-  return t->dim() == 3 && t->size(0) == x.size(0) && t->numel() == x.size(0) && goes_with(*t, x);
+  if (!is_per_sample(t)) return is_vector(t, x.size(2), x);
+  return t->size(0) == x.size(0) && t->numel() == x.size(0) && goes_with(*t, x);
 }
 
 }  // namespace
@@ -34,7 +38,7 @@ OptionalTensor transformer_block(const Tensor& x, const Tensor& norm1_weight, co
                                  const OptionalTensor& norm2_bias, double eps2, const Tensor& w1,
                                  const OptionalTensor& b1, const Tensor& w2, const OptionalTensor& b2,
                                  const OptionalTensor& scale2) {
-  if (x.dim() != 3 || x.numel() == 0 || x.layout() != at::kStrided) return {};
+  if (!x.defined() || x.dim() != 3 || x.numel() == 0 || !kTaken.takes(x.scalar_type()) || !goes_with(x, x)) return {};
   const int64_t width = x.size(2), hidden = w1.dim() == 2 ? w1.size(0) : 0;
   const bool fits = num_heads > 0 && width % num_heads == 0 && hidden > 0 && eps1 >= 0 && eps2 >= 0 &&
                     is_vector(norm1_weight, width, x) && is_vector(norm1_bias, width, x) &&
@@ -43,11 +47,12 @@ OptionalTensor transformer_block(const Tensor& x, const Tensor& norm1_weight, co
                     is_vector(norm2_weight, width, x) && is_vector(norm2_bias, width, x) &&
                     is_linear(w1, b1, hidden, width, x) && is_linear(w2, b2, width, hidden, x) && is_scale(scale2, x);
   if (!fits) return {};
-  const Tensor qkv =
-      std::get<0>(layer_norm_linear(x, norm1_weight, norm1_bias, qkv_weight, qkv_bias, eps1, false, false, false));
-  const Tensor heads = std::get<0>(self_attention(qkv, num_heads, false));
-  const Tensor sum = linear_residual(heads, proj_weight, proj_bias, x, scale1);
-  return std::get<0>(layer_norm_mlp(sum, norm2_weight, norm2_bias, w1, b1, w2, b2, eps2, scale2, false));
+  const Tensor qkv = std::get<0>(
+      unchecked::layer_norm_linear(x, norm1_weight, norm1_bias, qkv_weight, qkv_bias, eps1, false, false, false));
+  const Tensor heads = std::get<0>(unchecked::self_attention(qkv, num_heads, false));
+  const Tensor sum = unchecked::linear_residual(heads, proj_weight, proj_bias, x, scale1, is_per_sample(scale1));
+  return std::get<0>(unchecked::layer_norm_mlp(sum, norm2_weight, norm2_bias, w1, b1, w2, b2, eps2, scale2,
+                                               is_per_sample(scale2), false));
 }
 
 }  // namespace crossvit

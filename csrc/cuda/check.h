@@ -12,6 +12,8 @@
 #include <cstdint>
 #include <optional>
 
+#include "arguments.h"
+#include "cuda/device.h"
 #include "cuda/rows.h"
 #include "cuda/types.h"
 #include "schemas.h"
@@ -23,7 +25,10 @@ using c10::DeviceGuard;  // DeviceGuard guard(x.device()); while it lives that d
 using OptionalTensor = std::optional<Tensor>;
 using Needs = c10::List<bool>;  // which gradients are wanted, in the order of the op's schema
 
-// float32, float16 or bfloat16; others do not get here (crossvit_kernels/backends.py).
+// The tensors that the kernels take: on a GPU, or on the CPU in the emulation.
+inline Taken taken() { return {runs_on_gpu() ? c10::DeviceType::CUDA : c10::DeviceType::CPU, /*float16=*/true}; }
+
+// float32, float16 or bfloat16; others do not get here (arguments.h).
 Type type_of(at::ScalarType dtype);
 inline Type type_of(const Tensor& t) { return type_of(t.scalar_type()); }
 

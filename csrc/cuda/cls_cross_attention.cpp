@@ -19,6 +19,8 @@ CrossAttentionResult cls_cross_attention(const Tensor& cls, const Tensor& patche
                                          const OptionalTensor& norm_bias, const Tensor& q_weight,
                                          const OptionalTensor& q_bias, const Tensor& k_weight, const Tensor& v_weight,
                                          const OptionalTensor& v_bias, int64_t num_heads, double eps, bool save) {
+  arguments::cls_cross_attention(taken(), cls, patches, norm_weight, norm_bias, q_weight, q_bias, k_weight, v_weight,
+                                 v_bias, num_heads, eps);
   const DeviceGuard guard(patches.device());
   const Stream stream = stream_of(patches);
   const int64_t batch = patches.size(0), tokens = 1 + patches.size(1), width = patches.size(2);
@@ -84,6 +86,8 @@ std::vector<Tensor> cls_cross_attention_backward(const Tensor& grad_out, const T
                                                  const Tensor& mean, const Tensor& rstd, const Tensor& probs,
                                                  const Tensor& context, const Tensor& query, const Tensor& key_query,
                                                  int64_t num_heads, Needs needs) {
+  arguments::cls_cross_attention_backward(taken(), grad_out, cls, patches, norm_weight, norm_bias, q_weight, k_weight,
+                                          v_weight, mean, rstd, probs, context, query, key_query, num_heads, needs);
   const DeviceGuard guard(patches.device());
   const Stream stream = stream_of(patches);
   const int64_t batch = patches.size(0), tokens = 1 + patches.size(1), width = patches.size(2);

@@ -14,6 +14,9 @@ Tensor cls_fusion(const Tensor& cls, const Tensor& patches, const Tensor& proj_n
                   const OptionalTensor& v_bias, const Tensor& out_weight, const OptionalTensor& out_bias,
                   const Tensor& revert_norm_weight, const OptionalTensor& revert_norm_bias, const Tensor& revert_weight,
                   const OptionalTensor& revert_bias, int64_t num_heads, double eps) {
+  arguments::cls_fusion(taken(), cls, patches, proj_norm_weight, proj_norm_bias, proj_weight, proj_bias, norm_weight,
+                        norm_bias, q_weight, q_bias, k_weight, v_weight, v_bias, out_weight, out_bias,
+                        revert_norm_weight, revert_norm_bias, revert_weight, revert_bias, num_heads, eps);
   const DeviceGuard guard(patches.device());
   const Stream stream = stream_of(patches);
   const int64_t batch = patches.size(0), width = patches.size(2), own_width = cls.size(1), head = width / num_heads;

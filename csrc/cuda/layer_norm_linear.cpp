@@ -53,6 +53,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_linear(const Tensor& x, co
                                                              const OptionalTensor& norm_bias, const Tensor& weight,
                                                              const OptionalTensor& bias, double eps, bool gelu_in,
                                                              bool gelu_out, bool save) {
+  arguments::layer_norm_linear(taken(), x, norm_weight, norm_bias, weight, bias, eps);
   const DeviceGuard guard(x.device());
   const std::int64_t rows = x.numel() / x.size(-1), features = weight.size(0);
   auto shape = x.sizes().vec();
@@ -133,6 +134,8 @@ std::vector<Tensor> layer_norm_linear_backward(const Tensor& grad_out, const Ten
                                                const OptionalTensor& norm_bias, const Tensor& weight,
                                                const Tensor& mean, const Tensor& rstd, const Tensor& pre, bool gelu_in,
                                                bool gelu_out, Needs needs) {
+  arguments::layer_norm_linear_backward(taken(), grad_out, x, norm_weight, norm_bias, weight, mean, rstd, pre, gelu_out,
+                                        needs);
   const DeviceGuard guard(x.device());
   const RowTensor grad =
       product_gradient(grad_out, {}, gelu_out ? OptionalTensor(pre) : OptionalTensor(), weight.scalar_type());

@@ -9,10 +9,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_mlp(const Tensor& x, const
                                                           const OptionalTensor& norm_bias, const Tensor& w1,
                                                           const OptionalTensor& b1, const Tensor& w2,
                                                           const OptionalTensor& b2, double eps,
-                                                          const OptionalTensor& scale, bool save) {
+                                                          const OptionalTensor& scale, bool per_sample, bool save) {
+  arguments::layer_norm_mlp(taken(), x, norm_weight, norm_bias, w1, b1, w2, b2, eps, scale, per_sample);
   const DeviceGuard guard(x.device());
   const std::int64_t rows = x.numel() / x.size(-1);
-  const ScaleTensor factor(scale, x);
+  const ScaleTensor factor(scale, per_sample, x);
   const Tensor hidden = empty({rows, w1.size(0)}, w1.scalar_type(), x);
   const Tensor mean = empty_f32({save ? rows : 0}, x), rstd = empty_f32({save ? rows : 0}, x);
   const Tensor pre = empty({save ? rows : 0, w1.size(0)}, w1.scalar_type(), x);
@@ -24,10 +25,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_mlp(const Tensor& x, const
 
 std::vector<Tensor> layer_norm_mlp_backward(const Tensor& grad_out, const Tensor& x, const Tensor& norm_weight,
                                             const OptionalTensor& norm_bias, const Tensor& w1, const Tensor& w2,
-                                            const OptionalTensor& b2, const OptionalTensor& scale, const Tensor& mean,
-                                            const Tensor& rstd, const Tensor& pre, Needs needs) {
+                                            const OptionalTensor& b2, const OptionalTensor& scale, bool per_sample,
+                                            const Tensor& mean, const Tensor& rstd, const Tensor& pre, Needs needs) {
+  arguments::layer_norm_mlp_backward(taken(), grad_out, x, norm_weight, norm_bias, w1, w2, b2, scale, per_sample, mean,
+                                     rstd, pre, needs);
   const DeviceGuard guard(x.device());
-  const ScaleTensor factor(scale, x);
+  const ScaleTensor factor(scale, per_sample, x);
   const auto dtype = w2.scalar_type();
   const bool first[5] = {needs.get(0), needs.get(1), needs.get(2), needs.get(3), needs.get(4)};
   const bool below = first[0] || first[1] || first[2] || first[3] || first[4];

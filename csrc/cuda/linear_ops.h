@@ -9,12 +9,12 @@
 
 namespace crossvit::cuda {
 
-// A scale (B, 1, ..., 1) with the dimensions of x or per channel, for the rows of x; owns a float32 copy if it needs one.
+// A scale with a value per sample or per channel, for the rows of x; owns a float32 copy if it needs one.
 struct ScaleTensor {
   Tensor tensor;
   Scale scale;
   ScaleTensor() = default;
-  ScaleTensor(const OptionalTensor& t, const Tensor& x);
+  ScaleTensor(const OptionalTensor& t, bool per_sample, const Tensor& x);
 };
 
 // out (..., E) = residual + scale * Linear(x), residual of out's dtype; without a residual Linear(x).

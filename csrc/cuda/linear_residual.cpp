@@ -25,10 +25,10 @@ LinearArgs product_of(const RowTensor& x, const RowTensor& weight, bool transpos
 
 }  // namespace
 
-ScaleTensor::ScaleTensor(const OptionalTensor& t, const Tensor& x) {
+ScaleTensor::ScaleTensor(const OptionalTensor& t, bool per_sample, const Tensor& x) {
   if (!t) return;
   tensor = t->to(at::kFloat).contiguous();
-  scale.kind = t->dim() == 1 && x.dim() > 1 ? Scale::channel : Scale::sample;
+  scale.kind = per_sample ? Scale::sample : Scale::channel;
   scale.values = tensor.const_data_ptr<float>();
   scale.aligned = reinterpret_cast<std::uintptr_t>(scale.values) % 16 == 0;
   const std::int64_t rows = x.numel() / std::max<std::int64_t>(1, x.size(-1));
@@ -129,18 +129,21 @@ Tensor scale_gradient(const Tensor& grad_out, const Tensor& x, const Tensor& wei
 }
 
 Tensor linear_residual(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& residual,
-                       const OptionalTensor& scale) {
+                       const OptionalTensor& scale, bool per_sample) {
+  arguments::linear_residual(taken(), x, weight, bias, residual, scale, per_sample);
   const DeviceGuard guard(x.device());
-  const ScaleTensor factor(scale, residual);
+  const ScaleTensor factor(scale, per_sample, residual);
   const Tensor out = empty(residual.sizes(), c10::promoteTypes(residual.scalar_type(), weight.scalar_type()), residual);
   linear_forward(x, weight, bias, residual, factor.scale, out);
   return out;
 }
 
 std::vector<Tensor> linear_residual_backward(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
-                                             const OptionalTensor& bias, const OptionalTensor& scale, Needs needs) {
+                                             const OptionalTensor& bias, const OptionalTensor& scale, bool per_sample,
+                                             Needs needs) {
+  arguments::linear_residual_backward(taken(), grad_out, x, weight, bias, scale, per_sample, needs);
   const DeviceGuard guard(x.device());
-  const ScaleTensor factor(scale, grad_out);
+  const ScaleTensor factor(scale, per_sample, grad_out);
   std::vector<Tensor> result;
   if (needs.get(0) || needs.get(1) || needs.get(2)) {
     const RowTensor grad = product_gradient(grad_out, factor.scale, {}, weight.scalar_type());

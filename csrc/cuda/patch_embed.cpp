@@ -65,6 +65,7 @@ Tensor as_matrix(const Tensor& weight) { return weight.contiguous().view({weight
 
 Tensor patch_embed(const Tensor& images, const Tensor& weight, const OptionalTensor& bias, const Tensor& cls_token,
                    const Tensor& pos_embed, int64_t height, int64_t width) {
+  arguments::patch_embed(taken(), images, weight, bias, cls_token, pos_embed, height, width);
   const DeviceGuard guard(images.device());
   const Images cut(images, weight, height, width);
   const std::int64_t features = weight.size(0);
@@ -208,6 +209,7 @@ void append_sums(const Tensor& grad_out, const OptionalTensor& bias, const Tenso
 std::vector<Tensor> patch_embed_backward(const Tensor& grad_out, const Tensor& images, const Tensor& weight,
                                          const OptionalTensor& bias, const Tensor& cls_token, const Tensor& pos_embed,
                                          int64_t height, int64_t width, Needs needs) {
+  arguments::patch_embed_backward(taken(), grad_out, images, weight, bias, cls_token, pos_embed, height, width, needs);
   const DeviceGuard guard(images.device());
   const Tensor dense = dense_rows(grad_out);
   std::vector<Tensor> result;

@@ -1,0 +1,233 @@
+// What a native op asks of its arguments before it allocates or touches memory, the same on the CPU and on CUDA: comparisons of
+// integers. A message is made only where one of them fails, and names the argument, what was expected and what came.
+#pragma once
+
+#include <ATen/core/List.h>
+#include <ATen/core/Tensor.h>
+#include <c10/core/Device.h>
+#include <c10/core/ScalarType.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+namespace crossvit {
+
+// The tensors that a namespace's kernels take: of this device type, float32, bfloat16 and, of these, float16.
+struct Taken {
+  c10::DeviceType device;
+  bool float16;
+  bool takes(at::ScalarType dtype) const {
+    return dtype == at::kFloat || dtype == at::kBFloat16 || (float16 && dtype == at::kHalf);
+  }
+};
+
+// Whether all elements of a dense tensor lie in its memory, which a storage that was made smaller no longer holds.
+inline bool in_memory(const at::Tensor& t) {
+  std::int64_t end = t.storage_offset() + t.numel();
+  if (!t.is_contiguous() && t.numel() != 0) {
+    const at::IntArrayRef sizes = t.sizes(), strides = t.strides();
+    end = t.storage_offset() + 1;
+    for (std::size_t d = 0; d < sizes.size(); d++) end += (sizes[d] - 1) * strides[d];
+  }
+  const auto dtype = t.scalar_type();
+  const std::int64_t size = dtype == at::kFloat ? 4 : dtype == at::kHalf || dtype == at::kBFloat16 ? 2 : t.itemsize();
+  return end * size <= static_cast<std::int64_t>(t.storage().nbytes()) || t.numel() == 0;
+}
+
+// Sizes, of which kAny in what is expected stands for one that is free.
+using Sizes = std::initializer_list<std::int64_t>;
+constexpr std::int64_t kAny = -1;
+
+// No memory holds as many elements; four bytes for each of them, and what a kernel rounds up to, are still counted in 64 bits.
+constexpr std::int64_t kMostElements = std::int64_t{1} << 56;
+// Along a side of an image: float32 tells neighbouring pixels apart up to here.
+constexpr std::int64_t kLongestSide = (std::int64_t{1} << 24) - 1;
+
+class Expect {
+ public:
+  // op: whose arguments these are. first: its main activation, on whose device all others are.
+  Expect(const char* op, Taken taken, const char* name, const at::Tensor& first)
+      : op_(op), first_name_(name), taken_(taken), device_(taken.device) {
+    if (!first.defined() || first.device().type() != taken.device) [[unlikely]]
+      explain_device(name, first);
+    device_ = first.device();
+    plain(name, first);
+  }
+
+  // A tensor of these sizes, whatever its strides.
+  void tensor(const char* name, const at::Tensor& t, Sizes sizes) const {
+    plain(name, t);
+    if (!has(t, sizes)) [[unlikely]]
+      explain_shape(name, t, at::IntArrayRef(sizes));
+  }
+  // One that kernels read as `dtype`.
+  void tensor(const char* name, const at::Tensor& t, Sizes sizes, at::ScalarType dtype) const {
+    tensor(name, t, sizes);
+    of_dtype(name, t, dtype);
+  }
+  void of_dtype(const char* name, const at::Tensor& t, at::ScalarType dtype) const {
+    if (t.scalar_type() != dtype) [[unlikely]]
+      explain_dtype(name, t, dtype, false);
+  }
+  // One that kernels read as rows of `dtype`, the weight's, or of float32.
+  void activation(const char* name, const at::Tensor& t, at::ScalarType dtype) const {
+    if (t.scalar_type() != dtype && t.scalar_type() != at::kFloat) [[unlikely]]
+      explain_dtype(name, t, dtype, true);
+  }
+  // A tensor (..., width) with the leading sizes of `like`, which has been looked at.
+  void beside(const char* name, const at::Tensor& t, const at::Tensor& like, std::int64_t width) const {
+    plain(name, t);
+    const at::IntArrayRef sizes = t.sizes(), wanted = like.sizes();
+    bool same = sizes.size() == wanted.size() && sizes.back() == width;
+    for (std::size_t d = 0; same && d + 1 < sizes.size(); d++) same = sizes[d] == wanted[d];
+    if (!same) [[unlikely]]
+      explain_beside(name, t, like, width);
+  }
+  // A LayerNorm's or a Linear's vector, contiguous; it may be absent.
+  void vector(const char* name, const at::Tensor& t, std::int64_t size) const {
+    if (!is_plain(t) || t.dim() != 1 || t.sizes()[0] != size || !t.is_contiguous()) [[unlikely]]
+      explain_vector(name, t, size);
+  }
+  void vector(const char* name, const std::optional<at::Tensor>& t, std::int64_t size) const {
+    if (t) vector(name, *t, size);
+  }
+  // What a forward saved: contiguous and, where nothing else is said, of float32.
+  void saved(const char* name, const at::Tensor& t, Sizes sizes, at::ScalarType dtype = at::kFloat) const {
+    tensor(name, t, sizes, dtype);
+    contiguous(name, t);
+  }
+  // A value for each of the samples of x: (B, 1, ..., 1), with the dimensions of x.
+  void per_sample(const char* name, const at::Tensor& t, const at::Tensor& x) const {
+    plain(name, t);
+    if (x.dim() < 2 || t.dim() != x.dim() || t.sizes()[0] != x.sizes()[0] || t.numel() != t.sizes()[0]) [[unlikely]]
+      fail(name, "a value per sample, with as many dimensions as " + text(x.sizes()), "shape " + text(t.sizes()));
+  }
+
+  // Of the first argument: rows (..., D), of at least one element.
+  void rows(const char* name, const at::Tensor& t) const {
+    if (t.numel() == 0 || t.dim() == 0) [[unlikely]]
+      fail(name, "a tensor (..., D) that is not empty", "shape " + text(t.sizes()));
+  }
+  // A tensor of so many dimensions and at least one element.
+  void rank(const char* name, const at::Tensor& t, std::int64_t dims) const {
+    plain(name, t);
+    if (t.dim() != dims || t.numel() == 0) [[unlikely]]
+      fail(name, "a tensor of " + std::to_string(dims) + " dimensions that is not empty", "shape " + text(t.sizes()));
+  }
+  // A weight (any number of rows, columns).
+  void matrix(const char* name, const at::Tensor& t, std::int64_t columns) const {
+    plain(name, t);
+    const at::IntArrayRef sizes = t.sizes();
+    if (sizes.size() != 2 || sizes[1] != columns || sizes[0] == 0) [[unlikely]]
+      explain_shape(name, t, {kAny, columns});
+  }
+  void heads(std::int64_t heads, std::int64_t width) const {
+    if (heads <= 0 || width % heads != 0) [[unlikely]]
+      fail("num_heads", "a divisor of " + std::to_string(width), std::to_string(heads));
+  }
+  void epsilon(double eps) const {
+    if (!(eps >= 0)) [[unlikely]]
+      fail("eps", "at least 0", std::to_string(eps));
+  }
+  void side(const char* name, std::int64_t size) const {
+    if (size < 1 || size > kLongestSide) [[unlikely]]
+      fail(name, "1 to " + std::to_string(kLongestSide), std::to_string(size));
+  }
+  // So many rows of so many elements can be counted.
+  void countable(const char* name, std::int64_t rows, std::int64_t features) const {
+    std::int64_t all = 0;
+    if (__builtin_mul_overflow(rows, features, &all) || all > kMostElements) [[unlikely]]
+      fail(name, "fewer elements than " + std::to_string(kMostElements),
+           std::to_string(rows) + " rows of " + std::to_string(features));
+  }
+  // The length of `needs`, of what has so many gradients.
+  void needs(const c10::List<bool>& needs, std::size_t gradients) const {
+    if (needs.size() != gradients) [[unlikely]]
+      fail("needs", std::to_string(gradients) + " entries", std::to_string(needs.size()));
+  }
+  // That the gradient of an argument which is not there is not asked for.
+  void needed(const char* name, bool needed, const std::optional<at::Tensor>& t) const {
+    if (needed && !t) [[unlikely]]
+      fail(name, "a tensor, whose gradient is asked for", "None");
+  }
+
+  [[noreturn, gnu::cold, gnu::noinline]] void fail(const char* name, const std::string& expected,
+                                                   const std::string& came) const {
+    throw std::invalid_argument(std::string(op_) + ": " + name + ": expected " + expected + ", got " + came);
+  }
+
+ private:
+  // A dense tensor of a dtype that the kernels take, on the device of the first, and in_memory().
+  bool is_plain(const at::Tensor& t) const {
+    return t.defined() && taken_.takes(t.scalar_type()) && t.layout() == at::kStrided && t.device() == device_ &&
+           in_memory(t);
+  }
+  void plain(const char* name, const at::Tensor& t) const {
+    if (!is_plain(t)) [[unlikely]]
+      explain(name, t);
+  }
+  void contiguous(const char* name, const at::Tensor& t) const {
+    if (!t.is_contiguous()) [[unlikely]]
+      fail(name, "a contiguous tensor", "strides " + text(t.strides()));
+  }
+
+  static bool has(const at::Tensor& t, Sizes expected) {
+    const at::IntArrayRef sizes = t.sizes();
+    if (sizes.size() != expected.size()) return false;
+    const std::int64_t *size = sizes.data(), *wanted = expected.begin();
+    for (std::size_t d = 0; d < sizes.size(); d++)
+      if (size[d] != wanted[d]) return false;
+    return true;
+  }
+
+  // What is wrong with a tensor that is not plain.
+  [[noreturn, gnu::cold, gnu::noinline]] void explain(const char* name, const at::Tensor& t) const {
+    if (!t.defined()) fail(name, "a tensor", "None");
+    if (t.layout() != at::kStrided) fail(name, "a dense tensor", c10::str(t.layout()));
+    if (!taken_.takes(t.scalar_type()))
+      fail(name, taken_.float16 ? "float32, bfloat16 or float16" : "float32 or bfloat16",
+           c10::toString(t.scalar_type()));
+    if (t.device() != device_) fail(name, device_.str() + " as " + first_name_ + " is on", t.device().str());
+    fail(name, "memory of its own",
+         "a storage of " + std::to_string(t.storage().nbytes()) + " bytes for " + text(t.sizes()));
+  }
+  [[noreturn, gnu::cold, gnu::noinline]] void explain_device(const char* name, const at::Tensor& t) const {
+    fail(name, "a tensor on " + c10::DeviceTypeName(taken_.device, true), t.defined() ? t.device().str() : "None");
+  }
+  [[noreturn, gnu::cold, gnu::noinline]] void explain_shape(const char* name, const at::Tensor& t,
+                                                            at::IntArrayRef expected) const {
+    fail(name, "shape " + text(expected), text(t.sizes()));
+  }
+  [[gnu::cold, gnu::noinline]] void explain_vector(const char* name, const at::Tensor& t, std::int64_t size) const {
+    tensor(name, t, {size});
+    contiguous(name, t);
+  }
+  [[noreturn, gnu::cold, gnu::noinline]] void explain_beside(const char* name, const at::Tensor& t,
+                                                             const at::Tensor& like, std::int64_t width) const {
+    auto expected = like.sizes().vec();
+    expected.back() = width;
+    explain_shape(name, t, expected);
+  }
+  [[noreturn, gnu::cold, gnu::noinline]] void explain_dtype(const char* name, const at::Tensor& t, at::ScalarType dtype,
+                                                            bool or_float32) const {
+    fail(name, std::string(c10::toString(dtype)) + (or_float32 ? " as the weight, or Float" : ""),
+         c10::toString(t.scalar_type()));
+  }
+  // Sizes as Python writes them.
+  [[gnu::cold, gnu::noinline]] static std::string text(at::IntArrayRef sizes) {
+    std::string result = "(";
+    for (std::size_t d = 0; d < sizes.size(); d++)
+      result += (d ? ", " : "") + (sizes[d] == kAny ? "any" : std::to_string(sizes[d]));
+    return result + (sizes.size() == 1 ? ",)" : ")");
+  }
+
+  const char* op_;
+  const char* first_name_;
+  Taken taken_;
+  c10::Device device_;
+};
+
+}  // namespace crossvit
