@@ -23,10 +23,17 @@ def tensor(name: str, value: Tensor, layout: str) -> None:
 
 
 def beside(
-    name: str, value: Tensor, shape: Sequence[int], first_name: str, first: Tensor, *, any_dtype: bool = False
+    name: str,
+    value: Tensor,
+    shape: Sequence[int],
+    first_name: str,
+    first: Tensor,
+    *,
+    any_dtype: bool = False,
+    float32: bool = False,
 ) -> None:
     """A tensor of this shape that goes together with the op's first argument: on its device and, outside autocast, of
-    its dtype."""
+    its dtype; with `float32` of that also, with `any_dtype` of any but float64."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor of shape {tuple(shape)}, got {type(value).__name__}")
     if value.shape != shape:
@@ -34,7 +41,7 @@ def beside(
     if value.device != first.device:
         raise ValueError(f"{name}: expected to be on {first.device} as {first_name} is, got {value.device}")
     if value.dtype is not first.dtype:
-        _mixed(name, value, first_name, first, any_dtype)
+        _mixed(name, value, first_name, first, any_dtype or (float32 and value.dtype is torch.float32))
     if value.layout is not torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got {value.layout}")
 
@@ -46,6 +53,16 @@ def _mixed(name: str, value: Tensor, first_name: str, first: Tensor, any_dtype: 
         raise TypeError(
             f"{name}: expected {first.dtype} as {first_name} is, got {value.dtype} (dtypes mix under autocast only)"
         )
+
+
+def norm(
+    name: str, weight: Tensor, bias_name: str, bias: Tensor | None, shape: Sequence[int], first_name: str, first: Tensor
+) -> None:
+    """A LayerNorm's weight and bias, both in the first argument's dtype or, beside 16 bits, both float32; see
+    `beside`."""
+    beside(name, weight, shape, first_name, first, float32=True)
+    if bias is not None:
+        beside(bias_name, bias, shape, name, weight)
 
 
 def matrix(name: str, value: Tensor, columns: int, first_name: str, first: Tensor) -> None:

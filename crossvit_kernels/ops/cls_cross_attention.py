@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _validate
+from ._layer_norm import layer_norm
 from ._registry import Op
 
 
@@ -36,7 +37,7 @@ def cls_cross_attention_reference(
     eps: float = 1e-6,
 ) -> Tensor:
     """cls_cross_attention in plain PyTorch."""
-    x = F.layer_norm(torch.cat([cls[:, None], patches], dim=1), norm_weight.shape, norm_weight, norm_bias, eps)
+    x = layer_norm(torch.cat([cls[:, None], patches], dim=1), norm_weight, norm_bias, eps)
     q, k, v = F.linear(x[:, :1], q_weight, q_bias), F.linear(x, k_weight, k_bias), F.linear(x, v_weight, v_bias)
     head_dim = cls.shape[1] // num_heads
     q, k, v = (t.unflatten(-1, (num_heads, head_dim)).transpose(1, 2) for t in (q, k, v))  # (B, H, 1 or 1 + N, d)
@@ -133,8 +134,10 @@ def cls_cross_attention(
     """Attention of the CLS token's query over LayerNorm([cls || patches]), before the output projection.
 
     Args:
-        cls, patches: (B, D) and (B, N, D), floating point, any strides.
-        norm_weight, norm_bias: (D,), as nn.LayerNorm holds them; the bias may be None.
+        cls, patches: (B, D) and (B, N, D), floating point, any strides; of two dtypes they meet in the one to which
+            these promote, which is then what the other arguments have.
+        norm_weight, norm_bias: (D,), as nn.LayerNorm holds them, in the tokens' dtype or float32; the bias may be
+            None.
         q_weight, k_weight, v_weight, q_bias, k_bias, v_bias: (D, D) and (D,), as nn.Linear holds them; any bias may be
             None. By mathematics k_bias changes nothing and its gradient is zero; the kernels do not read it and return
             zeros.
@@ -153,11 +156,12 @@ def cls_cross_attention(
     _validate.tensor("patches", patches, "(B, N, D)")
     batch, _, width = patches.shape
     _validate.positive("patches' width", width)
-    _validate.beside("cls", cls, (batch, width), "patches", patches)
+    _validate.beside("cls", cls, (batch, width), "patches", patches, any_dtype=True)
+    if cls.dtype is not patches.dtype:
+        dtype = torch.promote_types(cls.dtype, patches.dtype)  # as in torch.cat
+        cls, patches = cls.to(dtype), patches.to(dtype)
     vector, square = (width,), (width, width)
-    _validate.beside("norm_weight", norm_weight, vector, "patches", patches)
-    if norm_bias is not None:
-        _validate.beside("norm_bias", norm_bias, vector, "patches", patches)
+    _validate.norm("norm_weight", norm_weight, "norm_bias", norm_bias, vector, "patches", patches)
     _validate.beside("q_weight", q_weight, square, "patches", patches)
     if q_bias is not None:
         _validate.beside("q_bias", q_bias, vector, "patches", patches)

@@ -89,6 +89,8 @@ _op = Op(
     fits={"cuda": _fits_cuda},
 )
 
+_BEHIND = (*range(8, 16), 18, 19)  # the weights and biases of what is behind the projection
+
 
 def cls_fusion(
     cls: Tensor,
@@ -119,14 +121,15 @@ def cls_fusion(
     """One direction of a stage's fusion; inference only.
 
     Args:
-        cls: (B, D_d), this branch's CLS token; patches: (B, N, D), the other branch's; floating point, any strides.
+        cls: (B, D_d), this branch's CLS token; patches: (B, N, D), the other branch's; floating point, any strides; of
+            two dtypes the reference serves them.
         proj_norm_weight, proj_norm_bias: (D_d,); proj_weight, proj_bias: (D, D_d), (D,): LayerNorm, gelu, Linear to the
             other width.
         norm_weight, norm_bias: (D,); q_, k_ and v_weight, _bias: (D, D), (D,): the attention's, see
             `cls_cross_attention`.
         out_weight, out_bias: (D, D), (D,): the attention's output projection.
         revert_norm_weight, revert_norm_bias: (D,); revert_weight, revert_bias: (D_d, D), (D_d,): LayerNorm, gelu,
-            Linear back.
+            Linear back. Every LayerNorm's parameters may be float32 beside 16 bits.
         num_heads: a divisor of D.
         eps: added to the variance by all three LayerNorms.
         kernels: the backend, see `crossvit_kernels.backends`.
@@ -169,20 +172,28 @@ def cls_fusion(
         num_heads,
         eps,
     )
-    own, other = (own_width,), (width,)
-    shapes = ((batch, own_width), patches.shape, own, own, (width, own_width), other, other, other) + 4 * (
-        (width, width),
-        other,
-    )
-    for name, value, shape in zip(_op.inputs, inputs, (*shapes, other, other, (own_width, width), own)):
-        if value is not None or not name.endswith("bias"):
-            _validate.beside(name, value, shape, "patches", patches)
+    own, other, square = (own_width,), (width,), (width, width)
+    shapes = (*((square, other) * 4), (own_width, width), own)
+    # A projection computes in the dtype of its cls, what follows in the one to which that and the patches' promote.
+    _validate.beside("cls", cls, (batch, own_width), "patches", patches, any_dtype=True)
+    mixed = cls.dtype is not patches.dtype and not torch.is_autocast_enabled(patches.device.type)
+    met = patches.new_empty(0, dtype=torch.promote_types(cls.dtype, patches.dtype)) if mixed else patches
+    names = _op.inputs
+    _validate.norm(names[2], proj_norm_weight, names[3], proj_norm_bias, own, "cls", cls)
+    _validate.beside(names[4], proj_weight, (width, own_width), "cls", cls)
+    if proj_bias is not None:
+        _validate.beside(names[5], proj_bias, other, "cls", cls)
+    _validate.norm(names[6], norm_weight, names[7], norm_bias, other, "patches", met)
+    _validate.norm(names[16], revert_norm_weight, names[17], revert_norm_bias, other, "patches", met)
+    for i, shape in zip(_BEHIND, shapes):
+        if (value := inputs[i]) is not None or not i % 2:
+            _validate.beside(names[i], value, shape, "patches", met)
     _validate.heads(num_heads, width, "patches' width")
     _validate.epsilon(eps)
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
         raise RuntimeError(
             "cls_fusion is for inference: call it under torch.no_grad(), or compose the other ops for training"
         )
-    if _op.needs_reference(kernels, patches, q_weight.dtype):
+    if _op.needs_reference(kernels, patches, q_weight.dtype) or mixed:
         return cls_fusion_reference(*inputs)
     return _op(*inputs, kernels=kernels)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _validate
+from ._layer_norm import layer_norm
 from ._registry import Op
 
 
@@ -32,7 +33,7 @@ def layer_norm_linear_reference(
     activation: str | None = None,
 ) -> Tensor:
     """layer_norm_linear in plain PyTorch."""
-    y = F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps)
+    y = layer_norm(x, norm_weight, norm_bias, eps)
     if pre_activation == "gelu":
         y = F.gelu(y)
     out = F.linear(y, weight, bias)
@@ -109,7 +110,7 @@ def layer_norm_linear(
 
     Args:
         x: (..., D), floating point, any strides.
-        norm_weight, norm_bias: (D,), as nn.LayerNorm holds them; the bias may be None.
+        norm_weight, norm_bias: (D,), as nn.LayerNorm holds them, in x's dtype or float32; the bias may be None.
         weight, bias: (E, D) and (E,), as nn.Linear holds them; the bias may be None.
         eps: added to LayerNorm's variance.
         pre_activation, activation: None or "gelu" (by erf), before and after the Linear.
@@ -125,9 +126,7 @@ def layer_norm_linear(
     _validate.tensor("x", x, "(..., D)")
     width = x.shape[-1]
     _validate.positive("x's width", width)
-    _validate.beside("norm_weight", norm_weight, (width,), "x", x)
-    if norm_bias is not None:
-        _validate.beside("norm_bias", norm_bias, (width,), "x", x)
+    _validate.norm("norm_weight", norm_weight, "norm_bias", norm_bias, (width,), "x", x)
     _validate.matrix("weight", weight, width, "x", x)
     if bias is not None:
         _validate.beside("bias", bias, weight.shape[:1], "x", x)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _validate
+from ._layer_norm import layer_norm
 from ._registry import Op
 from .layer_norm_linear import norm_statistics
 
@@ -29,7 +30,7 @@ def layer_norm_mlp_reference(
     scale: Tensor | None = None,
 ) -> Tensor:
     """layer_norm_mlp in plain PyTorch."""
-    y = F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps)
+    y = layer_norm(x, norm_weight, norm_bias, eps)
     y = F.linear(F.gelu(F.linear(y, w1, b1)), w2, b2)
     return x + (y if scale is None else scale * y)
 
@@ -41,7 +42,7 @@ def _reference(x: Tensor, *rest: Any) -> Tensor:
 
 def _save(x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, w1: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     b1, _, _, eps, _, _ = rest
-    pre = F.linear(F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps), w1, b1)
+    pre = F.linear(layer_norm(x, norm_weight, norm_bias, eps), w1, b1)
     return *norm_statistics(x, eps), pre.reshape(-1, w1.shape[0])
 
 
@@ -95,7 +96,7 @@ def layer_norm_mlp(
 
     Args:
         x: (..., D), floating point, any strides.
-        norm_weight, norm_bias: (D,), as nn.LayerNorm holds them; the bias may be None.
+        norm_weight, norm_bias: (D,), as nn.LayerNorm holds them, in x's dtype or float32; the bias may be None.
         w1, b1: (hidden, D) and (hidden,), w2, b2: (D, hidden) and (D,), as nn.Linear holds them; either bias may be
             None.
         eps: added to LayerNorm's variance.
@@ -113,9 +114,7 @@ def layer_norm_mlp(
     _validate.tensor("x", x, "(..., D)")
     width = x.shape[-1]
     _validate.positive("x's width", width)
-    _validate.beside("norm_weight", norm_weight, (width,), "x", x)
-    if norm_bias is not None:
-        _validate.beside("norm_bias", norm_bias, (width,), "x", x)
+    _validate.norm("norm_weight", norm_weight, "norm_bias", norm_bias, (width,), "x", x)
     _validate.matrix("w1", w1, width, "x", x)
     hidden = w1.shape[0]
     if b1 is not None:

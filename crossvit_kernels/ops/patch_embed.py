@@ -80,8 +80,8 @@ def patch_embed(
     Args:
         images: (B, C, H, W), floating point, any strides.
         weight, bias: (D, C, P, P) and (D,), as nn.Conv2d holds them; the bias may be None.
-        cls_token: (1, 1, D).
-        pos_embed: (1, 1 + N, D), N the number of patches.
+        cls_token: (1, 1, D), any floating dtype but float64 beside others.
+        pos_embed: (1, 1 + N, D), N the number of patches, likewise.
         image_size: the size that the images are resized to first, an int or (height, width), as
             torch.nn.functional.interpolate does with mode="bicubic", align_corners=False; None: as they come. Multiples
             of P.
@@ -110,9 +110,12 @@ def patch_embed(
         raise ValueError(
             f"{name}: expected a height and width that are multiples of the patch's {patch}, got {height} x {width}"
         )
-    _validate.beside("cls_token", cls_token, (1, 1, embed), "images", images)
+    _validate.beside("cls_token", cls_token, (1, 1, embed), "images", images, any_dtype=True)
     tokens = 1 + (height // patch) * (width // patch)
-    _validate.beside("pos_embed", pos_embed, (1, tokens, embed), "images", images)
+    _validate.beside("pos_embed", pos_embed, (1, tokens, embed), "images", images, any_dtype=True)
     if _op.needs_reference(kernels, images, weight.dtype):
         return _reference(images, weight, bias, cls_token, pos_embed, height, width)
+    if not (cls_token.dtype is pos_embed.dtype is weight.dtype) and not torch.is_autocast_enabled(images.device.type):
+        dtype = torch.promote_types(torch.promote_types(weight.dtype, cls_token.dtype), pos_embed.dtype)
+        cls_token, pos_embed = cls_token.to(dtype), pos_embed.to(dtype)
     return _op(images, weight, bias, cls_token, pos_embed, height, width, kernels=kernels)
