@@ -25,7 +25,7 @@ WIDE: dict[str, tuple[tuple[str, ...], ...]] = {
     "cls_cross_attention": (("norm_weight", "norm_bias"),),
     "cls_fusion": tuple((f"{name}norm_weight", f"{name}norm_bias") for name in ("proj_", "", "revert_")),
 }
-# Of the three kinds of backends: those that run as fast as they can, and those that an interpreter or an emulation runs.
+# What each backend is drawn in, as far as it computes in that here.
 PRECISIONS = {
     "cpu": (FLOAT32, FLOAT32, BFLOAT16, AUTOCAST),
     "triton": (FLOAT32, FLOAT16, AUTOCAST16),

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .. import backends
 from ..triton import triton_kernel
-from ._autograd import AUTOCAST, Differentiable, below_autograd, second_derivative
+from ._autograd import AUTOCAST, VMAP, Differentiable, below_autograd, second_derivative
 from ._native import native_kernel
 
 LIBRARY = torch.library.Library("crossvit_kernels", "DEF")
@@ -49,6 +49,7 @@ _OBSERVERS = _keys(
     _KEY.PythonDispatcher,
     _KEY.PreDispatch,
     _KEY.FuncTorchDynamicLayerFrontMode,
+    VMAP,
     _KEY.Functionalize,
 ).raw_repr()
 
@@ -269,6 +270,8 @@ class Op:
             return self.backward_op(*args)
 
     def _autograd(self, keyset: Any, *args: Any) -> Any:
+        if not plain_call():
+            return self._run_reference(*args[:-1])
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return Differentiable.apply(self, keyset, None, *args)
         return below_autograd(self, keyset, *args)
@@ -280,9 +283,12 @@ class Op:
 
     @contextmanager
     def _mixed_dtypes(self, inputs: Sequence[Any]) -> Any:
-        """The dispatcher ops meet several dtypes only below autocast, where the reference needs it back."""
+        """The dispatcher ops meet 16-bit matrices beside other dtypes below autocast, where the reference needs it
+        back, and beside parameters in float32, with which it does the same."""
         dtype, device = inputs[self.compute].dtype, inputs[self.compute].device.type
-        mixed = any(inputs[i] is not None and inputs[i].dtype is not dtype for i in self.tensors)
+        mixed = dtype.itemsize == 2 and any(
+            inputs[i] is not None and inputs[i].dtype is not dtype for i in self.tensors
+        )
         with torch.autocast(device, dtype if mixed else None, enabled=mixed):
             yield
 
@@ -300,17 +306,24 @@ class Op:
             return out, *self.save(*inputs)
 
     def _differentiate_reference(self, *args: Any) -> list[Tensor]:
-        inputs, grad_out, needs = self._inputs_of_backward(args), args[0], args[-1]
-        wanted = [i for i, needed in zip((i for i in self.kept if i in self.tensors), needs) if needed]
         include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
         # An op's implementation runs below autograd, where nothing would be recorded.
-        with torch._C._ForceDispatchKeyGuard(include, exclude - _AUTOGRAD), torch.enable_grad():
-            inputs = [t.detach() if isinstance(t, Tensor) else t for t in inputs]
-            leaves = [inputs[i].requires_grad_() for i in wanted]
-            with self._mixed_dtypes(inputs):
-                out = self.reference(*inputs)
-            grads = torch.autograd.grad(out, leaves, grad_out, materialize_grads=True)
+        with torch._C._ForceDispatchKeyGuard(include, exclude - _AUTOGRAD):
+            inputs = [t.detach() if isinstance(t, Tensor) else t for t in self._inputs_of_backward(args)]
+            wanted = [i for i, needed in zip((i for i in self.kept if i in self.tensors), args[-1]) if needed]
+            for i in wanted:
+                inputs[i].requires_grad_()
+            grads = self.differentiate(inputs, wanted, args[0], create_graph=False)
         return [g.clone(memory_format=torch.contiguous_format) for g in grads]
+
+    def differentiate(
+        self, inputs: Sequence[Any], wanted: Sequence[int], grad_out: Tensor, *, create_graph: bool
+    ) -> Sequence[Tensor]:
+        """The gradients of these of the inputs, which require them, by the reference's own."""
+        with torch.enable_grad(), self._mixed_dtypes(inputs):
+            out = self.reference(*inputs)
+        leaves = [inputs[i] for i in wanted]
+        return torch.autograd.grad(out, leaves, grad_out, create_graph=create_graph, materialize_grads=True)
 
     # What runs, in floating-point operations
 
