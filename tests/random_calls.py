@@ -95,17 +95,21 @@ def check(draw: draws.Draw) -> tuple[int, int]:
     same_bits("the call without gradients", bare, {"out": first["out"]})
     laid, more = evaluate(draw, kernels, wanted, dense=True)
     calls += more
+    runs = {"the call": first, "dense tensors": laid}
     if wanted is None:
-        partial, more = evaluate(draw, kernels, frozenset(draw.some))
+        runs["some gradients only"], more = evaluate(draw, kernels, frozenset(draw.some))
         calls += more
-        same_bits("some gradients only", partial, {n: first[n] for n in partial})
+        if kernels == "cpu":  # elsewhere what is kept for one gradient in the inputs' dtype enters another
+            partial = runs.pop("some gradients only")
+            same_bits("some gradients only", partial, {n: first[n] for n in partial})
     torch.set_num_threads(1)
     reference, _ = evaluate(draw, "reference", wanted)
     ref64, _ = evaluate(draw, "float64", wanted)
     lucky = 0
-    for what, found in (("the call", first), ("dense tensors", laid)):
+    for what, found in runs.items():
+        expected = [{name: r[name] for name in found} for r in (reference, ref64)]
         try:
-            held_to_the_rule(found, reference, ref64, draw.precision.ulp)
+            held_to_the_rule(found, *expected, draw.precision.ulp)
         except AssertionError as error:
             if not luck(draw, error):
                 raise MismatchError(f"{what}: {error}") from None

@@ -58,12 +58,12 @@ def test_a_wrong_kernel_is_found(fault: str, monkeypatch: pytest.MonkeyPatch, ca
 
     monkeypatch.setattr(crossvit_kernels, "linear_residual", wrong)
     with pytest.raises(random_calls.MismatchError, match="again" if fault == "unsteady" else "the call: |again: "):
-        random_calls.main(["--only", "1", "--ops", "linear_residual", "--seed", "4"])
+        random_calls.main(["--backend", "cpu", "--only", "1", "--ops", "linear_residual", "--seed", "4"])
     assert "linear_residual((" in capsys.readouterr().out
 
 
 def test_a_process_that_dies_is_found_and_another_goes_on() -> None:
-    worker = random_calls.Worker(0, range(1, 10**6, 2), ALL)
+    worker = random_calls.Worker(0, range(1, 10**6, 2), ALL, "cpu")
     deadline = time.monotonic() + 300
     while worker.now.value < 3 and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -115,6 +115,16 @@ def scale(value: Tensor, x: Tensor, width: int) -> bool:
     return per_sample
 
 
+def scale_shape(value: Tensor | None, per_sample: bool, x: Tensor, width: int) -> Sequence[int]:
+    """The shape of a factor of which it is known what it is, see `scale`."""
+    if not per_sample:
+        return (width,)
+    if value is None or x.dim() < 2:
+        why = "without a scale" if value is None else f"for x of shape {tuple(x.shape)}"
+        raise ValueError(f"per_sample: expected False {why}, got True")
+    return (x.shape[0], *[1] * (x.dim() - 1))
+
+
 def size(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
     """Height and width, given as one int or two."""
     pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()

@@ -63,11 +63,19 @@ def _save(
     return mean, rstd, probs, probs @ normalized, query, key_query.contiguous()
 
 
-def _outputs(cls: Tensor, patches: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _shapes(cls: Tensor, patches: Tensor, *rest: Any) -> tuple[Any, ...]:
+    _validate.tensor("patches", patches, "(B, N, D)")
+    batch, _, width = patches.shape
+    _validate.heads(rest[-2], width, "the width")
+    vector, square = (width,), (width, width)
+    return (batch, width), patches.shape, vector, vector, square, vector, square, vector, square, vector
+
+
+def _results(cls: Tensor, patches: Tensor, *rest: Any) -> tuple[Any, ...]:
     (batch, width), tokens, q_weight, num_heads = cls.shape, 1 + patches.shape[1], rest[2], rest[-2]
     statistics, per_head = (batch, tokens), (batch, num_heads, width)
     shapes = (statistics, statistics, (batch, num_heads, tokens), per_head, (batch, width), per_head)
-    return q_weight.new_empty((batch, width)), *(cls.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return ((batch, width), q_weight.dtype), *((shape, torch.float32) for shape in shapes)
 
 
 def _flops(backend: str, cls: Tensor, patches: Tensor, *rest: Any) -> int:
@@ -94,6 +102,8 @@ CUDA_ROW_BYTES = 3072
 
 
 def _fits_cuda(cls: Tensor, patches: Tensor, *rest: Any) -> bool:
+    if patches.dim() != 3:
+        return True  # they say so
     return patches.shape[2] * max(cls.element_size(), patches.element_size(), rest[2].element_size()) <= CUDA_ROW_BYTES
 
 
@@ -102,7 +112,8 @@ _op = Op(
     "Tensor cls, Tensor patches, Tensor norm_weight, Tensor? norm_bias, Tensor q_weight, Tensor? q_bias, "
     "Tensor k_weight, Tensor? k_bias, Tensor v_weight, Tensor? v_bias, int num_heads, float eps",
     reference=cls_cross_attention_reference,
-    outputs=_outputs,
+    shapes=_shapes,
+    results=_results,
     flops=_flops,
     backward_flops=_backward_flops,
     matrices=("q_weight", "q_bias", "k_weight", "k_bias", "v_weight", "v_bias"),

@@ -61,13 +61,19 @@ def _save(x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tens
     return *statistics, pre.reshape(-1, weight.shape[0])
 
 
-def _outputs(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    rows, gelu_out = math.prod(x.shape[:-1]), rest[-1]
-    mean, rstd = x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
-    pre = weight.new_empty((rows if gelu_out else 0, weight.shape[0]))
-    return weight.new_empty((*x.shape[:-1], weight.shape[0])), mean, rstd, pre
+def _shapes(x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, *rest: Any) -> tuple[Any, ...]:
+    _validate.tensor("x", x, "(..., D)")
+    _validate.tensor("weight", weight, "(E, D)")
+    width, features = x.shape[-1:], weight.shape[0]
+    _validate.positive("weight's rows", features)
+    return x.shape, width, width, (features, *width), (features,)
+
+
+def _results(x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, *rest: Any) -> tuple[Any, ...]:
+    rows, features, gelu_out = math.prod(x.shape[:-1]), weight.shape[0], rest[-1]
+    statistics = ((rows,), torch.float32)
+    pre = ((rows if gelu_out else 0, features), weight.dtype)
+    return ((*x.shape[:-1], features), weight.dtype), statistics, statistics, pre
 
 
 def _flops(backend: str, x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, *rest: Any) -> int:
@@ -84,7 +90,8 @@ _op = Op(
     "Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor weight, Tensor? bias, float eps, "
     "bool gelu_in, bool gelu_out",
     reference=_reference,
-    outputs=_outputs,
+    shapes=_shapes,
+    results=_results,
     flops=_flops,
     backward_flops=_backward_flops,
     matrices=("weight", "bias"),

@@ -46,11 +46,20 @@ def _save(x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, w1: Tensor, 
     return *norm_statistics(x, eps), pre.reshape(-1, w1.shape[0])
 
 
-def _outputs(x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, w1: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    rows = math.prod(x.shape[:-1])
-    out = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, w1.dtype))
-    mean, rstd = x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
-    return out, mean, rstd, w1.new_empty((rows, w1.shape[0]))
+def _shapes(x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, w1: Tensor, *rest: Any) -> tuple[Any, ...]:
+    *_, scale, per_sample = rest
+    _validate.tensor("x", x, "(..., D)")
+    _validate.tensor("w1", w1, "(hidden, D)")
+    width, hidden = x.shape[-1:], w1.shape[:1]
+    _validate.positive("w1's rows", *hidden)
+    factor = _validate.scale_shape(scale, per_sample, x, *width)
+    return x.shape, width, width, (*hidden, *width), hidden, (*width, *hidden), width, factor
+
+
+def _results(x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, w1: Tensor, *rest: Any) -> tuple[Any, ...]:
+    rows, statistics = math.prod(x.shape[:-1]), ((math.prod(x.shape[:-1]),), torch.float32)
+    out = (x.shape, torch.promote_types(x.dtype, w1.dtype))
+    return out, statistics, statistics, ((rows, w1.shape[0]), w1.dtype)
 
 
 def _flops(backend: str, x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, w1: Tensor, *rest: Any) -> int:
@@ -69,7 +78,8 @@ _op = Op(
     "Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, "
     "float eps, Tensor? scale, bool per_sample",
     reference=_reference,
-    outputs=_outputs,
+    shapes=_shapes,
+    results=_results,
     flops=_flops,
     backward_flops=_backward_flops,
     matrices=("w1", "b1", "w2", "b2"),

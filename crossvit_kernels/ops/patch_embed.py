@@ -37,10 +37,24 @@ def _reference(images: Tensor, *rest: Any) -> Tensor:
     return patch_embed_reference(images, *parameters, image_size=(height, width))
 
 
-def _outputs(images: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor]:
+def _shapes(images: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Any, ...]:
+    height, width = rest[-2:]
+    _validate.tensor("images", images, "(B, C, H, W)")
+    _validate.tensor("weight", weight, "(D, C, P, P)")
+    embed, _, _, patch = weight.shape
+    _validate.positive("weight's smallest side", min(embed, patch))
+    for name, side in ("height", height), ("width", width):
+        if side <= 0 or side % patch:
+            raise ValueError(f"{name}: expected a multiple of the patch's {patch}, got {side}")
+    tokens = 1 + (height // patch) * (width // patch)
+    kernel = (embed, images.shape[1], patch, patch)
+    return images.shape, kernel, (embed,), (1, 1, embed), (1, tokens, embed)
+
+
+def _results(images: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Any, ...]:
     cls_token, pos_embed, _, _ = rest
     dtype = torch.promote_types(torch.promote_types(weight.dtype, cls_token.dtype), pos_embed.dtype)
-    return (images.new_empty((images.shape[0], *pos_embed.shape[1:]), dtype=dtype),)
+    return (((images.shape[0], *pos_embed.shape[1:]), dtype),)
 
 
 def _flops(backend: str, images: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> int:
@@ -56,7 +70,8 @@ _op = Op(
     "patch_embed",
     "Tensor images, Tensor weight, Tensor? bias, Tensor cls_token, Tensor pos_embed, SymInt height, SymInt width",
     reference=_reference,
-    outputs=_outputs,
+    shapes=_shapes,
+    results=_results,
     flops=_flops,
     backward_flops=_backward_flops,
     matrices=("weight", "bias"),  # the images are resized in their own dtype first
