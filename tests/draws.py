@@ -155,13 +155,14 @@ def _possible(layout: str, x: Tensor, eps: float) -> bool:
 
 
 def _parameter(rng: random.Random, value: Tensor) -> Tensor:
-    """A parameter, mostly as it is; else transposed in memory, a part of larger memory, or one number for all."""
+    """A parameter, mostly as it is; else transposed in memory, a part of larger memory, or, where it is no matrix, one
+    number for all."""
     kind = rng.random()
     if kind < 0.1:
         return _reversed(value)
     if kind < 0.2:
         return inputs.arrange(value, "every other element")
-    if kind < 0.23:
+    if kind < 0.23 and sum(size > 1 for size in value.shape) < 2:
         return value.flatten()[:1].view([1] * value.dim()).expand_as(value)
     return value
 

@@ -6,15 +6,18 @@ from torch import Tensor
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """LayerNorm over the last dimension, in x's dtype; under autocast in what PyTorch's is there.
+    """LayerNorm over the last dimension, in x's dtype; under a GPU's autocast in float32, as PyTorch's there.
 
-    PyTorch's own takes float32 parameters beside 16-bit activations on a CPU, and computes in float32; elsewhere they
-    meet in float32 here.
+    PyTorch's own takes float32 parameters beside 16-bit activations on a CPU, and computes in float32; in all other
+    cases the two meet in float32 here.
     """
-    if weight.dtype is x.dtype or torch.is_autocast_enabled(x.device.type):
-        return F.layer_norm(x, weight.shape, weight, bias, eps)
-    if x.device.type == "cpu" and weight.dtype is torch.float32:
+    device = x.device.type
+    if weight.dtype is x.dtype or (weight.dtype is torch.float32 if device == "cpu" else _autocast(device)):
         return F.layer_norm(x, weight.shape, weight, bias, eps)
     dtype = torch.promote_types(x.dtype, weight.dtype)
     bias = None if bias is None else bias.to(dtype)
     return F.layer_norm(x.to(dtype), weight.shape, weight.to(dtype), bias, eps).to(x.dtype)
+
+
+def _autocast(device: str) -> bool:
+    return device == "cuda" and torch.is_autocast_enabled(device)

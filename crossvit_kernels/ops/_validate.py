@@ -14,12 +14,25 @@ def tensor(name: str, value: Tensor, layout: str) -> None:
     """A floating-point tensor with the dimensions of `layout`, e.g. "(B, N, D)"; one that starts with "..." may have
     any number in front."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor {layout}, got {type(value).__name__}")
+        _no_tensor(name, layout, value)
     if value.dtype not in FLOATING or value.layout is not torch.strided:
         raise TypeError(f"{name}: expected a dense floating-point tensor {layout}, got {value.dtype}, {value.layout}")
     named = layout.count(",") + 1
     if value.dim() < named - 1 if layout.startswith("(...") else value.dim() != named:
         raise ValueError(f"{name}: expected a tensor {layout}, got shape {tuple(value.shape)}")
+
+
+def _no_tensor(name: str, expected: str, value: Any) -> None:
+    message = f"{name}: expected a tensor {expected}, got {type(value).__name__}"
+    if isinstance(value, torch.fx.Proxy):
+        message += "; the op looks at its arguments, so that torch.fx.symbolic_trace can only pass it by: torch.fx.wrap"
+    raise TypeError(message)
+
+
+def autocast(first: Tensor) -> bool:
+    """Whether autocast, which knows no meta device, brings the arguments to one dtype."""
+    device = first.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def beside(
@@ -35,7 +48,7 @@ def beside(
     """A tensor of this shape that goes together with the op's first argument: on its device and, outside autocast, of
     its dtype; with `float32` of that also, with `any_dtype` of any but float64."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor of shape {tuple(shape)}, got {type(value).__name__}")
+        _no_tensor(name, f"of shape {tuple(shape)}", value)
     if value.shape != shape:
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(value.shape)}")
     if value.device != first.device:
@@ -49,7 +62,7 @@ def beside(
 def _mixed(name: str, value: Tensor, first_name: str, first: Tensor, any_dtype: bool) -> None:
     if value.dtype not in FLOATING:
         raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
-    if torch.float64 in (value.dtype, first.dtype) or not (any_dtype or torch.is_autocast_enabled(first.device.type)):
+    if torch.float64 in (value.dtype, first.dtype) or not (any_dtype or autocast(first)):
         raise TypeError(
             f"{name}: expected {first.dtype} as {first_name} is, got {value.dtype} (dtypes mix under autocast only)"
         )
@@ -108,7 +121,7 @@ def scale(value: Tensor, x: Tensor, width: int) -> bool:
     """Whether a factor is one per sample, (B, 1, ..., 1) with the dimensions of x, or one per channel, (width,). Where
     x is a single row, (D,), it is one per channel."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"scale: expected a tensor, got {type(value).__name__}")
+        _no_tensor("scale", "per sample or per channel", value)
     per_sample = value.dim() == x.dim() > 1
     shape = (x.shape[0], *([1] * (x.dim() - 1))) if per_sample else (width,)
     beside("scale", value, shape, "x", x, any_dtype=True)
@@ -139,7 +152,7 @@ def promoted(residual: Tensor, scale: Tensor | None, matrix: Tensor) -> tuple[Te
     if residual.dtype is matrix.dtype and (scale is None or scale.dtype is matrix.dtype):
         return residual, scale
     device = residual.device.type
-    linear = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else matrix.dtype
+    linear = torch.get_autocast_dtype(device) if autocast(residual) else matrix.dtype
     dtype = torch.promote_types(residual.dtype, linear)
     if scale is None:
         return residual.to(dtype), None

@@ -193,7 +193,7 @@ def cls_fusion(
     shapes = _shapes_of(batch, patches.shape, (own_width,), (width,))
     # A projection computes in the dtype of its cls, what follows in the one to which that and the patches' promote.
     _validate.beside("cls", cls, shapes[0], "patches", patches, any_dtype=True)
-    mixed = cls.dtype is not patches.dtype and not torch.is_autocast_enabled(patches.device.type)
+    mixed = cls.dtype is not patches.dtype and not _validate.autocast(patches)
     met = patches.new_empty(0, dtype=torch.promote_types(cls.dtype, patches.dtype)) if mixed else patches
     names = _op.inputs
     _validate.norm(names[2], proj_norm_weight, names[3], proj_norm_bias, shapes[2], "cls", cls)

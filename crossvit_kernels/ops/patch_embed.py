@@ -130,7 +130,7 @@ def patch_embed(
     _validate.beside("pos_embed", pos_embed, (1, tokens, embed), "images", images, any_dtype=True)
     if _op.needs_reference(kernels, images, weight.dtype):
         return _reference(images, weight, bias, cls_token, pos_embed, height, width)
-    if not (cls_token.dtype is pos_embed.dtype is weight.dtype) and not torch.is_autocast_enabled(images.device.type):
+    if not (cls_token.dtype is pos_embed.dtype is weight.dtype) and not _validate.autocast(images):
         dtype = torch.promote_types(torch.promote_types(weight.dtype, cls_token.dtype), pos_embed.dtype)
         cls_token, pos_embed = cls_token.to(dtype), pos_embed.to(dtype)
     return _op(images, weight, bias, cls_token, pos_embed, height, width, kernels=kernels)
