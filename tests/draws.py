@@ -107,7 +107,8 @@ def draw(seed: int, index: int, ops: tuple[str, ...], backend: str = "cpu") -> D
                 values[name] = MORE[layout](value) if layout in MORE else inputs.arrange(value, layout)
         return values
 
-    words = {name: layout for name, layout in layouts.items() if layout and name in make(0)}
+    first = make(0)
+    words = {n: layout for n, layout in layouts.items() if layout and n in first and _possible(layout, first[n], 1.0)}
     narrow = precision.inputs.itemsize == 2
     return Draw(
         op,
@@ -115,7 +116,7 @@ def draw(seed: int, index: int, ops: tuple[str, ...], backend: str = "cpu") -> D
         f"{said} {words}",
         precision,
         threads,
-        frozenset(wide if narrow else ()) & make(0).keys(),
+        frozenset(wide if narrow else ()) & first.keys(),
         make,
         rng,
     )

@@ -21,6 +21,7 @@ from collections import Counter
 from pathlib import Path
 from queue import Empty
 from typing import Any
+from unittest import mock
 
 # Of torch's own kernels that the reference uses: what they compile for every shape would look like growth.
 for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
@@ -33,6 +34,7 @@ if not torch.cuda.is_available():  # as tests/conftest.py; read when the kernels
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("CROSSVIT_KERNELS_EMULATE", "1")
 
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -105,9 +107,14 @@ def check(draw: draws.Draw) -> tuple[int, int]:
     torch.set_num_threads(1)
     reference, _ = evaluate(draw, "reference", wanted)
     ref64, _ = evaluate(draw, "float64", wanted)
-    lucky = 0
+    lucky, scales = 0, cancelling(draw)
     for what, found in runs.items():
         expected = [{name: r[name] for name in found} for r in (reference, ref64)]
+        for name in scales.keys() & found.keys():
+            off = (found.pop(name).double() - expected[1].pop(name)).abs().max().item()
+            expected[0].pop(name)
+            if not off <= (bound := 4 * draw.precision.ulp * scales[name]):
+                raise MismatchError(f"{what}: {name}: {off:.3g} off where summands cancel, bound {bound:.3g}")
         try:
             held_to_the_rule(found, *expected, draw.precision.ulp)
         except AssertionError as error:
@@ -134,6 +141,30 @@ def held_to_the_rule(found: Results, reference: Results, ref64: Results, ulp: fl
     assert_equal_to_reference(*rest, ulp, zero=ZERO)
 
 
+def cancelling(draw: draws.Draw) -> dict[str, float]:
+    """The gradients of which next to nothing is left, and how large the summands are that cancel.
+
+    Through a LayerNorm of two elements, which makes 1 and -1 of nearly everything, passes what eps leaves of it alone.
+    The summands are the gradient that passes where mean and deviation are constants.
+    """
+    norm_weight = draw.values.get("norm_weight")
+    if draw.op not in ("layer_norm_linear", "cls_cross_attention") or norm_weight.numel() != 2:
+        return {}
+    with mock.patch.object(F, "layer_norm", _with_constant_statistics):
+        summands, _ = evaluate(draw, "float64")
+    return {
+        f"grad {name}": summands[f"grad {name}"].abs().max().item()
+        for name in draws.ACTIVATIONS
+        if name in draw.values and summands[f"grad {name}"].numel()
+    }
+
+
+def _with_constant_statistics(x: Tensor, shape: Any, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    variance, mean = torch.var_mean(x.detach(), dim=-1, correction=0, keepdim=True)
+    y = (x - mean) * (variance + eps).rsqrt() * weight
+    return y if bias is None else y + bias
+
+
 def luck(draw: draws.Draw, error: AssertionError) -> bool:
     """Whether other values in the same shapes obey the rule, taken together.
 
@@ -149,7 +180,8 @@ def luck(draw: draws.Draw, error: AssertionError) -> bool:
         torch.set_num_threads(1)
         plain, _ = evaluate(other, "reference", wanted)
         ref64, _ = evaluate(other, "float64", wanted)
-        for name, exact in ref64.items():
+        for name in found.keys() - cancelling(other).keys():
+            exact = ref64[name]
             if name in ZERO or not exact.numel() or not exact.any():
                 continue
             scale, most = exact.square().mean().item(), exact.abs().max().item()

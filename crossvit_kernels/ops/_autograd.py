@@ -62,7 +62,8 @@ class Differentiable(torch.autograd.Function):
             past = not (ctx.observed or torch.is_grad_enabled() or op.observed(tensors) or op.observed([grad_out]))
             several = not past and under_vmap()
             if originals and (several or torch.is_grad_enabled()):
-                inputs = [Cast.apply(originals[i], t) if i in originals else t for i, t in zip(op.kept, inputs)]
+                with torch.enable_grad():
+                    inputs = [Cast.apply(originals[i], t) if i in originals else t for i, t in zip(op.kept, inputs)]
             needs = [bool(needed[i]) for i in op.kept if i in op.tensors]
             args = (grad_out, *inputs, *tensors[split:], needs, ctx.kernels)
             if several:

@@ -2,7 +2,7 @@
 where a check fails."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ def tensor(name: str, value: Tensor, layout: str) -> None:
         raise ValueError(f"{name}: expected a tensor {layout}, got shape {tuple(value.shape)}")
 
 
-def _no_tensor(name: str, expected: str, value: Any) -> None:
+def _no_tensor(name: str, expected: str, value: Any) -> NoReturn:
     message = f"{name}: expected a tensor {expected}, got {type(value).__name__}"
     if isinstance(value, torch.fx.Proxy):
         message += "; the op looks at its arguments, so that torch.fx.symbolic_trace can only pass it by: torch.fx.wrap"
