@@ -138,14 +138,16 @@ def bicubic_resize(sizes: Sizes) -> tuple[Make, str]:
 
 def patch_embed(sizes: Sizes) -> tuple[Make, str]:
     rng = sizes.rng
-    patch = rng.choice((rng.randint(1, 8 if sizes.small else 16), 1, 4, 12, 16))
-    most = 2 if sizes.small and patch > 8 else 5
+    patch = rng.choice((rng.randint(1, 16), 1, 4, 12, 16))
+    most, pixels = (3, 24) if sizes.small else (5, 70)
+    if sizes.small:
+        patch = min(patch, 8)
     rows, columns = rng.randint(1, most), rng.randint(1, most)
     form = rng.choice(("as they come", "a pair", "a pair", "an int", "their own size"))
     if form == "an int":
         columns = rows
     size = (patch * rows, patch * columns)
-    given = size if form in ("as they come", "their own size") else (rng.randint(1, 70), rng.randint(1, 70))
+    given = size if form in ("as they come", "their own size") else (rng.randint(1, pixels), rng.randint(1, pixels))
     image_size = {"as they come": None, "an int": size[0]}.get(form, size)
     options: dict[str, Any] = dict(
         patch=patch, embed=sizes.width(), channels=rng.randint(1, 4), image_size=image_size, bias=not sizes.chance(0.25)

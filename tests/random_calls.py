@@ -21,7 +21,6 @@ from collections import Counter
 from pathlib import Path
 from queue import Empty
 from typing import Any
-from unittest import mock
 
 # Of torch's own kernels that the reference uses: what they compile for every shape would look like growth.
 for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
@@ -34,169 +33,17 @@ if not torch.cuda.is_available():  # as tests/conftest.py; read when the kernels
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("CROSSVIT_KERNELS_EMULATE", "1")
 
-import torch.nn.functional as F
-from torch import Tensor
 from tqdm import tqdm
 
-import crossvit_kernels
 import draws
 from crossvit_kernels import backends
-from numerics import DEVICES, FLOAT64, assert_equal_to_reference, like
+from random_checks import AGAIN, MismatchError, check
 
-AGAIN = 12  # draws of the same shapes that decide where one misses the rule
+__all__ = ["MismatchError", "check", "main"]
+
 WARM = 300  # draws after which a process has seen everything once
 GROWTH = 24 * 2**20  # bytes a process may gain between a tenth of its draws (at least WARM) and the last
 SLOWER = 50  # one call in so many is for each backend that an interpreter or an emulation runs
-ZERO = {"grad k_bias": 0.0}  # by mathematics; the kernels return zeros
-Results = dict[str, Tensor]
-
-
-class MismatchError(AssertionError):
-    """A kernel's result is not what it has to be."""
-
-
-def evaluate(
-    draw: draws.Draw, kernels: str, wanted: frozenset[str] | None = None, *, dense: bool = False
-) -> tuple[Results, int]:
-    """ "out" and "grad <input>" of the inputs `wanted` (None: all that are tensors), for a fixed gradient of out; and
-    how many calls that were. `kernels` "float64" is the reference in float64 on the inputs rounded to their dtypes."""
-    device, exact = DEVICES[draw.backend], kernels == "float64"
-    values = {n: v for n, v in draw.values.items() if isinstance(v, Tensor)}
-    wanted = values.keys() if wanted is None else wanted
-    leaves = {}
-    for name, value in values.items():
-        v = value.contiguous() if dense else value
-        rounded = v.detach().to(draw.dtype(name)).to(device)
-        leaves[name] = like(rounded.double() if exact else rounded, v).requires_grad_(name in wanted)
-    with (FLOAT64 if exact else draw.precision).context(device):
-        out = getattr(crossvit_kernels, draw.op)(**(draw.values | leaves), kernels="reference" if exact else kernels)
-    results = {"out": out.detach().cpu()}
-    if wanted:
-        grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).bfloat16().to(out)
-        asked = [name for name in leaves if name in wanted]
-        gradients = torch.autograd.grad(out, [leaves[name] for name in asked], grad_out)
-        results |= {f"grad {name}": g.cpu() for name, g in zip(asked, gradients)}
-    return results, 1 + bool(wanted)
-
-
-def check(draw: draws.Draw) -> tuple[int, int]:
-    """Holds one draw to everything; returns how many calls of the kernels it took, and how many of their results only
-    obeyed the rule together with others' (`luck`).
-
-    Raises MismatchError that says which run of them failed, and how.
-    """
-    kernels = draw.backend
-    torch.set_num_threads(draw.threads)
-    wanted = None if draw.op != "cls_fusion" else frozenset[str]()
-    first, calls = evaluate(draw, kernels, wanted)
-    again, more = evaluate(draw, kernels, wanted)
-    calls += more
-    same_bits("the same call again", again, first)
-    bare, more = evaluate(draw, kernels, frozenset())
-    calls += more
-    same_bits("the call without gradients", bare, {"out": first["out"]})
-    laid, more = evaluate(draw, kernels, wanted, dense=True)
-    calls += more
-    runs = {"the call": first, "dense tensors": laid}
-    if wanted is None:
-        runs["some gradients only"], more = evaluate(draw, kernels, frozenset(draw.some))
-        calls += more
-        if kernels == "cpu":  # elsewhere what is kept for one gradient in the inputs' dtype enters another
-            partial = runs.pop("some gradients only")
-            same_bits("some gradients only", partial, {n: first[n] for n in partial})
-    torch.set_num_threads(1)
-    reference, _ = evaluate(draw, "reference", wanted)
-    ref64, _ = evaluate(draw, "float64", wanted)
-    lucky, scales = 0, cancelling(draw)
-    for what, found in runs.items():
-        expected = [{name: r[name] for name in found} for r in (reference, ref64)]
-        for name in scales.keys() & found.keys():
-            off = (found.pop(name).double() - expected[1].pop(name)).abs().max().item()
-            expected[0].pop(name)
-            if not off <= (bound := 4 * draw.precision.ulp * scales[name]):
-                raise MismatchError(f"{what}: {name}: {off:.3g} off where summands cancel, bound {bound:.3g}")
-        try:
-            held_to_the_rule(found, *expected, draw.precision.ulp)
-        except AssertionError as error:
-            if not luck(draw, error):
-                raise MismatchError(f"{what}: {error}") from None
-            lucky += 1
-    return calls, lucky
-
-
-def same_bits(what: str, found: Results, expected: Results) -> None:
-    """Raises MismatchError where two runs differ in a bit."""
-    for name, value in expected.items():
-        if found[name].dtype != value.dtype or not torch.equal(found[name], value):
-            off = (found[name].double() - value.double()).abs().max().item()
-            raise MismatchError(f"{what}: {name} is not the same: {off:.3g} off")
-
-
-def held_to_the_rule(found: Results, reference: Results, ref64: Results, ulp: float) -> None:
-    """numerics' rule; where nothing but zero is exact (an empty batch) zero is what is wanted."""
-    nothing = {name for name, exact in ref64.items() if exact.numel() and not exact.any() and name not in ZERO}
-    for name in nothing:
-        assert not found[name].any(), f"{name}: {found[name].abs().max().item():.3g} where 0 is exact"
-    rest = [{n: v for n, v in results.items() if n not in nothing} for results in (found, reference, ref64)]
-    assert_equal_to_reference(*rest, ulp, zero=ZERO)
-
-
-def cancelling(draw: draws.Draw) -> dict[str, float]:
-    """The gradients of which next to nothing is left, and how large the summands are that cancel.
-
-    Through a LayerNorm of two elements, which makes 1 and -1 of nearly everything, passes what eps leaves of it alone.
-    The summands are the gradient that passes where mean and deviation are constants.
-    """
-    norm_weight = draw.values.get("norm_weight")
-    if draw.op not in ("layer_norm_linear", "cls_cross_attention") or norm_weight.numel() != 2:
-        return {}
-    with mock.patch.object(F, "layer_norm", _with_constant_statistics):
-        summands, _ = evaluate(draw, "float64")
-    return {
-        f"grad {name}": summands[f"grad {name}"].abs().max().item()
-        for name in draws.ACTIVATIONS
-        if name in draw.values and summands[f"grad {name}"].numel()
-    }
-
-
-def _with_constant_statistics(x: Tensor, shape: Any, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    variance, mean = torch.var_mean(x.detach(), dim=-1, correction=0, keepdim=True)
-    y = (x - mean) * (variance + eps).rsqrt() * weight
-    return y if bias is None else y + bias
-
-
-def luck(draw: draws.Draw, error: AssertionError) -> bool:
-    """Whether other values in the same shapes obey the rule, taken together.
-
-    The error of a mean over a few numbers is a matter of luck, the reference's too; so is that of a small difference of
-    large numbers. Squares are added up over the draws, and the largest error is the largest of all.
-    """
-    total: dict[str, list[float]] = {}
-    ulp = draw.precision.ulp
-    wanted = None if draw.op != "cls_fusion" else frozenset[str]()
-    for other in draw.others(AGAIN):
-        torch.set_num_threads(draw.threads)
-        found, _ = evaluate(other, draw.backend, wanted)
-        torch.set_num_threads(1)
-        plain, _ = evaluate(other, "reference", wanted)
-        ref64, _ = evaluate(other, "float64", wanted)
-        for name in found.keys() - cancelling(other).keys():
-            exact = ref64[name]
-            if name in ZERO or not exact.numel() or not exact.any():
-                continue
-            scale, most = exact.square().mean().item(), exact.abs().max().item()
-            off, plain_off = (r[name].double() - exact for r in (found, plain))
-            sums = total.setdefault(name, [0.0] * 4)
-            sums[0] += off.square().mean().item() / scale
-            sums[1] += plain_off.square().mean().item() / scale
-            sums[2] = max(sums[2], off.abs().max().item() / most)
-            sums[3] = max(sums[3], plain_off.abs().max().item() / most)
-    for square, plain_square, largest, plain_largest in total.values():
-        if not math.sqrt(square / AGAIN) <= 2 * math.sqrt(plain_square / AGAIN) + ulp:
-            return False
-        if not largest <= 4 * plain_largest + 4 * ulp:
-            return False
-    return "nan" not in str(error) and "dtype" not in str(error) and "where 0 is exact" not in str(error)
 
 
 def resident_bytes() -> int:
