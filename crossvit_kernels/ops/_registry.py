@@ -28,7 +28,7 @@ from torch.utils.flop_counter import register_flop_formula
 from .. import backends
 from ..triton import triton_kernel
 from ._autograd import AUTOCAST, VMAP, Differentiable, below_autograd, second_derivative
-from ._fit import fit, fit_backward
+from ._fit import Fitting, fit, fit_backward
 from ._native import native_kernel
 
 LIBRARY = torch.library.Library("crossvit_kernels", "DEF")
@@ -139,6 +139,7 @@ class Op:
         register_decomposition(self.op)(self._decompose)
         meta_table[self.op] = self._fake
         LIBRARY.impl(name, self._autograd, "Autograd", with_keyset=True)
+        self.fitting = Fitting(self)
         if save is not None:
             kept = ", ".join(fields[i] for i in self.kept)
             names = [*(["out"] if takes_out else []), *saved]
@@ -241,7 +242,9 @@ class Op:
         which it sums them, where it can."""
         backend = self._backend(self.inputs_of_backward(args), args[-1], "_backward")
         if backend in CHECKED:
-            fit_backward(self, args)
+            self.fitting(args)
+            saved = 1 + len(self.kept)  # which kernels take as they were made
+            args = (*args[:saved], *(t.contiguous() for t in args[saved:-2]), *args[-2:])
         return self.backwards[backend](*args[:-1], *((wide,) if backend == "cpu" else ()))
 
     def inputs_of_backward(self, args: Sequence[Any]) -> list[Any]:

@@ -1,6 +1,7 @@
 """Argument checks that the ops share: each names the argument, what was expected and what came. Messages are made only
 where a check fails."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor
 
 FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+_STRIDED = torch.strided
+_ranks: dict[str, tuple[int, int]] = {}  # the least and most dimensions of a layout
 
 
 def tensor(name: str, value: Tensor, layout: str) -> None:
@@ -15,11 +18,17 @@ def tensor(name: str, value: Tensor, layout: str) -> None:
     any number in front."""
     if not isinstance(value, Tensor):
         _no_tensor(name, layout, value)
-    if value.dtype not in FLOATING or value.layout is not torch.strided:
+    if value.dtype not in FLOATING or value.layout is not _STRIDED:
         raise TypeError(f"{name}: expected a dense floating-point tensor {layout}, got {value.dtype}, {value.layout}")
-    named = layout.count(",") + 1
-    if value.dim() < named - 1 if layout.startswith("(...") else value.dim() != named:
+    least, most = _ranks.get(layout) or _ranks_of(layout)
+    if not least <= value.dim() <= most:
         raise ValueError(f"{name}: expected a tensor {layout}, got shape {tuple(value.shape)}")
+
+
+def _ranks_of(layout: str) -> tuple[int, int]:
+    named = layout.count(",") + 1
+    _ranks[layout] = found = (named - 1, sys.maxsize) if layout.startswith("(...") else (named, named)
+    return found
 
 
 def _no_tensor(name: str, expected: str, value: Any) -> NoReturn:
@@ -55,7 +64,7 @@ def beside(
         raise ValueError(f"{name}: expected to be on {first.device} as {first_name} is, got {value.device}")
     if value.dtype is not first.dtype:
         _mixed(name, value, first_name, first, any_dtype or (float32 and value.dtype is torch.float32))
-    if value.layout is not torch.strided:
+    if value.layout is not _STRIDED:
         raise TypeError(f"{name}: expected a dense tensor, got {value.layout}")
 
 
