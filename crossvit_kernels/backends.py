@@ -232,6 +232,8 @@ def _resolve(kernels: str, device: torch.device, dtype: torch.dtype, op: str) ->
             _fallback_warning()
     elif (why := reason(name)) is not None:
         raise RuntimeError(f"kernels={name!r} is not there: {why}")
+    elif device.type == "meta":  # where only shapes are asked for, every backend's are the reference's
+        name = "reference"
     elif name != "reference" and device.type not in devices(name):
         if kernels == "auto":  # CROSSVIT_KERNELS speaks of its own kind of device, not of every tensor
             name = "reference"

@@ -1,11 +1,13 @@
-"""Random calls of every op on the C++ kernels, held to the reference by the rule of tests/numerics.py.
+"""Random calls of every op on every backend, held to the reference by the rule of tests/numerics.py.
 
     python tests/random_calls.py --calls 200000
 
 Op, shapes, dtypes, options, memory layouts and numbers of threads are drawn from a seed. For each draw the kernels run
 several times: on the tensors as they lie and on dense ones, again (the same bits), without gradients, and with only
-some of them asked for. A call is a forward or a backward of the kernels. Processes share the draws; one that crashes is
-started again behind the draw that it died of, and none may grow. `--seed S --only I` replays draw I.
+some of them asked for. A call is a forward or a backward of the kernels. The backends of this machine have their turns,
+or one of them, `--backend`; without a GPU the Triton kernels run in the interpreter and the CUDA kernels in the
+emulation, over small shapes and with few of the calls. Processes share the draws; one that crashes is started again
+behind the draw that it died of, and none may grow. `--backend B --seed S --only I` replays draw I.
 """
 
 import argparse
@@ -26,138 +28,22 @@ for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin would wait for each other's cores
 
 import torch
-from torch import Tensor
+
+if not torch.cuda.is_available():  # as tests/conftest.py; read when the kernels are loaded
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("CROSSVIT_KERNELS_EMULATE", "1")
+
 from tqdm import tqdm
 
-import crossvit_kernels
 import draws
-from numerics import FLOAT64, Precision, assert_equal_to_reference, like
+from crossvit_kernels import backends
+from random_checks import AGAIN, MismatchError, check
 
-AGAIN = 12  # draws of the same shapes that decide where one misses the rule
+__all__ = ["MismatchError", "check", "main"]
+
 WARM = 300  # draws after which a process has seen everything once
 GROWTH = 24 * 2**20  # bytes a process may gain between a tenth of its draws (at least WARM) and the last
-ZERO = {"grad k_bias": 0.0}  # by mathematics; the kernels return zeros
-Results = dict[str, Tensor]
-
-
-class MismatchError(AssertionError):
-    """A kernel's result is not what it has to be."""
-
-
-def evaluate(
-    op: str, values: dict[str, Any], precision: Precision, kernels: str, wanted: frozenset[str] | None = None
-) -> tuple[Results, int]:
-    """ "out" and "grad <input>" of the inputs `wanted` (None: all that are tensors), for a fixed gradient of out; and
-    how many calls that were."""
-    if wanted is None:
-        wanted = frozenset(name for name, v in values.items() if isinstance(v, Tensor))
-    leaves = {
-        name: like(v.detach().to(precision.inputs), v).requires_grad_(name in wanted)
-        for name, v in values.items()
-        if isinstance(v, Tensor)
-    }
-    with precision.context("cpu"):
-        out = getattr(crossvit_kernels, op)(**(values | leaves), kernels=kernels)
-    results = {"out": out.detach()}
-    if wanted:
-        grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).bfloat16().to(out)
-        asked = [name for name in leaves if name in wanted]
-        gradients = torch.autograd.grad(out, [leaves[name] for name in asked], grad_out)
-        results |= {f"grad {name}": g for name, g in zip(asked, gradients)}
-    return results, 1 + bool(wanted)
-
-
-def exact_inputs(draw: draws.Draw) -> dict[str, Any]:
-    """The draw's values rounded to its dtype."""
-    return {n: like(v.to(draw.precision.inputs), v) if isinstance(v, Tensor) else v for n, v in draw.values.items()}
-
-
-def check(draw: draws.Draw) -> tuple[int, int]:
-    """Holds one draw to everything; returns how many calls of the kernels it took, and how many of their results only
-    obeyed the rule together with others' (`luck`).
-
-    Raises MismatchError that says which run of them failed, and how.
-    """
-    op, values, precision = draw.op, draw.values, draw.precision
-    torch.set_num_threads(draw.threads)
-    wanted = None if op != "cls_fusion" else frozenset[str]()
-    first, calls = evaluate(op, values, precision, "cpu", wanted)
-    again, more = evaluate(op, values, precision, "cpu", wanted)
-    calls += more
-    same_bits("the same call again", again, first)
-    bare, more = evaluate(op, values, precision, "cpu", frozenset())
-    calls += more
-    same_bits("the call without gradients", bare, {"out": first["out"]})
-    dense = {n: v.contiguous() if isinstance(v, Tensor) else v for n, v in values.items()}
-    laid, more = evaluate(op, dense, precision, "cpu", wanted)
-    calls += more
-    if wanted is None:
-        some = frozenset(draw.some)
-        partial, more = evaluate(op, values, precision, "cpu", some)
-        calls += more
-        same_bits("some gradients only", partial, {n: first[n] for n in partial})
-    torch.set_num_threads(1)
-    reference, _ = evaluate(op, values, precision, "reference", wanted)
-    ref64, _ = evaluate(op, exact_inputs(draw), FLOAT64, "reference", wanted)
-    lucky = 0
-    for what, found in (("the call", first), ("dense tensors", laid)):
-        try:
-            held_to_the_rule(found, reference, ref64, precision.ulp)
-        except AssertionError as error:
-            if not luck(draw, error):
-                raise MismatchError(f"{what}: {error}") from None
-            lucky += 1
-    return calls, lucky
-
-
-def same_bits(what: str, found: Results, expected: Results) -> None:
-    """Raises MismatchError where two runs differ in a bit."""
-    for name, value in expected.items():
-        if found[name].dtype != value.dtype or not torch.equal(found[name], value):
-            off = (found[name].double() - value.double()).abs().max().item()
-            raise MismatchError(f"{what}: {name} is not the same: {off:.3g} off")
-
-
-def held_to_the_rule(found: Results, reference: Results, ref64: Results, ulp: float) -> None:
-    """numerics' rule; where nothing but zero is exact (an empty batch) zero is what is wanted."""
-    nothing = {name for name, exact in ref64.items() if exact.numel() and not exact.any() and name not in ZERO}
-    for name in nothing:
-        assert not found[name].any(), f"{name}: {found[name].abs().max().item():.3g} where 0 is exact"
-    rest = [{n: v for n, v in results.items() if n not in nothing} for results in (found, reference, ref64)]
-    assert_equal_to_reference(*rest, ulp, zero=ZERO)
-
-
-def luck(draw: draws.Draw, error: AssertionError) -> bool:
-    """Whether other values in the same shapes obey the rule, taken together.
-
-    The error of a mean over a few numbers is a matter of luck, the reference's too; so is that of a small difference of
-    large numbers. Squares are added up over the draws, and the largest error is the largest of all.
-    """
-    total: dict[str, list[float]] = {}
-    ulp = draw.precision.ulp
-    wanted = None if draw.op != "cls_fusion" else frozenset[str]()
-    for other in draw.others(AGAIN):
-        torch.set_num_threads(draw.threads)
-        found, _ = evaluate(other.op, other.values, other.precision, "cpu", wanted)
-        torch.set_num_threads(1)
-        plain, _ = evaluate(other.op, other.values, other.precision, "reference", wanted)
-        ref64, _ = evaluate(other.op, exact_inputs(other), FLOAT64, "reference", wanted)
-        for name, exact in ref64.items():
-            if name in ZERO or not exact.numel() or not exact.any():
-                continue
-            scale, most = exact.square().mean().item(), exact.abs().max().item()
-            off, plain_off = (r[name].double() - exact for r in (found, plain))
-            sums = total.setdefault(name, [0.0] * 4)
-            sums[0] += off.square().mean().item() / scale
-            sums[1] += plain_off.square().mean().item() / scale
-            sums[2] = max(sums[2], off.abs().max().item() / most)
-            sums[3] = max(sums[3], plain_off.abs().max().item() / most)
-    for square, plain_square, largest, plain_largest in total.values():
-        if not math.sqrt(square / AGAIN) <= 2 * math.sqrt(plain_square / AGAIN) + ulp:
-            return False
-        if not largest <= 4 * plain_largest + 4 * ulp:
-            return False
-    return "nan" not in str(error) and "dtype" not in str(error) and "where 0 is exact" not in str(error)
+SLOWER = 50  # one call in so many is for each backend that an interpreter or an emulation runs
 
 
 def resident_bytes() -> int:
@@ -167,13 +53,13 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def work(seed: int, indices: range, ops: tuple[str, ...], now: Any, said: Any) -> None:
+def work(seed: int, indices: range, ops: tuple[str, ...], backend: str, now: Any, said: Any) -> None:
     """A process: checks its draws; says ("done", index, op, (calls, lucky)) or ("failed", index, op, why) of each."""
     torch.use_deterministic_algorithms(True, warn_only=True)  # memory handed out uninitialised holds NaN
     early = 0
     for i, index in enumerate(indices):
         now.value = index
-        draw = draws.draw(seed, index, ops)
+        draw = draws.draw(seed, index, ops, backend)
         try:
             said.put(("done", index, draw.op, check(draw)))
         except Exception as error:
@@ -186,15 +72,16 @@ def work(seed: int, indices: range, ops: tuple[str, ...], now: Any, said: Any) -
 class Worker:
     """A process over every `step`-th draw, and what is left of them for the next one should it crash."""
 
-    def __init__(self, seed: int, indices: range, ops: tuple[str, ...]) -> None:
-        self.arguments, self.indices = (seed, ops), indices
+    def __init__(self, seed: int, indices: range, ops: tuple[str, ...], backend: str) -> None:
+        self.arguments, self.indices = (seed, ops, backend), indices
         self.start()
 
     def start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.now, self.said = context.Value("q", -1, lock=False), context.Queue()
-        seed, ops = self.arguments
-        self.process = context.Process(target=work, args=(seed, self.indices, ops, self.now, self.said), daemon=True)
+        seed, *others = self.arguments
+        arguments = (seed, self.indices, *others, self.now, self.said)
+        self.process = context.Process(target=work, args=arguments, daemon=True)
         self.process.start()
 
     def messages(self) -> list[Any]:
@@ -216,10 +103,18 @@ class Worker:
 
 def main(arguments: list[str] | None = None) -> int:
     """0 where every call was right, 1 where not."""
+    known = [name for name in backends.BACKENDS if name != "reference" and backends.available(name)]
     parser = argparse.ArgumentParser(prog="python tests/random_calls.py", description=__doc__.partition("\n")[0])
-    parser.add_argument("--calls", type=int, default=2000, help="forwards and backwards of the kernels, about (2000)")
+    parser.add_argument(
+        "--calls",
+        type=int,
+        default=2000,
+        help=f"forwards and backwards of the kernels, about (2000); of those that are interpreted or emulated one in "
+        f"{SLOWER}",
+    )
+    parser.add_argument("--backend", default="all", help="all, each in turn, or one of " + ", ".join(known))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, metavar="I", help="draw I alone, in this process")
+    parser.add_argument("--only", type=int, metavar="I", help="draw I of the backend alone, in this process")
     parser.add_argument("--ops", default=",".join(draws.CASES), help="of these only: " + ", ".join(draws.CASES))
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes")
     options = parser.parse_args(arguments)
@@ -229,10 +124,17 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("calls", "workers"):
         if getattr(options, name) < 1:
             parser.error(f"argument --{name}: expected at least 1, got {getattr(options, name)}")
-    if not crossvit_kernels.backends.available("cpu"):
-        parser.error(f"there are no C++ kernels: {crossvit_kernels.backends.reason('cpu')}")
+    if options.backend not in ("all", *backends.BACKENDS[1:]):
+        parser.error(f"argument --backend: unknown {options.backend}, expected all or of {', '.join(known)}")
+    if options.backend != "all" and (why := backends.reason(options.backend)):
+        parser.error(f"argument --backend: {options.backend} is not there: {why}")
+    if not known:
+        parser.error("no backend is there but the reference: " + str(backends.reason("cpu")))
+    chosen = known if options.backend == "all" else [options.backend]
     if options.only is not None:
-        draw = draws.draw(options.seed, options.only, ops)
+        if len(chosen) > 1:
+            parser.error("argument --only: expected a --backend whose draw is meant")
+        draw = draws.draw(options.seed, options.only, draws.ops_of(chosen[0], ops), chosen[0])
         print(draw)
         torch.use_deterministic_algorithms(True, warn_only=True)
         calls, lucky = check(draw)
@@ -240,18 +142,29 @@ def main(arguments: list[str] | None = None) -> int:
             f"{calls} calls, all right" + (f", {lucky} only together with others in the same shapes" if lucky else "")
         )
         return 0
-    return _all(options, ops)
+    failed = 0
+    for backend in chosen:
+        if served := draws.ops_of(backend, ops):
+            calls = options.calls if len(chosen) == 1 or not draws.slow(backend) else options.calls // SLOWER
+            failed += _all(backend, served, math.ceil(calls / draws.calls_each(served)), options)
+    return int(failed > 0)
 
 
-def _all(options: argparse.Namespace, ops: tuple[str, ...]) -> int:
-    number = math.ceil(options.calls / draws.calls_each(ops))
-    workers = [Worker(options.seed, range(w, number, options.workers), ops) for w in range(options.workers)]
+def _all(backend: str, ops: tuple[str, ...], number: int, options: argparse.Namespace) -> bool:
+    """Whether one of this many draws failed."""
+    workers = [
+        Worker(options.seed, range(w, number, options.workers), ops, backend)
+        for w in range(min(options.workers, number))
+    ]
+    which = f"--backend {backend} --seed {options.seed}"
+    if ops != tuple(draws.CASES):
+        which += f" --ops {','.join(ops)}"
     failures: list[str] = []
     calls: Counter[str] = Counter()
     lucky = 0
     sizes: list[tuple[int, int]] = []
     began, live = time.monotonic(), list(workers)
-    with tqdm(total=number, unit="draw", dynamic_ncols=True, smoothing=0.02) as bar:
+    with tqdm(total=number, unit="draw", desc=backend, dynamic_ncols=True, smoothing=0.02) as bar:
         while live:
             time.sleep(0.1)
             for worker in list(live):
@@ -263,7 +176,7 @@ def _all(options: argparse.Namespace, ops: tuple[str, ...]) -> int:
                         calls[what] += result[0]
                         lucky += result[1]
                     else:
-                        failures.append(f"--seed {options.seed} --only {index}: {what}\n    {result}")
+                        failures.append(f"{which} --only {index}: {what}\n    {result}")
                         tqdm.write(failures[-1])
                     bar.update(kind != "ended")
                 if alive:
@@ -271,7 +184,7 @@ def _all(options: argparse.Namespace, ops: tuple[str, ...]) -> int:
                 live.remove(worker)
                 if (index := worker.crashed()) is not None:
                     died = f"the process ended with {worker.process.exitcode}"
-                    failures.append(f"--seed {options.seed} --only {index}: {died}")
+                    failures.append(f"{which} --only {index}: {died}")
                     tqdm.write(failures[-1])
                     bar.update()
                     if len(worker.indices):
@@ -284,10 +197,10 @@ def _all(options: argparse.Namespace, ops: tuple[str, ...]) -> int:
     print(", ".join(f"{op} {count}" for op, count in sorted(calls.items())))
     print(f"{lucky} results obeyed the rule only together with those of {AGAIN} other draws in the same shapes")
     seconds = time.monotonic() - began
-    print(f"{calls.total()} calls in {number} draws and {seconds:.0f} s, {len(failures)} failures")
+    print(f"{backend}: {calls.total()} calls in {number} draws and {seconds:.0f} s, {len(failures)} failures")
     for failure in failures:
         print(f"failed: {failure}")
-    return int(bool(failures))
+    return bool(failures)
 
 
 if __name__ == "__main__":

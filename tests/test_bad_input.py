@@ -54,7 +54,14 @@ CHANGES: list[tuple[Change, type[Exception]]] = [
 ]
 # Changes that are wrong beside the other arguments only.
 MIXED: list[tuple[Change, type[Exception]]] = [(double, TypeError), (half, TypeError), (meta, ValueError)]
-ANY_DTYPE = {("linear_residual", "residual"), ("linear_residual", "scale"), ("layer_norm_mlp", "scale")}
+ANY_DTYPE = {
+    ("linear_residual", "residual"),
+    ("linear_residual", "scale"),
+    ("layer_norm_mlp", "scale"),
+    ("patch_embed", "cls_token"),
+    ("patch_embed", "pos_embed"),
+    ("cls_cross_attention", "cls"),
+}
 FIRST = {"x", "images", "qkv", "patches"}  # what the others are compared with: the error may name one of those
 
 

@@ -14,6 +14,8 @@ AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.
     torch._C.DispatchKey.AutocastCUDA
 )
 
+VMAP = torch._C._dispatch_key_parse("VmapMode")  # under is_grads_batched=True
+
 
 class Differentiable(torch.autograd.Function):
     """(op, keyset, dtype, *arguments of the dispatcher op) -> what the op returns; without a keyset past the
@@ -56,13 +58,17 @@ class Differentiable(torch.autograd.Function):
         if grad_out is not None and wanted:
             tensors, split = ctx.saved_tensors, len(op.kept)
             inputs = [t if i in op.tensors else other for i, t, other in zip(op.kept, tensors, ctx.others)]
-            if originals and torch.is_grad_enabled():
-                inputs = [Cast.apply(originals[i], t) if i in originals else t for i, t in zip(op.kept, inputs)]
-            needs = [bool(needed[i]) for i in op.kept if i in op.tensors]
             # With gradients on, a second derivative is asked for: the dispatcher op knows that there is none.
             past = not (ctx.observed or torch.is_grad_enabled() or op.observed(tensors) or op.observed([grad_out]))
+            several = not past and under_vmap()
+            if originals and (several or torch.is_grad_enabled()):
+                with torch.enable_grad():
+                    inputs = [Cast.apply(originals[i], t) if i in originals else t for i, t in zip(op.kept, inputs)]
+            needs = [bool(needed[i]) for i in op.kept if i in op.tensors]
             args = (grad_out, *inputs, *tensors[split:], needs, ctx.kernels)
-            if past and originals:
+            if several:
+                results = plainly(op, inputs, wanted, grad_out)
+            elif past and originals:
                 with torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
                     results = op.run_backward(*args, wide=torch.float32 in {t.dtype for t in originals.values()})
             else:
@@ -74,18 +80,44 @@ class Differentiable(torch.autograd.Function):
         return None, None, None, *grads
 
 
+def plainly(op: "Op", kept: Sequence[Any], wanted: Sequence[int], grad_out: Tensor) -> Sequence[Tensor]:
+    """What the backward gives, for many gradients of out at once, which kernels do not take: by plain PyTorch."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        views = [t.view_as(t) if isinstance(t, Tensor) else t for t in kept]
+    inputs = dict(zip(op.kept, views))
+    if op.passed is not None:  # whose value does not matter
+        inputs[op.passed] = torch.zeros(grad_out.shape, dtype=grad_out.dtype, device=grad_out.device)
+    ordered = [inputs[i] for i in range(len(op.inputs))]
+    return op.differentiate(ordered, wanted, grad_out, create_graph=create_graph)
+
+
 class Cast(torch.autograd.Function):
-    """(tensor, what it was cast to) -> the latter, for a second derivative, which raises, to find its way."""
+    """(tensor, what it was cast to) -> the latter, for a second derivative to find its way."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, cast: Tensor) -> Tensor:
+    def forward(tensor: Tensor, cast: Tensor) -> Tensor:
         """A view of the second argument."""
         return cast.view_as(cast)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        """Keeps the dtype of the first."""
+        ctx.dtype = inputs[0].dtype
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        """Not reached, the op's own backward having raised."""
-        return grad, None
+        """Reached where the reference made the gradient, the op's own backward raising."""
+        return grad.to(ctx.dtype), None
+
+
+def under_vmap() -> bool:
+    """Whether tensors may stand for many at once: torch.vmap, and autograd's is_grads_batched=True."""
+    if torch._C._dispatch_tls_local_include_set().has(VMAP):
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def below_autograd(op: "Op", keyset: Any, *args: Any) -> Any:

@@ -27,10 +27,16 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .. import backends
 from ..triton import triton_kernel
-from ._autograd import AUTOCAST, Differentiable, below_autograd, second_derivative
+from ._autograd import AUTOCAST, VMAP, Differentiable, below_autograd, second_derivative
+from ._fit import Fitting, fit, fit_backward
 from ._native import native_kernel
 
 LIBRARY = torch.library.Library("crossvit_kernels", "DEF")
+
+# The backends before which the dispatcher ops look at their arguments here.
+CHECKED = frozenset({"reference", "triton"})
+
+Result = tuple[Sequence[int], torch.dtype]
 
 _ORDINARY = {Tensor, Parameter, type(None)}
 
@@ -49,6 +55,7 @@ _OBSERVERS = _keys(
     _KEY.PythonDispatcher,
     _KEY.PreDispatch,
     _KEY.FuncTorchDynamicLayerFrontMode,
+    VMAP,
     _KEY.Functionalize,
 ).raw_repr()
 
@@ -67,7 +74,9 @@ class Op:
 
     inputs          its arguments, in the schema language
     reference       (*inputs) -> out, in plain PyTorch
-    outputs         (*inputs) -> fresh tensors of the shapes and dtypes of out and the saved
+    shapes          (*inputs) -> the shapes that the tensors among them must have; ValueError, TypeError where one has
+                    another rank than its shape is known by, or a number does not go with them
+    results         (*inputs) -> the shapes and dtypes of out and the saved
     flops           (backend, *inputs) -> int
     matrices        the inputs that autocast casts; the first one's dtype is the compute dtype. An op without leaves
                     dtypes as they are, and computes in its first activation's
@@ -87,7 +96,8 @@ class Op:
         inputs: str,
         *,
         reference: Callable[..., Tensor],
-        outputs: Callable[..., tuple[Tensor, ...]],
+        shapes: Callable[..., tuple[Any, ...]],
+        results: Callable[..., tuple[Result, ...]],
         flops: Callable[..., int],
         matrices: Sequence[str],
         activations: Sequence[str],
@@ -99,7 +109,8 @@ class Op:
         takes_out: bool = False,
         fits: Mapping[str, Callable[..., bool]] | None = None,
     ) -> None:
-        self.name, self.reference, self.outputs, self.save, self.saved = name, reference, outputs, save, saved
+        self.name, self.reference, self.shapes, self.results = name, reference, shapes, results
+        self.save, self.saved = save, tuple(saved)
         self.flops, self.backward_flops, self.takes_out = flops, backward_flops, takes_out
         self.fits = fits or {}
         OPS[name] = self
@@ -115,7 +126,7 @@ class Op:
         self.kept = [i for i in range(len(fields)) if i != self.passed]  # the inputs that the backward sees
 
         returns = ", ".join(f"Tensor {n}" for n in ("out", *saved))
-        self.op = self._define(name, f"{inputs}, bool save, str kernels", returns, self.run, self._fake)
+        self.op = self._define(name, f"{inputs}, bool save, str kernels", returns, self._run_checked, self._fake)
         self.forwards: dict[str, Callable] = {
             "reference": self._run_reference,
             "triton": triton_kernel(name, "forward"),
@@ -128,6 +139,7 @@ class Op:
         register_decomposition(self.op)(self._decompose)
         meta_table[self.op] = self._fake
         LIBRARY.impl(name, self._autograd, "Autograd", with_keyset=True)
+        self.fitting = Fitting(self)
         if save is not None:
             kept = ", ".join(fields[i] for i in self.kept)
             names = [*(["out"] if takes_out else []), *saved]
@@ -218,13 +230,24 @@ class Op:
         """Forward on the backend that serves these arguments."""
         return self.forwards[self._backend(args, args[-1])](*args[:-1])
 
+    def _run_checked(self, *args: Any) -> Any:
+        """What the dispatcher calls: the forward of arguments that nobody may have looked at."""
+        backend = self._backend(args, args[-1])
+        if backend in CHECKED:
+            fit(self, args[:-2])
+        return self.forwards[backend](*args[:-1])
+
     def run_backward(self, *args: Any, wide: bool = False) -> list[Tensor]:
         """Backward on the backend that serves these arguments; `wide`: with the parameters' gradients in float32, in
         which it sums them, where it can."""
-        backend = self._backend(self._inputs_of_backward(args), args[-1], "_backward")
+        backend = self._backend(self.inputs_of_backward(args), args[-1], "_backward")
+        if backend in CHECKED:
+            self.fitting(args)
+            saved = 1 + len(self.kept)  # which kernels take as they were made
+            args = (*args[:saved], *(t.contiguous() for t in args[saved:-2]), *args[-2:])
         return self.backwards[backend](*args[:-1], *((wide,) if backend == "cpu" else ()))
 
-    def _inputs_of_backward(self, args: Sequence[Any]) -> list[Any]:
+    def inputs_of_backward(self, args: Sequence[Any]) -> list[Any]:
         """The op's inputs among the backward's arguments; for the one that it does not see, out's gradient."""
         inputs: list[Any] = [args[0]] * len(self.inputs)
         for i, value in zip(self.kept, args[1:]):
@@ -236,12 +259,19 @@ class Op:
         # over the decomposition that ONNX wants. Only an inductor that is loaded is told: loading it takes seconds.
         if (lowering := sys.modules.get("torch._inductor.lowering")) is not None:
             lowering.FALLBACK_ALLOW_LIST.add(self.op.name())
+        fit(self, args[:-2], symbolic=True)
         out, *saved = self.outputs(*args[:-2])
         return (out, *(t if args[-2] else t.new_empty((0, *t.shape[1:])) for t in saved)) if saved else out
 
     def _fake_backward(self, *args: Any) -> list[Tensor]:
+        fit_backward(self, args, symbolic=True)
         kept = [args[1 + k] for k, i in enumerate(self.kept) if i in self.tensors]
         return [t.new_empty(t.shape) for t, needed in zip(kept, args[-2]) if needed]
+
+    def outputs(self, *inputs: Any) -> list[Tensor]:
+        """Fresh tensors for out and the saved."""
+        like = inputs[self.compute]
+        return [like.new_empty(shape, dtype=dtype) for shape, dtype in self.results(*inputs)]
 
     def _autocast(self, device: str) -> Callable:
         def run(*args: Any) -> Any:
@@ -269,6 +299,8 @@ class Op:
             return self.backward_op(*args)
 
     def _autograd(self, keyset: Any, *args: Any) -> Any:
+        if not plain_call():
+            return self._run_reference(*args[:-1])
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return Differentiable.apply(self, keyset, None, *args)
         return below_autograd(self, keyset, *args)
@@ -280,9 +312,12 @@ class Op:
 
     @contextmanager
     def _mixed_dtypes(self, inputs: Sequence[Any]) -> Any:
-        """The dispatcher ops meet several dtypes only below autocast, where the reference needs it back."""
+        """The dispatcher ops meet 16-bit matrices beside other dtypes below autocast, where the reference needs it
+        back, and beside parameters in float32, with which it does the same."""
         dtype, device = inputs[self.compute].dtype, inputs[self.compute].device.type
-        mixed = any(inputs[i] is not None and inputs[i].dtype is not dtype for i in self.tensors)
+        mixed = dtype.itemsize == 2 and any(
+            inputs[i] is not None and inputs[i].dtype is not dtype for i in self.tensors
+        )
         with torch.autocast(device, dtype if mixed else None, enabled=mixed):
             yield
 
@@ -300,17 +335,24 @@ class Op:
             return out, *self.save(*inputs)
 
     def _differentiate_reference(self, *args: Any) -> list[Tensor]:
-        inputs, grad_out, needs = self._inputs_of_backward(args), args[0], args[-1]
-        wanted = [i for i, needed in zip((i for i in self.kept if i in self.tensors), needs) if needed]
         include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
         # An op's implementation runs below autograd, where nothing would be recorded.
-        with torch._C._ForceDispatchKeyGuard(include, exclude - _AUTOGRAD), torch.enable_grad():
-            inputs = [t.detach() if isinstance(t, Tensor) else t for t in inputs]
-            leaves = [inputs[i].requires_grad_() for i in wanted]
-            with self._mixed_dtypes(inputs):
-                out = self.reference(*inputs)
-            grads = torch.autograd.grad(out, leaves, grad_out, materialize_grads=True)
+        with torch._C._ForceDispatchKeyGuard(include, exclude - _AUTOGRAD):
+            inputs = [t.detach() if isinstance(t, Tensor) else t for t in self.inputs_of_backward(args)]
+            wanted = [i for i, needed in zip((i for i in self.kept if i in self.tensors), args[-1]) if needed]
+            for i in wanted:
+                inputs[i].requires_grad_()
+            grads = self.differentiate(inputs, wanted, args[0], create_graph=False)
         return [g.clone(memory_format=torch.contiguous_format) for g in grads]
+
+    def differentiate(
+        self, inputs: Sequence[Any], wanted: Sequence[int], grad_out: Tensor, *, create_graph: bool
+    ) -> Sequence[Tensor]:
+        """The gradients of these of the inputs, which require them, by the reference's own."""
+        with torch.enable_grad(), self._mixed_dtypes(inputs):
+            out = self.reference(*inputs)
+        leaves = [inputs[i] for i in wanted]
+        return torch.autograd.grad(out, leaves, grad_out, create_graph=create_graph, materialize_grads=True)
 
     # What runs, in floating-point operations
 
@@ -319,7 +361,7 @@ class Op:
 
     def _count_backward(self, *args: Any, out_val: Any = None, **_: Any) -> int:
         assert self.backward_flops is not None
-        inputs = self._inputs_of_backward(args)
+        inputs = self.inputs_of_backward(args)
         names = [self.inputs[i] for i in self.kept if i in self.tensors]
         backend = self._backend(inputs, args[-1], "_backward")
         again = self.flops(backend, *inputs) if backend == "reference" else 0

@@ -1,51 +1,90 @@
 """Argument checks that the ops share: each names the argument, what was expected and what came. Messages are made only
 where a check fails."""
 
+import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+_STRIDED = torch.strided
+_ranks: dict[str, tuple[int, int]] = {}  # the least and most dimensions of a layout
 
 
 def tensor(name: str, value: Tensor, layout: str) -> None:
     """A floating-point tensor with the dimensions of `layout`, e.g. "(B, N, D)"; one that starts with "..." may have
     any number in front."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor {layout}, got {type(value).__name__}")
-    if value.dtype not in FLOATING or value.layout is not torch.strided:
+        _no_tensor(name, layout, value)
+    if value.dtype not in FLOATING or value.layout is not _STRIDED:
         raise TypeError(f"{name}: expected a dense floating-point tensor {layout}, got {value.dtype}, {value.layout}")
-    named = layout.count(",") + 1
-    if value.dim() < named - 1 if layout.startswith("(...") else value.dim() != named:
+    least, most = _ranks.get(layout) or _ranks_of(layout)
+    if not least <= value.dim() <= most:
         raise ValueError(f"{name}: expected a tensor {layout}, got shape {tuple(value.shape)}")
 
 
+def _ranks_of(layout: str) -> tuple[int, int]:
+    named = layout.count(",") + 1
+    _ranks[layout] = found = (named - 1, sys.maxsize) if layout.startswith("(...") else (named, named)
+    return found
+
+
+def _no_tensor(name: str, expected: str, value: Any) -> NoReturn:
+    message = f"{name}: expected a tensor {expected}, got {type(value).__name__}"
+    if isinstance(value, torch.fx.Proxy):
+        message += "; the op looks at its arguments, so that torch.fx.symbolic_trace can only pass it by: torch.fx.wrap"
+    raise TypeError(message)
+
+
+def autocast(first: Tensor) -> bool:
+    """Whether autocast, which knows no meta device, brings the arguments to one dtype."""
+    device = first.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def beside(
-    name: str, value: Tensor, shape: Sequence[int], first_name: str, first: Tensor, *, any_dtype: bool = False
+    name: str,
+    value: Tensor,
+    shape: Sequence[int],
+    first_name: str,
+    first: Tensor,
+    *,
+    any_dtype: bool = False,
+    float32: bool = False,
 ) -> None:
     """A tensor of this shape that goes together with the op's first argument: on its device and, outside autocast, of
-    its dtype."""
+    its dtype; with `float32` of that also, with `any_dtype` of any but float64."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor of shape {tuple(shape)}, got {type(value).__name__}")
+        _no_tensor(name, f"of shape {tuple(shape)}", value)
     if value.shape != shape:
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(value.shape)}")
     if value.device != first.device:
         raise ValueError(f"{name}: expected to be on {first.device} as {first_name} is, got {value.device}")
     if value.dtype is not first.dtype:
-        _mixed(name, value, first_name, first, any_dtype)
-    if value.layout is not torch.strided:
+        _mixed(name, value, first_name, first, any_dtype or (float32 and value.dtype is torch.float32))
+    if value.layout is not _STRIDED:
         raise TypeError(f"{name}: expected a dense tensor, got {value.layout}")
 
 
 def _mixed(name: str, value: Tensor, first_name: str, first: Tensor, any_dtype: bool) -> None:
     if value.dtype not in FLOATING:
         raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
-    if torch.float64 in (value.dtype, first.dtype) or not (any_dtype or torch.is_autocast_enabled(first.device.type)):
+    if torch.float64 in (value.dtype, first.dtype) or not (any_dtype or autocast(first)):
         raise TypeError(
             f"{name}: expected {first.dtype} as {first_name} is, got {value.dtype} (dtypes mix under autocast only)"
         )
+
+
+def norm(
+    name: str, weight: Tensor, bias_name: str, bias: Tensor | None, shape: Sequence[int], first_name: str, first: Tensor
+) -> None:
+    """A LayerNorm's weight and bias, both in the first argument's dtype or, beside 16 bits, both float32; see
+    `beside`."""
+    beside(name, weight, shape, first_name, first, float32=True)
+    if bias is not None:
+        beside(bias_name, bias, shape, name, weight)
 
 
 def matrix(name: str, value: Tensor, columns: int, first_name: str, first: Tensor) -> None:
@@ -91,11 +130,21 @@ def scale(value: Tensor, x: Tensor, width: int) -> bool:
     """Whether a factor is one per sample, (B, 1, ..., 1) with the dimensions of x, or one per channel, (width,). Where
     x is a single row, (D,), it is one per channel."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"scale: expected a tensor, got {type(value).__name__}")
+        _no_tensor("scale", "per sample or per channel", value)
     per_sample = value.dim() == x.dim() > 1
     shape = (x.shape[0], *([1] * (x.dim() - 1))) if per_sample else (width,)
     beside("scale", value, shape, "x", x, any_dtype=True)
     return per_sample
+
+
+def scale_shape(value: Tensor | None, per_sample: bool, x: Tensor, width: int) -> Sequence[int]:
+    """The shape of a factor of which it is known what it is, see `scale`."""
+    if not per_sample:
+        return (width,)
+    if value is None or x.dim() < 2:
+        why = "without a scale" if value is None else f"for x of shape {tuple(x.shape)}"
+        raise ValueError(f"per_sample: expected False {why}, got True")
+    return (x.shape[0], *[1] * (x.dim() - 1))
 
 
 def size(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
@@ -112,7 +161,7 @@ def promoted(residual: Tensor, scale: Tensor | None, matrix: Tensor) -> tuple[Te
     if residual.dtype is matrix.dtype and (scale is None or scale.dtype is matrix.dtype):
         return residual, scale
     device = residual.device.type
-    linear = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else matrix.dtype
+    linear = torch.get_autocast_dtype(device) if autocast(residual) else matrix.dtype
     dtype = torch.promote_types(residual.dtype, linear)
     if scale is None:
         return residual.to(dtype), None

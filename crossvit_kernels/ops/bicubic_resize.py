@@ -4,6 +4,8 @@ out[y, x] = sum over s, t < 4 of u_s(y) v_t(x) images[y_s, x_t]     the 4 x 4 ne
 being the nearest inside; u and v the weights of cubic convolution (a = -0.75), corners not aligned
 """
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,15 +23,23 @@ def bicubic_resize_reference(images: Tensor, image_size: int | tuple[int, int]) 
     return images if images.shape[-2:] == (height, width) else _reference(images, height, width)
 
 
-def _outputs(images: Tensor, height: int, width: int) -> tuple[Tensor]:
-    return (images.new_empty((*images.shape[:2], height, width)),)
+def _shapes(images: Tensor, height: int, width: int) -> tuple[Any, ...]:
+    _validate.tensor("images", images, "(B, C, H, W)")
+    _validate.positive("height", height)
+    _validate.positive("width", width)
+    return (images.shape,)
+
+
+def _results(images: Tensor, height: int, width: int) -> tuple[Any, ...]:
+    return (((*images.shape[:2], height, width), images.dtype),)
 
 
 _op = Op(
     "bicubic_resize",
     "Tensor images, SymInt height, SymInt width",
     reference=_reference,
-    outputs=_outputs,
+    shapes=_shapes,
+    results=_results,
     flops=lambda backend, *inputs: 0,  # PyTorch's counter counts products of matrices
     backward_flops=lambda backend, needs, *inputs: 0,
     matrices=(),

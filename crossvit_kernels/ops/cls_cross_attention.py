@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _validate
+from ._layer_norm import layer_norm
 from ._registry import Op
 
 
@@ -36,7 +37,7 @@ def cls_cross_attention_reference(
     eps: float = 1e-6,
 ) -> Tensor:
     """cls_cross_attention in plain PyTorch."""
-    x = F.layer_norm(torch.cat([cls[:, None], patches], dim=1), norm_weight.shape, norm_weight, norm_bias, eps)
+    x = layer_norm(torch.cat([cls[:, None], patches], dim=1), norm_weight, norm_bias, eps)
     q, k, v = F.linear(x[:, :1], q_weight, q_bias), F.linear(x, k_weight, k_bias), F.linear(x, v_weight, v_bias)
     head_dim = cls.shape[1] // num_heads
     q, k, v = (t.unflatten(-1, (num_heads, head_dim)).transpose(1, 2) for t in (q, k, v))  # (B, H, 1 or 1 + N, d)
@@ -62,11 +63,19 @@ def _save(
     return mean, rstd, probs, probs @ normalized, query, key_query.contiguous()
 
 
-def _outputs(cls: Tensor, patches: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _shapes(cls: Tensor, patches: Tensor, *rest: Any) -> tuple[Any, ...]:
+    _validate.tensor("patches", patches, "(B, N, D)")
+    batch, _, width = patches.shape
+    _validate.heads(rest[-2], width, "the width")
+    vector, square = (width,), (width, width)
+    return (batch, width), patches.shape, vector, vector, square, vector, square, vector, square, vector
+
+
+def _results(cls: Tensor, patches: Tensor, *rest: Any) -> tuple[Any, ...]:
     (batch, width), tokens, q_weight, num_heads = cls.shape, 1 + patches.shape[1], rest[2], rest[-2]
     statistics, per_head = (batch, tokens), (batch, num_heads, width)
     shapes = (statistics, statistics, (batch, num_heads, tokens), per_head, (batch, width), per_head)
-    return q_weight.new_empty((batch, width)), *(cls.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return ((batch, width), q_weight.dtype), *((shape, torch.float32) for shape in shapes)
 
 
 def _flops(backend: str, cls: Tensor, patches: Tensor, *rest: Any) -> int:
@@ -93,6 +102,8 @@ CUDA_ROW_BYTES = 3072
 
 
 def _fits_cuda(cls: Tensor, patches: Tensor, *rest: Any) -> bool:
+    if patches.dim() != 3:
+        return True  # they say so
     return patches.shape[2] * max(cls.element_size(), patches.element_size(), rest[2].element_size()) <= CUDA_ROW_BYTES
 
 
@@ -101,7 +112,8 @@ _op = Op(
     "Tensor cls, Tensor patches, Tensor norm_weight, Tensor? norm_bias, Tensor q_weight, Tensor? q_bias, "
     "Tensor k_weight, Tensor? k_bias, Tensor v_weight, Tensor? v_bias, int num_heads, float eps",
     reference=cls_cross_attention_reference,
-    outputs=_outputs,
+    shapes=_shapes,
+    results=_results,
     flops=_flops,
     backward_flops=_backward_flops,
     matrices=("q_weight", "q_bias", "k_weight", "k_bias", "v_weight", "v_bias"),
@@ -133,8 +145,10 @@ def cls_cross_attention(
     """Attention of the CLS token's query over LayerNorm([cls || patches]), before the output projection.
 
     Args:
-        cls, patches: (B, D) and (B, N, D), floating point, any strides.
-        norm_weight, norm_bias: (D,), as nn.LayerNorm holds them; the bias may be None.
+        cls, patches: (B, D) and (B, N, D), floating point, any strides; of two dtypes they meet in the one to which
+            these promote, which is then what the other arguments have.
+        norm_weight, norm_bias: (D,), as nn.LayerNorm holds them, in the tokens' dtype or float32; the bias may be
+            None.
         q_weight, k_weight, v_weight, q_bias, k_bias, v_bias: (D, D) and (D,), as nn.Linear holds them; any bias may be
             None. By mathematics k_bias changes nothing and its gradient is zero; the kernels do not read it and return
             zeros.
@@ -153,11 +167,12 @@ def cls_cross_attention(
     _validate.tensor("patches", patches, "(B, N, D)")
     batch, _, width = patches.shape
     _validate.positive("patches' width", width)
-    _validate.beside("cls", cls, (batch, width), "patches", patches)
+    _validate.beside("cls", cls, (batch, width), "patches", patches, any_dtype=True)
+    if cls.dtype is not patches.dtype:
+        dtype = torch.promote_types(cls.dtype, patches.dtype)  # as in torch.cat
+        cls, patches = cls.to(dtype), patches.to(dtype)
     vector, square = (width,), (width, width)
-    _validate.beside("norm_weight", norm_weight, vector, "patches", patches)
-    if norm_bias is not None:
-        _validate.beside("norm_bias", norm_bias, vector, "patches", patches)
+    _validate.norm("norm_weight", norm_weight, "norm_bias", norm_bias, vector, "patches", patches)
     _validate.beside("q_weight", q_weight, square, "patches", patches)
     if q_bias is not None:
         _validate.beside("q_bias", q_bias, vector, "patches", patches)

@@ -57,9 +57,24 @@ def cls_fusion_reference(
     )
 
 
-def _outputs(cls: Tensor, *rest: Any) -> tuple[Tensor]:
+def _shapes(cls: Tensor, patches: Tensor, *rest: Any) -> tuple[Any, ...]:
+    _validate.tensor("cls", cls, "(B, D_d)")
+    _validate.tensor("patches", patches, "(B, N, D)")
+    batch, _, width = patches.shape
+    _validate.heads(rest[-2], width, "patches' width")
+    return _shapes_of(batch, patches.shape, cls.shape[1:], (width,))
+
+
+def _shapes_of(batch: int, patches: Any, own: Any, other: Any) -> tuple[Any, ...]:
+    """Of all tensors in their order, where this branch is `own` wide and the other `other`."""
+    way_there, square = (*other, *own), other * 2
+    attention = (other, other, *((square, other) * 4))
+    return (batch, *own), patches, own, own, way_there, other, *attention, other, other, (*own, *other), own
+
+
+def _results(cls: Tensor, *rest: Any) -> tuple[Any, ...]:
     revert_weight = rest[17]
-    return (revert_weight.new_empty(cls.shape),)
+    return ((cls.shape, revert_weight.dtype),)
 
 
 def _flops(backend: str, cls: Tensor, patches: Tensor, *rest: Any) -> int:
@@ -70,6 +85,8 @@ def _flops(backend: str, cls: Tensor, patches: Tensor, *rest: Any) -> int:
 
 
 def _fits_cuda(cls: Tensor, patches: Tensor, *rest: Any) -> bool:
+    if patches.dim() != 3 or cls.dim() != 2:
+        return True  # they say so
     size = max(cls.element_size(), patches.element_size(), rest[2].element_size())
     return max(cls.shape[1], patches.shape[2]) * size <= CUDA_ROW_BYTES
 
@@ -82,12 +99,15 @@ _op = Op(
     "Tensor revert_norm_weight, Tensor? revert_norm_bias, Tensor revert_weight, Tensor? revert_bias, "
     "int num_heads, float eps",
     reference=cls_fusion_reference,
-    outputs=_outputs,
+    shapes=_shapes,
+    results=_results,
     flops=_flops,
     matrices=[f"{name}_{part}" for name in ("proj", "q", "k", "v", "out", "revert") for part in ("weight", "bias")],
     activations=("cls", "patches"),
     fits={"cuda": _fits_cuda},
 )
+
+_BEHIND = (*range(8, 16), 18, 19)  # the weights and biases of what is behind the projection
 
 
 def cls_fusion(
@@ -119,14 +139,15 @@ def cls_fusion(
     """One direction of a stage's fusion; inference only.
 
     Args:
-        cls: (B, D_d), this branch's CLS token; patches: (B, N, D), the other branch's; floating point, any strides.
+        cls: (B, D_d), this branch's CLS token; patches: (B, N, D), the other branch's; floating point, any strides; of
+            two dtypes the reference serves them.
         proj_norm_weight, proj_norm_bias: (D_d,); proj_weight, proj_bias: (D, D_d), (D,): LayerNorm, gelu, Linear to the
             other width.
         norm_weight, norm_bias: (D,); q_, k_ and v_weight, _bias: (D, D), (D,): the attention's, see
             `cls_cross_attention`.
         out_weight, out_bias: (D, D), (D,): the attention's output projection.
         revert_norm_weight, revert_norm_bias: (D,); revert_weight, revert_bias: (D_d, D), (D_d,): LayerNorm, gelu,
-            Linear back.
+            Linear back. Every LayerNorm's parameters may be float32 beside 16 bits.
         num_heads: a divisor of D.
         eps: added to the variance by all three LayerNorms.
         kernels: the backend, see `crossvit_kernels.backends`.
@@ -169,20 +190,27 @@ def cls_fusion(
         num_heads,
         eps,
     )
-    own, other = (own_width,), (width,)
-    shapes = ((batch, own_width), patches.shape, own, own, (width, own_width), other, other, other) + 4 * (
-        (width, width),
-        other,
-    )
-    for name, value, shape in zip(_op.inputs, inputs, (*shapes, other, other, (own_width, width), own)):
-        if value is not None or not name.endswith("bias"):
-            _validate.beside(name, value, shape, "patches", patches)
+    shapes = _shapes_of(batch, patches.shape, (own_width,), (width,))
+    # A projection computes in the dtype of its cls, what follows in the one to which that and the patches' promote.
+    _validate.beside("cls", cls, shapes[0], "patches", patches, any_dtype=True)
+    mixed = cls.dtype is not patches.dtype and not _validate.autocast(patches)
+    met = patches.new_empty(0, dtype=torch.promote_types(cls.dtype, patches.dtype)) if mixed else patches
+    names = _op.inputs
+    _validate.norm(names[2], proj_norm_weight, names[3], proj_norm_bias, shapes[2], "cls", cls)
+    _validate.beside(names[4], proj_weight, shapes[4], "cls", cls)
+    if proj_bias is not None:
+        _validate.beside(names[5], proj_bias, shapes[5], "cls", cls)
+    _validate.norm(names[6], norm_weight, names[7], norm_bias, shapes[6], "patches", met)
+    _validate.norm(names[16], revert_norm_weight, names[17], revert_norm_bias, shapes[16], "patches", met)
+    for i in _BEHIND:
+        if (value := inputs[i]) is not None or not i % 2:
+            _validate.beside(names[i], value, shapes[i], "patches", met)
     _validate.heads(num_heads, width, "patches' width")
     _validate.epsilon(eps)
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
         raise RuntimeError(
             "cls_fusion is for inference: call it under torch.no_grad(), or compose the other ops for training"
         )
-    if _op.needs_reference(kernels, patches, q_weight.dtype):
+    if _op.needs_reference(kernels, patches, q_weight.dtype) or mixed:
         return cls_fusion_reference(*inputs)
     return _op(*inputs, kernels=kernels)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _validate
+from ._layer_norm import layer_norm
 from ._registry import Op
 
 
@@ -32,7 +33,7 @@ def layer_norm_linear_reference(
     activation: str | None = None,
 ) -> Tensor:
     """layer_norm_linear in plain PyTorch."""
-    y = F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps)
+    y = layer_norm(x, norm_weight, norm_bias, eps)
     if pre_activation == "gelu":
         y = F.gelu(y)
     out = F.linear(y, weight, bias)
@@ -60,13 +61,19 @@ def _save(x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tens
     return *statistics, pre.reshape(-1, weight.shape[0])
 
 
-def _outputs(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    rows, gelu_out = math.prod(x.shape[:-1]), rest[-1]
-    mean, rstd = x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
-    pre = weight.new_empty((rows if gelu_out else 0, weight.shape[0]))
-    return weight.new_empty((*x.shape[:-1], weight.shape[0])), mean, rstd, pre
+def _shapes(x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, *rest: Any) -> tuple[Any, ...]:
+    _validate.tensor("x", x, "(..., D)")
+    _validate.tensor("weight", weight, "(E, D)")
+    width, features = x.shape[-1:], weight.shape[0]
+    _validate.positive("weight's rows", features)
+    return x.shape, width, width, (features, *width), (features,)
+
+
+def _results(x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, *rest: Any) -> tuple[Any, ...]:
+    rows, features, gelu_out = math.prod(x.shape[:-1]), weight.shape[0], rest[-1]
+    statistics = ((rows,), torch.float32)
+    pre = ((rows if gelu_out else 0, features), weight.dtype)
+    return ((*x.shape[:-1], features), weight.dtype), statistics, statistics, pre
 
 
 def _flops(backend: str, x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, *rest: Any) -> int:
@@ -83,7 +90,8 @@ _op = Op(
     "Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor weight, Tensor? bias, float eps, "
     "bool gelu_in, bool gelu_out",
     reference=_reference,
-    outputs=_outputs,
+    shapes=_shapes,
+    results=_results,
     flops=_flops,
     backward_flops=_backward_flops,
     matrices=("weight", "bias"),
@@ -109,7 +117,7 @@ def layer_norm_linear(
 
     Args:
         x: (..., D), floating point, any strides.
-        norm_weight, norm_bias: (D,), as nn.LayerNorm holds them; the bias may be None.
+        norm_weight, norm_bias: (D,), as nn.LayerNorm holds them, in x's dtype or float32; the bias may be None.
         weight, bias: (E, D) and (E,), as nn.Linear holds them; the bias may be None.
         eps: added to LayerNorm's variance.
         pre_activation, activation: None or "gelu" (by erf), before and after the Linear.
@@ -125,9 +133,7 @@ def layer_norm_linear(
     _validate.tensor("x", x, "(..., D)")
     width = x.shape[-1]
     _validate.positive("x's width", width)
-    _validate.beside("norm_weight", norm_weight, (width,), "x", x)
-    if norm_bias is not None:
-        _validate.beside("norm_bias", norm_bias, (width,), "x", x)
+    _validate.norm("norm_weight", norm_weight, "norm_bias", norm_bias, (width,), "x", x)
     _validate.matrix("weight", weight, width, "x", x)
     if bias is not None:
         _validate.beside("bias", bias, weight.shape[:1], "x", x)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _validate
+from ._layer_norm import layer_norm
 from ._registry import Op
 from .layer_norm_linear import norm_statistics
 
@@ -29,7 +30,7 @@ def layer_norm_mlp_reference(
     scale: Tensor | None = None,
 ) -> Tensor:
     """layer_norm_mlp in plain PyTorch."""
-    y = F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps)
+    y = layer_norm(x, norm_weight, norm_bias, eps)
     y = F.linear(F.gelu(F.linear(y, w1, b1)), w2, b2)
     return x + (y if scale is None else scale * y)
 
@@ -41,15 +42,24 @@ def _reference(x: Tensor, *rest: Any) -> Tensor:
 
 def _save(x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, w1: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     b1, _, _, eps, _, _ = rest
-    pre = F.linear(F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps), w1, b1)
+    pre = F.linear(layer_norm(x, norm_weight, norm_bias, eps), w1, b1)
     return *norm_statistics(x, eps), pre.reshape(-1, w1.shape[0])
 
 
-def _outputs(x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, w1: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    rows = math.prod(x.shape[:-1])
-    out = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, w1.dtype))
-    mean, rstd = x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
-    return out, mean, rstd, w1.new_empty((rows, w1.shape[0]))
+def _shapes(x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, w1: Tensor, *rest: Any) -> tuple[Any, ...]:
+    *_, scale, per_sample = rest
+    _validate.tensor("x", x, "(..., D)")
+    _validate.tensor("w1", w1, "(hidden, D)")
+    width, hidden = x.shape[-1:], w1.shape[:1]
+    _validate.positive("w1's rows", *hidden)
+    factor = _validate.scale_shape(scale, per_sample, x, *width)
+    return x.shape, width, width, (*hidden, *width), hidden, (*width, *hidden), width, factor
+
+
+def _results(x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, w1: Tensor, *rest: Any) -> tuple[Any, ...]:
+    rows, statistics = math.prod(x.shape[:-1]), ((math.prod(x.shape[:-1]),), torch.float32)
+    out = (x.shape, torch.promote_types(x.dtype, w1.dtype))
+    return out, statistics, statistics, ((rows, w1.shape[0]), w1.dtype)
 
 
 def _flops(backend: str, x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, w1: Tensor, *rest: Any) -> int:
@@ -68,7 +78,8 @@ _op = Op(
     "Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, "
     "float eps, Tensor? scale, bool per_sample",
     reference=_reference,
-    outputs=_outputs,
+    shapes=_shapes,
+    results=_results,
     flops=_flops,
     backward_flops=_backward_flops,
     matrices=("w1", "b1", "w2", "b2"),
@@ -95,7 +106,7 @@ def layer_norm_mlp(
 
     Args:
         x: (..., D), floating point, any strides.
-        norm_weight, norm_bias: (D,), as nn.LayerNorm holds them; the bias may be None.
+        norm_weight, norm_bias: (D,), as nn.LayerNorm holds them, in x's dtype or float32; the bias may be None.
         w1, b1: (hidden, D) and (hidden,), w2, b2: (D, hidden) and (D,), as nn.Linear holds them; either bias may be
             None.
         eps: added to LayerNorm's variance.
@@ -113,9 +124,7 @@ def layer_norm_mlp(
     _validate.tensor("x", x, "(..., D)")
     width = x.shape[-1]
     _validate.positive("x's width", width)
-    _validate.beside("norm_weight", norm_weight, (width,), "x", x)
-    if norm_bias is not None:
-        _validate.beside("norm_bias", norm_bias, (width,), "x", x)
+    _validate.norm("norm_weight", norm_weight, "norm_bias", norm_bias, (width,), "x", x)
     _validate.matrix("w1", w1, width, "x", x)
     hidden = w1.shape[0]
     if b1 is not None:

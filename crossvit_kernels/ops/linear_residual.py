@@ -28,8 +28,19 @@ def _reference(
     return linear_residual_reference(x, weight, bias, residual, scale=scale)
 
 
-def _outputs(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, *rest: Any) -> tuple[Tensor]:
-    return (residual.new_empty(residual.shape, dtype=torch.promote_types(residual.dtype, weight.dtype)),)
+def _shapes(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, scale: Tensor | None, per_sample: bool
+) -> tuple[Any, ...]:
+    _validate.tensor("x", x, "(..., K)")
+    _validate.tensor("weight", weight, "(E, K)")
+    features = weight.shape[:1]
+    _validate.positive("weight's rows", *features)
+    factor = _validate.scale_shape(scale, per_sample, x, *features)
+    return x.shape, (*features, *x.shape[-1:]), features, (*x.shape[:-1], *features), factor
+
+
+def _results(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, *rest: Any) -> tuple[Any, ...]:
+    return ((residual.shape, torch.promote_types(residual.dtype, weight.dtype)),)
 
 
 def _flops(backend: str, x: Tensor, weight: Tensor, *rest: Any) -> int:
@@ -47,7 +58,8 @@ _op = Op(
     # per_sample: what `scale` is, decided once, below
     "Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor? scale, bool per_sample",
     reference=_reference,
-    outputs=_outputs,
+    shapes=_shapes,
+    results=_results,
     flops=_flops,
     backward_flops=_backward_flops,
     matrices=("weight", "x", "bias"),

@@ -37,10 +37,24 @@ def _reference(images: Tensor, *rest: Any) -> Tensor:
     return patch_embed_reference(images, *parameters, image_size=(height, width))
 
 
-def _outputs(images: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor]:
+def _shapes(images: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Any, ...]:
+    height, width = rest[-2:]
+    _validate.tensor("images", images, "(B, C, H, W)")
+    _validate.tensor("weight", weight, "(D, C, P, P)")
+    embed, _, _, patch = weight.shape
+    _validate.positive("weight's smallest side", min(embed, patch))
+    for name, side in ("height", height), ("width", width):
+        if side <= 0 or side % patch:
+            raise ValueError(f"{name}: expected a multiple of the patch's {patch}, got {side}")
+    tokens = 1 + (height // patch) * (width // patch)
+    kernel = (embed, images.shape[1], patch, patch)
+    return images.shape, kernel, (embed,), (1, 1, embed), (1, tokens, embed)
+
+
+def _results(images: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Any, ...]:
     cls_token, pos_embed, _, _ = rest
     dtype = torch.promote_types(torch.promote_types(weight.dtype, cls_token.dtype), pos_embed.dtype)
-    return (images.new_empty((images.shape[0], *pos_embed.shape[1:]), dtype=dtype),)
+    return (((images.shape[0], *pos_embed.shape[1:]), dtype),)
 
 
 def _flops(backend: str, images: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> int:
@@ -56,7 +70,8 @@ _op = Op(
     "patch_embed",
     "Tensor images, Tensor weight, Tensor? bias, Tensor cls_token, Tensor pos_embed, SymInt height, SymInt width",
     reference=_reference,
-    outputs=_outputs,
+    shapes=_shapes,
+    results=_results,
     flops=_flops,
     backward_flops=_backward_flops,
     matrices=("weight", "bias"),  # the images are resized in their own dtype first
@@ -80,8 +95,8 @@ def patch_embed(
     Args:
         images: (B, C, H, W), floating point, any strides.
         weight, bias: (D, C, P, P) and (D,), as nn.Conv2d holds them; the bias may be None.
-        cls_token: (1, 1, D).
-        pos_embed: (1, 1 + N, D), N the number of patches.
+        cls_token: (1, 1, D), any floating dtype but float64 beside others.
+        pos_embed: (1, 1 + N, D), N the number of patches, likewise.
         image_size: the size that the images are resized to first, an int or (height, width), as
             torch.nn.functional.interpolate does with mode="bicubic", align_corners=False; None: as they come. Multiples
             of P.
@@ -110,9 +125,12 @@ def patch_embed(
         raise ValueError(
             f"{name}: expected a height and width that are multiples of the patch's {patch}, got {height} x {width}"
         )
-    _validate.beside("cls_token", cls_token, (1, 1, embed), "images", images)
+    _validate.beside("cls_token", cls_token, (1, 1, embed), "images", images, any_dtype=True)
     tokens = 1 + (height // patch) * (width // patch)
-    _validate.beside("pos_embed", pos_embed, (1, tokens, embed), "images", images)
+    _validate.beside("pos_embed", pos_embed, (1, tokens, embed), "images", images, any_dtype=True)
     if _op.needs_reference(kernels, images, weight.dtype):
         return _reference(images, weight, bias, cls_token, pos_embed, height, width)
+    if not (cls_token.dtype is pos_embed.dtype is weight.dtype) and not _validate.autocast(images):
+        dtype = torch.promote_types(torch.promote_types(weight.dtype, cls_token.dtype), pos_embed.dtype)
+        cls_token, pos_embed = cls_token.to(dtype), pos_embed.to(dtype)
     return _op(images, weight, bias, cls_token, pos_embed, height, width, kernels=kernels)

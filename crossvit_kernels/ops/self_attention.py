@@ -4,6 +4,8 @@ qkv (B, N, 3 D) = [q || k || v], each D = num_heads * d wide, heads side by side
 (B, N, D)
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,15 +21,27 @@ def self_attention_reference(qkv: Tensor, num_heads: int) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width // 3)
 
 
+def _check(qkv: Tensor, num_heads: int) -> None:
+    _validate.tensor("qkv", qkv, "(B, N, 3 D)")
+    if qkv.shape[-1] % 3 or qkv.shape[-1] == 0:
+        raise ValueError(f"qkv: expected three equal parts (B, N, 3 D), got shape {tuple(qkv.shape)}")
+    _validate.heads(num_heads, qkv.shape[-1] // 3, "qkv's D")
+
+
 def _save(qkv: Tensor, num_heads: int) -> tuple[Tensor]:
     batch, tokens, width = qkv.shape
     q, k, _ = qkv.float().reshape(batch, tokens, 3, num_heads, width // (3 * num_heads)).permute(2, 0, 3, 1, 4)
     return ((q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).logsumexp(dim=-1),)
 
 
-def _outputs(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+def _shapes(qkv: Tensor, num_heads: int) -> tuple[Any, ...]:
+    _check(qkv, num_heads)
+    return (qkv.shape,)
+
+
+def _results(qkv: Tensor, num_heads: int) -> tuple[Any, ...]:
     batch, tokens, width = qkv.shape
-    return qkv.new_empty((batch, tokens, width // 3)), qkv.new_empty((batch, num_heads, tokens), dtype=torch.float32)
+    return ((batch, tokens, width // 3), qkv.dtype), ((batch, num_heads, tokens), torch.float32)
 
 
 def _flops(backend: str, qkv: Tensor, num_heads: int) -> int:
@@ -43,7 +57,8 @@ _op = Op(
     "self_attention",
     "Tensor qkv, int num_heads",
     reference=self_attention_reference,
-    outputs=_outputs,
+    shapes=_shapes,
+    results=_results,
     flops=_flops,
     backward_flops=_backward_flops,
     matrices=("qkv",),
@@ -70,10 +85,7 @@ def self_attention(qkv: Tensor, num_heads: int, *, kernels: str = "auto") -> Ten
         TypeError, ValueError: an argument's type, dtype, shape, device or value is wrong; RuntimeError: the backend
             asked for is not there.
     """
-    _validate.tensor("qkv", qkv, "(B, N, 3 D)")
-    if qkv.shape[-1] % 3 or qkv.shape[-1] == 0:
-        raise ValueError(f"qkv: expected three equal parts (B, N, 3 D), got shape {tuple(qkv.shape)}")
-    _validate.heads(num_heads, qkv.shape[-1] // 3, "qkv's D")
+    _check(qkv, num_heads)
     if _op.needs_reference(kernels, qkv, qkv.dtype):
         return self_attention_reference(qkv, num_heads)
     return _op(qkv, num_heads, kernels=kernels)
