@@ -83,6 +83,7 @@ class Rounded(TorchDispatchMode):
             aten.native_layer_norm.default: self.layer_norm,
             aten.upsample_bicubic2d.default: self.bicubic,
             aten.upsample_bicubic2d_backward.default: self.bicubic_backward,
+            aten._safe_softmax.default: self.softmax,
             aten._scaled_dot_product_flash_attention_for_cpu.default: self.attention,
             aten._scaled_dot_product_flash_attention_for_cpu_backward.default: self.attention_backward,
         }
@@ -189,6 +190,10 @@ class Rounded(TorchDispatchMode):
     def bicubic_backward(self, grad: Tensor, size: list[int], images: list[int], *_: Any) -> Tensor:
         rows, columns = (bicubic_weights(*sizes) for sizes in zip(images[2:], size))
         return (rows.t() @ (grad.double() @ columns).float().double()).to(grad.dtype)
+
+    def softmax(self, x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+        with self:
+            return DECOMPOSED[aten._softmax.default](x.to(dtype or x.dtype), dim, False)
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, *_: Any, scale: float | None = None, **__: Any
