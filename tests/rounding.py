@@ -16,6 +16,7 @@ another number on another one. Under `Rounded` the same formulas give the same b
 rounded once: how float32 adds them up is far below that rounding.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -77,6 +78,9 @@ class Rounded(TorchDispatchMode):
             aten.addmm.default: self.addmm,
             aten.sum.default: self.sum,
             aten.sum.dim_IntList: self.sum,
+            aten.mean.dim: lambda x, dims, keepdim=False, **_: (
+                self.sum(x, dims, keepdim) / math.prod(x.shape[d] for d in dims)
+            ),
             prims.sum.default: lambda x, dims, **_: self.sum(x, dims),
             aten.convolution.default: self.convolution,
             aten.convolution_backward.default: self.convolution_backward,
@@ -248,9 +252,9 @@ FROM_FLOAT64 = {aten.exp.default, aten.erf.default}
 # Views, copies, and what IEEE 754 defines to the bit.
 ALIKE = {
     *(getattr(aten, name).default for name in (
-        "_to_copy", "_unsafe_view", "alias", "amax", "as_strided", "cat", "clone", "copy_", "detach", "expand", "neg",
-        "new_full", "new_zeros", "permute", "select_backward", "slice_backward", "squeeze", "stack", "t", "unsqueeze",
-        "view", "zeros_like", "ones_like",
+        "_to_copy", "_unsafe_view", "alias", "amax", "as_strided", "cat", "clone", "contiguous", "copy_", "detach",
+        "expand", "neg", "new_full", "new_zeros", "ones_like", "permute", "relu", "relu_", "select_backward",
+        "slice_backward", "squeeze", "stack", "t", "threshold_backward", "unsqueeze", "view", "zeros_like",
     )),
     *(getattr(aten, name).Tensor for name in ("add", "div", "mul", "slice", "sub")),
     aten.div.Scalar, aten.mul.Scalar, aten.randn.generator, aten.select.int, aten.squeeze.dim, aten.to.dtype,
