@@ -1,9 +1,10 @@
-"""The op tests under settings that make of this machine others, over many seeds, and how near any result comes to its bound.
+"""The op tests as on other machines, over many seeds, and how near their results come to their bounds.
 
     python tests/machines.py --seeds 20
 
 ATen, oneDNN and MKL choose other code, the C++ kernels another instruction set, OpenMP another number of threads. Each
-setting is a process of pytest; what this CPU lacks is skipped, with the reason. Ctrl-C ends it with what is known by then.
+setting is a process of pytest; what this CPU lacks is skipped, with the reason. Ctrl-C ends it with what is known by
+then.
 """
 
 import argparse
@@ -31,7 +32,7 @@ HERE = Path(__file__).parent
 OPS = ("layer_norm_linear", "layer_norm_mlp", "linear_residual", "self_attention", "bicubic_resize", "patch_embed",
        "cls_cross_attention", "cls_fusion")  # fmt: skip
 NUMBERS = "not nonfinite and not infinite and not gradcheck"  # the tests that ask how large an error is, and a few more
-# Of the Triton kernels, seconds each in the interpreter, those whose errors vary most: few tokens, sharp scores, few rows.
+# Of the Triton kernels, seconds each in the interpreter, those whose errors vary most.
 VARYING = "few_tokens or sharp_scores or without_bias or without_biases"
 
 
@@ -206,7 +207,8 @@ def table(outcomes: dict[str, Outcome], skipped: dict[str, str], wanted: list[Se
         found.sort()
         last = found[min(len(found) - 1, int(0.99 * len(found)))]
         lines.append(
-            f"{op:20} {backend:7} {precision:18} {len(found):8} {statistics.median(found):7.2f} {last:6.2f} {found[-1]:6.2f}"
+            f"{op:20} {backend:7} {precision:18} {len(found):8}"
+            f" {statistics.median(found):7.2f} {last:6.2f} {found[-1]:6.2f}"
         )
     return "\n".join(lines)
 
