@@ -31,7 +31,9 @@ from tqdm import tqdm
 
 import crossvit_kernels
 import draws
+from inputs import Random
 from numerics import FLOAT64, Precision, assert_equal_to_reference, like
+from rounding import Rounded
 
 AGAIN = 12  # draws of the same shapes that decide where one misses the rule
 WARM = 300  # draws after which a process has seen everything once
@@ -60,7 +62,7 @@ def evaluate(
         out = getattr(crossvit_kernels, op)(**(values | leaves), kernels=kernels)
     results = {"out": out.detach()}
     if wanted:
-        grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).bfloat16().to(out)
+        grad_out = Random(7).normal(*out.shape).bfloat16().to(out)
         asked = [name for name in leaves if name in wanted]
         gradients = torch.autograd.grad(out, [leaves[name] for name in asked], grad_out)
         results |= {f"grad {name}": g for name, g in zip(asked, gradients)}
@@ -97,7 +99,8 @@ def check(draw: draws.Draw) -> tuple[int, int]:
         calls += more
         same_bits("some gradients only", partial, {n: first[n] for n in partial})
     torch.set_num_threads(1)
-    reference, _ = evaluate(op, values, precision, "reference", wanted)
+    with Rounded():
+        reference, _ = evaluate(op, values, precision, "reference", wanted)
     ref64, _ = evaluate(op, exact_inputs(draw), FLOAT64, "reference", wanted)
     lucky = 0
     for what, found in (("the call", first), ("dense tensors", laid)):
@@ -140,7 +143,8 @@ def luck(draw: draws.Draw, error: AssertionError) -> bool:
         torch.set_num_threads(draw.threads)
         found, _ = evaluate(other.op, other.values, other.precision, "cpu", wanted)
         torch.set_num_threads(1)
-        plain, _ = evaluate(other.op, other.values, other.precision, "reference", wanted)
+        with Rounded():
+            plain, _ = evaluate(other.op, other.values, other.precision, "reference", wanted)
         ref64, _ = evaluate(other.op, exact_inputs(other), FLOAT64, "reference", wanted)
         for name, exact in ref64.items():
             if name in ZERO or not exact.numel() or not exact.any():

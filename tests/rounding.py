@@ -115,9 +115,11 @@ class Rounded(TorchDispatchMode):
         chains = -(-depth // self.chain)
         a, b = a.permute(2, 0, 1)[..., None].contiguous(), b.permute(1, 0, 2)[:, :, None].contiguous()
         sums = a[:chains] * b[:chains]  # (chains, B, M, N); the terms as `chained` takes them, made one after the other
+        following = torch.empty_like(sums)
         for start in range(chains, depth, chains):
-            following = a[start : start + chains] * b[start : start + chains]
-            sums[: len(following)] += following
+            count = min(chains, depth - start)
+            torch.mul(a[start : start + count], b[start : start + count], out=following[:count])
+            sums[:count] += following[:count]
         return chained(sums, self.chain)
 
     def addmm(self, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
