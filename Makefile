@@ -64,12 +64,15 @@ sanitize: $(PACKAGE)  ## The op tests, and wrong calls of every native op, on C+
 random-calls: $(PACKAGE)  ## CALLS=200000 random calls of the ops on the C++ kernels, held to the reference; SEED=0
 	$(PYTHON) tests/random_calls.py --calls $(or $(CALLS),200000) --seed $(or $(SEED),0)
 
+test-machines: $(PACKAGE)  ## The op tests as on other machines: instruction sets, threads, MKL's and oneDNN's code, 20 seeds each (40 minutes; SEEDS=20)
+	OMP_WAIT_POLICY=passive $(PYTHON) tests/machines.py --seeds $(or $(SEEDS),20)
+
 clean:  ## Remove what was built; .venv stays
 	rm -rf build dist *.egg-info crossvit_kernels/*.so crossvit_kernels/_build.json
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-.PHONY: help bench demo gpu test check format build cuda-report sanitize random-calls clean
+.PHONY: help bench demo gpu test check format build cuda-report sanitize random-calls test-machines clean
 
 $(PYTHON):
 	python3 -m venv .venv

@@ -4,9 +4,11 @@ Without a GPU the Triton kernels run in Triton's interpreter and the CUDA kernel
 one, on it.
 """
 
+import json
 import math
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ if not GPU:
 from crossvit_kernels import backends
 from crossvit_kernels.ops._registry import OPS
 from inputs import Random
-from numerics import AUTOCAST, AUTOCAST16, BFLOAT16, FLOAT16, FLOAT32, PRECISIONS
+from numerics import AUTOCAST, AUTOCAST16, BFLOAT16, FLOAT16, FLOAT32, PRECISIONS, RATIOS
 
 # What the interpreter cannot show: it runs one kernel at a time, and holds its state in the module.
 COMPILED_ONLY = ("test_calls_from_several_threads_do_not_meet",)
@@ -56,9 +58,19 @@ NATIVE = [name for name in backends.BACKENDS if name != "reference" and backends
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes `backend` runs on every backend of this machine but the reference."""
+    """A test that takes `backend` runs on every backend of this machine but the reference; every test over as many
+    seeds as CROSSVIT_TESTS_SEEDS says, one by default."""
     if "backend" in metafunc.fixturenames:
         metafunc.parametrize("backend", NATIVE)
+    if (seeds := int(os.environ.get("CROSSVIT_TESTS_SEEDS", "1"))) > 1:
+        metafunc.parametrize("_seed", range(seeds), indirect=True)
+
+
+def pytest_sessionfinish() -> None:
+    """Writes down how near every result came to its bound, where CROSSVIT_TESTS_RATIOS names a file for it."""
+    if path := os.environ.get("CROSSVIT_TESTS_RATIOS"):
+        Path(f"{path}.part").write_text(json.dumps(RATIOS))
+        os.replace(f"{path}.part", path)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -138,6 +150,14 @@ def _has_its_turn(item: pytest.Item) -> bool:
 def computes(backend: str, precision: object) -> bool:
     """Whether the backend's own kernels compute in this precision here."""
     return (precision.autocast or precision.inputs) in backends.dtypes(backend)
+
+
+@pytest.fixture(autouse=True)
+def _seed(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Moves the seeds of all that a test draws, where it runs over several."""
+    Random.shift = getattr(request, "param", 0)
+    yield
+    Random.shift = 0
 
 
 @pytest.fixture

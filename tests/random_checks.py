@@ -1,6 +1,7 @@
 """One random call, held to everything: tests/random_calls.py and its tests."""
 
 import math
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
@@ -10,7 +11,9 @@ from torch import Tensor
 
 import crossvit_kernels
 import draws
+from inputs import Random
 from numerics import DEVICES, FLOAT64, assert_equal_to_reference, like
+from rounding import Rounded
 
 AGAIN = 12  # draws of the same shapes that decide where one misses the rule
 ZERO = {"grad k_bias": 0.0}  # by mathematics; the kernels return zeros
@@ -25,8 +28,10 @@ def evaluate(
     draw: draws.Draw, kernels: str, wanted: frozenset[str] | None = None, *, dense: bool = False
 ) -> tuple[Results, int]:
     """ "out" and "grad <input>" of the inputs `wanted` (None: all that are tensors), for a fixed gradient of out; and
-    how many calls that were. `kernels` "float64" is the reference in float64 on the inputs rounded to their dtypes."""
-    device, exact = DEVICES[draw.backend], kernels == "float64"
+    how many calls that were. `kernels` "float64" is the reference in float64 on the inputs rounded to their dtypes,
+    "simulated" the reference in the arithmetic of rounding.py."""
+    exact, simulated = kernels == "float64", kernels == "simulated"
+    device = "cpu" if simulated else DEVICES[draw.backend]
     values = {n: v for n, v in draw.values.items() if isinstance(v, Tensor)}
     wanted = values.keys() if wanted is None else wanted
     leaves = {}
@@ -34,14 +39,16 @@ def evaluate(
         v = value.contiguous() if dense else value
         rounded = v.detach().to(draw.dtype(name)).to(device)
         leaves[name] = like(rounded.double() if exact else rounded, v).requires_grad_(name in wanted)
-    with (FLOAT64 if exact else draw.precision).context(device):
-        out = getattr(crossvit_kernels, draw.op)(**(draw.values | leaves), kernels="reference" if exact else kernels)
-    results = {"out": out.detach().cpu()}
-    if wanted:
-        grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).bfloat16().to(out)
-        asked = [name for name in leaves if name in wanted]
-        gradients = torch.autograd.grad(out, [leaves[name] for name in asked], grad_out)
-        results |= {f"grad {name}": g.cpu() for name, g in zip(asked, gradients)}
+    asked = [name for name in leaves if name in wanted]
+    given: dict[str, Any] = draw.values | leaves | {"kernels": "reference" if exact or simulated else kernels}
+    with Rounded() if simulated else nullcontext():
+        with (FLOAT64 if exact else draw.precision).context(device):
+            out = getattr(crossvit_kernels, draw.op)(**given)
+        results = {"out": out.detach().cpu()}
+        if wanted:
+            grad_out = Random(7).normal(*out.shape).bfloat16().to(out)
+            gradients = torch.autograd.grad(out, [leaves[name] for name in asked], grad_out)
+            results |= {f"grad {name}": g.cpu() for name, g in zip(asked, gradients)}
     return results, 1 + bool(wanted)
 
 
@@ -71,7 +78,7 @@ def check(draw: draws.Draw) -> tuple[int, int]:
             partial = runs.pop("some gradients only")
             same_bits("some gradients only", partial, {n: first[n] for n in partial})
     torch.set_num_threads(1)
-    reference, _ = evaluate(draw, "reference", wanted)
+    reference, _ = evaluate(draw, "simulated", wanted)
     ref64, _ = evaluate(draw, "float64", wanted)
     lucky = 0
     for what, found in runs.items():
@@ -143,7 +150,7 @@ def luck(draw: draws.Draw, error: AssertionError) -> bool:
         torch.set_num_threads(draw.threads)
         found, _ = evaluate(other, draw.backend, wanted)
         torch.set_num_threads(1)
-        plain, _ = evaluate(other, "reference", wanted)
+        plain, _ = evaluate(other, "simulated", wanted)
         ref64, _ = evaluate(other, "float64", wanted)
         for name in found.keys() - left_of_summands(other, found, ref64):
             exact = ref64[name]

@@ -15,6 +15,7 @@ import crossvit
 import crossvit_kernels
 from crossvit_kernels import accelerate, acceleration, restore
 from crossvit_kernels.swaps import Swap
+from rounding import Rounded
 from timm_models import CROSSVITS, OTHERS, build, images, results, swapped
 
 
@@ -31,29 +32,32 @@ def test_logits_of_every_model(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["crossvit_9_240", "crossvit_9_dagger_240", *OTHERS])
 def test_errors_of_logits_and_gradients_are_those_of_timm(name: str) -> None:
-    """Against float64, of float32, by the rule for an op: the rms error is at most twice timm's own and an ulp.
+    """Against float64, of float32, by the rule for an op: the rms error is at most twice that of timm's formulas in
+    simulated arithmetic, or timm's own where that is larger (its modules are in both models), and an ulp.
 
     Over several models: where tokens share a large part, the sum over them in the gradient of a fusion's query cancels,
     and multiplies the few roundings before it by so much that in one model either side's error is a matter of luck.
     """
-    squares: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    squares: dict[str, list[list[Tensor]]] = {}
     for seed in range(4):
         model = build(name, seed)
         x = images(model)
         exact = results(copy.deepcopy(model).double(), x.double())
         plain = results(model, x)
+        with Rounded():
+            simulated = results(model, x)
         found = results(accelerate(model, verbose=False), x)
         assert found.keys() == plain.keys() == exact.keys()
         for key, value in exact.items():
-            error, plain_error = ((r[key].double() - value).square().mean() for r in (found, plain))
+            off = [(r[key].double() - value).square().mean() for r in (found, plain, simulated)]
             scale = value.square().mean()
-            if scale < 1e6 * plain_error:  # zero by mathematics, as the gradient of a key's bias is
+            if scale < 1e6 * off[2]:  # zero by mathematics, as the gradient of a key's bias is
                 scale = torch.ones(())
-            squares.setdefault(key, []).append((error / scale, plain_error / scale))
+            squares.setdefault(key, []).append([error / scale for error in off])
     ulp = torch.finfo(torch.float32).eps
-    for key, pairs in squares.items():
-        error, plain_error = (torch.stack(side).mean().sqrt() for side in zip(*pairs))
-        assert error <= 2 * plain_error + ulp, key
+    for key, rows in squares.items():
+        error, plain_error, simulated_error = (torch.stack(side).mean().sqrt() for side in zip(*rows))
+        assert error <= 2 * max(plain_error, simulated_error) + ulp, key
 
 
 @pytest.mark.parametrize("name", ["crossvit_9_240", *OTHERS])

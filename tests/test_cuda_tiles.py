@@ -19,11 +19,12 @@ from numerics import (
     BFLOAT16,
     FLOAT16,
     FLOAT32,
-    FLOAT64,
     Precision,
     assert_equal_to_reference,
     check,
     evaluate,
+    exact,
+    simulated,
 )
 
 pytestmark = [
@@ -145,9 +146,9 @@ def test_products_in_tf32(op: str, sizes: dict[str, Any], multiplying: list[str]
     values, function, gradients = given(rng, op, sizes), getattr(crossvit_kernels, op), op != "cls_fusion"
     with cuda_plan.recording(run=True) as launches:
         kernel = evaluate(function, values, FLOAT32, "cuda", gradients=gradients)
-    reference = evaluate(function, values, FLOAT32, "reference", gradients=gradients)
-    exact = evaluate(function, values, FLOAT64, "reference", gradients=gradients)
-    assert_equal_to_reference(kernel, reference, exact, 2.0**-10)
+    reference = simulated(function, values, FLOAT32, gradients=gradients)
+    ref64 = exact(function, values, FLOAT32, gradients=gradients)
+    assert_equal_to_reference(kernel, reference, ref64, 2.0**-10)
     names = {launch.name for launch in launches}
     for name in multiplying:
         assert any(re.search(rf"\b{name}_kernel<.*\btrue\b", launched) for launched in names), (name, names)

@@ -1,5 +1,6 @@
 """The ops as the dispatcher sees them: one node for autograd, torch.compile, torch.export, ONNX, the FLOP counter."""
 
+import functools
 import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,8 @@ from conftest import NATIVE, interpreted
 from crossvit_kernels import backends
 from crossvit_kernels.ops._registry import OPS, Op
 from inputs import DIFFERENTIABLE, EXAMPLES, Random
-from numerics import AUTOCAST, DEVICES, FLOAT32, FLOAT64, Precision, assert_equal_to_reference, evaluate, place
+from numerics import AUTOCAST, DEVICES, FLOAT32, FLOAT64, Draw, Precision, evaluate, judge, nearby, place
+from rounding import Rounded
 
 ALL = ["reference", *NATIVE]
 
@@ -133,18 +135,26 @@ def test_any_backward_accepts_any_forward(backend: str, name: str, rng: Random) 
         assert value.dtype == expected.dtype
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)
 
-    def gradients(forward_kernels: str, backward_kernels: str) -> dict[str, Tensor]:
-        arguments = backward_arguments(op, values, outs[forward_kernels], grad_out, needs)
-        found = op.backward_op(*arguments, backward_kernels)
-        return dict(zip([op.inputs[i] for i in op.kept if i in op.tensors], found))
+    names = [op.inputs[i] for i in op.kept if i in op.tensors]
 
-    in_float64 = [v.double() if isinstance(v, Tensor) else v for v in values]
-    arguments = backward_arguments(op, in_float64, forward(op, in_float64, "reference"), grad_out.double(), needs)
-    ref64 = dict(zip(gradients(backend, backend), op.backward_op(*arguments, "reference")))
-    reference = gradients("reference", "reference")
+    def draw(forward_kernels: str, backward_kernels: str, number: int) -> Draw:
+        given = list(nearby(dict(zip(op.inputs, values)), FLOAT32, number).values())
+        exact = [v.double() if isinstance(v, Tensor) else v for v in given]
+
+        def arguments(given: list[Any], grad_out: Tensor, kernels: str) -> list[Any]:
+            return backward_arguments(op, given, forward(op, given, kernels), grad_out, needs)
+
+        kernel = op.backward_op(*arguments(given, grad_out, forward_kernels), backward_kernels)
+        plain = arguments(given, grad_out, "reference")
+        with Rounded():
+            simulated = op.backwards["reference"](*plain)
+        ref64 = op.backward_op(*arguments(exact, grad_out.double(), "reference"), "reference")
+        found = [dict(zip(names, (gradient.cpu() for gradient in r))) for r in (kernel, simulated, ref64)]
+        return Draw(found[0], (found[1],), found[2])
+
     for other in others:
-        for mixed in (gradients(other, backend), gradients(backend, other)):
-            assert_equal_to_reference(mixed, reference, ref64, FLOAT32.ulp, zero={"k_bias": 4.0})
+        for pair in ((other, backend), (backend, other)):
+            judge(functools.partial(draw, *pair), FLOAT32.ulp, zero={"k_bias": 4.0})
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -7,6 +7,8 @@
 
 namespace crossvit::CROSSVIT_ISA {
 
+constexpr int64_t kSumChain = 64;  // probabilities summed in one chain, at most
+
 // exp((score - shift) * scale) down a panel, in place; returns the sums. As pairs two keys become one row.
 template <int NV, bool pairs>
 inline void exponentials(float* scores, int64_t keys, const Vec* shift, float scale, Vec* sum) {
@@ -18,20 +20,26 @@ inline void exponentials(float* scores, int64_t keys, const Vec* shift, float sc
     sum[v] = Vec{};
   }
   constexpr int64_t step = pairs ? 2 : 1;
-  for (int64_t n = 0; n < keys; n += step) CROSSVIT_UNROLL
-    for (int v = 0; v < NV; v++) {
-      const float* from = scores + n * lanes + v * VL;
-      const Vec p = exponential2_of_nonpositive<pairs>(load(from) * scale2 - shift2[v]);
-      sum[v] += p;
-      if constexpr (pairs) {
-        const Vec q =
-            n + 1 < keys ? exponential2_of_nonpositive<pairs>(load(from + lanes) * scale2 - shift2[v]) : Vec{};
-        sum[v] += q;
-        store(scores + n / 2 * lanes + v * VL, pair(p, q));
-      } else {
-        store(scores + n * lanes + v * VL, p);
+  for (int64_t first = 0; first < keys; first += kSumChain) {
+    const int64_t last = smaller(first + kSumChain, keys);
+    Vec chain[NV] = {};
+    for (int64_t n = first; n < last; n += step) CROSSVIT_UNROLL
+      for (int v = 0; v < NV; v++) {
+        const float* from = scores + n * lanes + v * VL;
+        const Vec p = exponential2_of_nonpositive<pairs>(load(from) * scale2 - shift2[v]);
+        chain[v] += p;
+        if constexpr (pairs) {
+          const Vec q =
+              n + 1 < keys ? exponential2_of_nonpositive<pairs>(load(from + lanes) * scale2 - shift2[v]) : Vec{};
+          chain[v] += q;
+          store(scores + n / 2 * lanes + v * VL, pair(p, q));
+        } else {
+          store(scores + n * lanes + v * VL, p);
+        }
       }
-    }
+    CROSSVIT_UNROLL
+    for (int v = 0; v < NV; v++) sum[v] += chain[v];
+  }
 }
 
 CROSSVIT_INLINE Vec logarithm(Vec x) {
