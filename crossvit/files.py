@@ -24,7 +24,7 @@ _WRITERS = re.compile(r"\(os error (\d+)\)|Os \{ code: (\d+)")
 def replacing(path: str | PathLike[str]) -> Iterator[Path]:
     """A temporary name beside `path`; the file written there takes its place when the block ends well and it is on the
     disk, and is removed when the block fails. A link stays one, and what it points to is replaced; into what is no
-    file, such as /dev/stdout or a pipe, the content is copied.
+    file, such as /dev/stdout or a pipe that somebody reads, the content is copied.
 
     Raises FileNotFoundError before anything is written if the folder is not there, and OSError naming `path` where the
     system refuses to write, whoever wrote.
@@ -38,7 +38,7 @@ def replacing(path: str | PathLike[str]) -> Iterator[Path]:
             with tempfile.TemporaryDirectory() as folder:
                 temporary = Path(folder, "content")
                 yield temporary
-                with open(temporary, "rb") as source, open(path, "wb") as sink:
+                with open(temporary, "rb") as source, open(path, "wb", opener=_without_waiting) as sink:
                     shutil.copyfileobj(source, sink)
             return
         temporary = target.with_name(f".{_short(target.name)}.{os.getpid()}{TEMPORARY}")
@@ -131,6 +131,13 @@ def _is_special(path: Path) -> bool:
     except OSError:
         return False
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """os.open that refuses a pipe nobody reads from, ENXIO, instead of waiting for one who does."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    os.set_blocking(descriptor, True)
+    return descriptor
 
 
 def _short(name: str) -> str:

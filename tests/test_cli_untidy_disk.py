@@ -211,6 +211,8 @@ def test_pipes_and_links_are_written_to_and_not_replaced(tmp_path: Path) -> None
         assert stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode)
     finally:
         os.close(reader)
+    with pytest.raises(OSError, match="No such device or address"):  # nobody reads it, and nobody is waited for
+        write_text(tmp_path / "pipe", "through")
 
 
 def test_names_as_long_as_they_can_be_are_written(tmp_path: Path) -> None:
