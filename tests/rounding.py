@@ -260,6 +260,6 @@ ALIKE = {
         "slice_backward", "squeeze", "stack", "t", "threshold_backward", "unsqueeze", "view", "zeros", "zeros_like",
     )),
     *(getattr(aten, name).Tensor for name in ("add", "div", "mul", "slice", "sub")),
-    aten.div.Scalar, aten.mul.Scalar, aten.randn.generator, aten.select.int, aten.squeeze.dim, aten.squeeze_.dim, aten.to.dtype,
-    aten.transpose.int, aten.unbind.int,
+    aten.div.Scalar, aten.mul.Scalar, aten.randn.generator, aten.select.int, aten.squeeze.dim, aten.squeeze_.dim,
+    aten.to.dtype, aten.transpose.int, aten.unbind.int,
 }  # fmt: skip
