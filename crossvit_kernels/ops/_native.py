@@ -15,14 +15,16 @@ def native_kernel(backend: str, name: str, given: list[str], strided: Iterable[s
     """
     strided = frozenset(strided)
     native: Any = None
-    arguments: list[tuple[int, bool, bool]] = []
+    order: list[int] = []  # of its arguments among those given
+    tensors: list[tuple[int, bool]] = []  # which of these are tensors, and whether they may be strided
     single = False
 
     def look_up() -> None:
-        nonlocal native, arguments, single
+        nonlocal native, order, tensors, single
         found = getattr(getattr(torch.ops, f"crossvit_kernels_{backend}"), name).default
         schema = found._schema
-        arguments = [(given.index(a.name), "Tensor" in str(a.type), a.name in strided) for a in schema.arguments]
+        order = [given.index(a.name) for a in schema.arguments]
+        tensors = [(i, a.name in strided) for i, a in enumerate(schema.arguments) if "Tensor" in str(a.type)]
         # A backward's only gradient, not in a list.
         single = name.endswith("_backward") and str(schema.returns[0].type) == "Tensor"
         native = found  # last: another thread may be about to call it
@@ -30,17 +32,15 @@ def native_kernel(backend: str, name: str, given: list[str], strided: Iterable[s
     def run(*args: Any) -> Any:
         if native is None:
             look_up()
-        values = []
-        for i, is_tensor, may_be_strided in arguments:
-            value = args[i]
+        values = [args[i] for i in order]
+        for i, may_be_strided in tensors:
+            value = values[i]
             if (
-                is_tensor
-                and value is not None
+                value is not None
                 and not value.is_contiguous()
                 and not (may_be_strided and value.stride(-1) == 1 and value.dim() <= 3)
             ):
-                value = value.contiguous()
-            values.append(value)
+                values[i] = value.contiguous()
         return [native(*values)] if single else native(*values)
 
     return run

@@ -52,9 +52,15 @@ void launch(const Kernel<Args>& kernel, Args* calls, int64_t count) {
     }
   });
 }
+// The same of one call, without the memory that a list of calls takes.
 template <class Args>
 void launch(const Kernel<Args>& kernel, Args& args) {
-  launch(kernel, &args, 1);
+  const int64_t threads = threads_here(), tasks = kernel.tasks(args, threads), bytes = kernel.scratch(args);
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min(tasks, threads), 1, [&](int64_t, int64_t) {
+    char* scratch = thread_scratch(bytes);
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) kernel.run(args, task, scratch);
+  });
 }
 
 DType dtype_of(const Tensor& t);
