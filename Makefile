@@ -64,7 +64,7 @@ sanitize: $(PACKAGE)  ## The op tests, and wrong calls of every native op, on C+
 random-calls: $(PACKAGE)  ## CALLS=200000 random calls of the ops on every backend, held to the reference; SEED=0
 	$(PYTHON) tests/random_calls.py --calls $(or $(CALLS),200000) --seed $(or $(SEED),0)
 
-test-machines: $(PACKAGE)  ## The op tests as on other machines: instruction sets, threads, MKL's and oneDNN's code, 20 seeds each (40 minutes; SEEDS=20)
+test-machines: $(PACKAGE)  ## The op tests as on other machines: instruction sets, threads, MKL's and oneDNN's code, 20 seeds each (45 minutes; SEEDS=20)
 	OMP_WAIT_POLICY=passive $(PYTHON) tests/machines.py --seeds $(or $(SEEDS),20)
 
 clean:  ## Remove what was built; .venv stays

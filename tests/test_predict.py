@@ -212,7 +212,8 @@ def test_ctrl_c(checkpoint: Path, cat: Image.Image, tmp_path: Path) -> None:
         _, said = process.communicate(timeout=120)
     finally:
         process.kill()
-    assert (process.returncode, said.strip()) == (130, "interrupted")
+    lines = [line for line in said.splitlines() if not line.startswith("warning: ")]  # torch's, where cores are few
+    assert (process.returncode, lines) == (130, ["interrupted"])
 
 
 def test_what_cannot_be_asked(checkpoint: Path, cat: Image.Image, tmp_path: Path) -> None:
