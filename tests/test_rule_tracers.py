@@ -128,30 +128,32 @@ def ours(name: str, kernels: str, **options: Any) -> crossvit.CrossViT:
 
 @in_turn(name=OURS)
 def test_our_models_are_traced(name: str, kernels: str) -> None:
-    """Symbolically; the graph gives the model's logits and gradients, and holds no op of this package."""
-    model = ours(name, kernels)
+    """Symbolically; the graph holds no op of this package, and gives the logits and gradients of plain PyTorch, whose
+    resizing is less exact than the op's: a stem's ReLUs turn that into more than roundings."""
+    model, plain = ours(name, kernels), ours(name, "reference")
     x = torch.randn(2, 3, *model.image_size, generator=torch.Generator().manual_seed(0))
     traced = fx.symbolic_trace(model)
     assert not [n for n in traced.graph.nodes if "crossvit_kernels::" in str(n.target)]
-    for m in (model, traced):
+    for m in (plain, traced):
         m.zero_grad()
         m(x).square().sum().backward()
         with torch.no_grad():
             logits = m(x)
-        if m is model:
+        if m is plain:
             expected = logits, {n: p.grad for n, p in m.named_parameters()}
     assert relative(logits, expected[0]) < 1e-5
     found = {n: p.grad for n, p in traced.named_parameters()}
     largest = max(g.abs().max() for g in expected[1].values() if g is not None)
     for key, value in expected[1].items():
         if value is not None:
-            assert (found[key] - value).abs().max() <= 5e-4 * max(value.abs().max(), 1e-2 * largest), key
+            assert (found[key] - value).abs().max() <= 1e-4 * max(value.abs().max(), 1e-2 * largest), key
 
 
 @in_turn(name=OURS)
 def test_features_of_our_models(name: str, kernels: str) -> None:
-    """By timm's create_feature_extractor: children have their names in the graph."""
-    model = ours(name, kernels)
+    """By timm's create_feature_extractor: children have their names in the graph, and give what they give in plain
+    PyTorch."""
+    model, plain = ours(name, kernels), ours(name, "reference")
     x = torch.randn(2, 3, *model.image_size, generator=torch.Generator().manual_seed(0))
     train, evaluation = get_graph_node_names(model)
     inner = "blocks.1" if name.startswith("deit") else "blocks.0.blocks.1.0"
@@ -161,11 +163,11 @@ def test_features_of_our_models(name: str, kernels: str) -> None:
         found = create_feature_extractor(model, nodes)(x)
         seen: dict[str, Tensor] = {}
         for node in nodes[:3]:
-            model.get_submodule(node).register_forward_hook(lambda m, i, y, node=node: seen.setdefault(node, y))
-        logits = model(x)
-    assert relative(found[nodes[-1]], logits) < 5e-5
+            plain.get_submodule(node).register_forward_hook(lambda m, i, y, node=node: seen.setdefault(node, y))
+        logits = plain(x)
+    assert relative(found[nodes[-1]], logits) < 1e-5
     for node, value in seen.items():
-        assert relative(found[node], value) < 5e-5, node
+        assert relative(found[node], value) < 1e-5, node
     assert len(train) >= len(nodes)
 
 
