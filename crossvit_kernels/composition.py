@@ -102,10 +102,10 @@ class Watch:
                 own = child.__dict__
                 if child._modules:
                     containers.append(child._modules)
-                places += [(own, "forward", None), (own, "_compiled_call_impl", None)]
+                places += [(own, name, None) for name in ("forward", "_call_impl", "_compiled_call_impl")]
                 places += [(own, setting, own.get(setting)) for setting in expected.settings]
         classes = dict.fromkeys(map(type, modules))
-        methods: list[tuple[type, str]] = [(c, name) for c in classes for name in ("forward", "__call__")]
+        methods: list[tuple[type, str]] = [(c, name) for c in classes for name in ("forward", "__call__", "_call_impl")]
         methods += [c.__dict__[_ENTRY] for c in classes if _ENTRY in c.__dict__]
         if composition.entry is not None:
             methods.append(composition.entry)
@@ -149,10 +149,10 @@ def _disturbance(child: nn.Module) -> str | None:
     """Why calling this module does more than its class's own forward, as the end of a sentence."""
     if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
         return "has a hook"
-    if "forward" in child.__dict__:
+    if "forward" in child.__dict__ or "_call_impl" in child.__dict__:
         return "has a forward of its own"
     cls = type(child)
-    if not _genuine(cls, "forward"):
+    if not _genuine(cls, "forward") or not _genuine(cls, "_call_impl"):
         return f"is a {cls.__qualname__}, whose forward was replaced"
     entry = cls.__dict__.get(_ENTRY)
     if entry is not None and not _genuine(*entry):

@@ -100,7 +100,11 @@ def strange(value: Any) -> str | None:
     cls = type(value)
     if cls not in _PLAIN and not cls.__module__.startswith("torch._subclasses."):  # fakes, while something is traced
         return f"a {cls.__module__}.{cls.__qualname__}"
-    return None if value is None or value.is_floating_point() else f"of {value.dtype}"
+    if value is None:
+        return None
+    if value.layout is not torch.strided:
+        return f"of {value.layout}"
+    return None if value.is_floating_point() else f"of {value.dtype}"
 
 
 def plain(*tensors: Any) -> bool:

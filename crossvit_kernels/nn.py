@@ -415,13 +415,18 @@ def resized(images: Tensor, image_size: tuple[int, int], kernels: str) -> Tensor
     """Images (B, C, H, W) at this size, bicubic; the images themselves where they have it."""
     if plain(images):
         return bicubic_resize(images, image_size, kernels=kernels)
-    if tuple(images.shape[2:]) == tuple(image_size):
+    return interpolated(images, image_size)
+
+
+def interpolated(images: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """`resized` without an op of this package, as TorchScript compiles it too."""
+    if images.shape[2] == image_size[0] and images.shape[3] == image_size[1]:
         return images
-    return F.interpolate(images, image_size, mode="bicubic", align_corners=False)
+    return F.interpolate(images, [image_size[0], image_size[1]], mode="bicubic", align_corners=False)
 
 
 # In a graph that torch.fx traces these two stay calls, which look at shapes when the graph runs.
-torch.fx.wrap("resized")
+torch.fx.wrap("interpolated")
 torch.fx.wrap("drop_path_scale")
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import blocks
 from ..composition import Composition, fuses
-from ..kinds import IDENTITY, LAYER_NORM, LINEAR, LINEAR_OR_IDENTITY
+from ..kinds import IDENTITY, LAYER_NORM, LINEAR, LINEAR_OR_IDENTITY, plain
 from . import KERNELS, Swap, drops
 from .vision_transformer import MLP
 
@@ -34,7 +34,9 @@ class FusedAttentionPoolLatent(Swap, AttentionPoolLatent):
 
     def forward(self: Any, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         kernels: Any = getattr(self, KERNELS, None)  # None: restored a moment ago
-        known = kernels is not None and attn_mask is None and FusedAttentionPoolLatent.unusual(self) is None
+        known = (
+            kernels is not None and plain(x) and attn_mask is None and FusedAttentionPoolLatent.unusual(self) is None
+        )
         pooled: Tensor | None = None
         if known and fuses(self, POOL):
             pooled = blocks.pool(x, self.latent, self.q, self.kv, self.num_heads, self.head_dim, self.pos_embed)

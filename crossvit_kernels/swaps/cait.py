@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import blocks
 from ..blocks import Residual
 from ..composition import Composition, fuses
-from ..kinds import DROPOUT, LAYER_NORM, LINEAR, kind
+from ..kinds import DROPOUT, LAYER_NORM, LINEAR, kind, plain
 from . import DROP_PATH, KERNELS, Swap, drop_path_rate, drops
 from .vision_transformer import MLP, attention_drops
 
@@ -61,7 +61,7 @@ class FusedLayerScaleBlock(Swap, LayerScaleBlock):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         kernels = getattr(self, KERNELS, None)  # None: restored a moment ago
-        if kernels is None or not fuses(self, MLP_HALF) or drops(self.mlp.drop1, self.mlp.drop2):
+        if kernels is None or not plain(x) or not fuses(self, MLP_HALF) or drops(self.mlp.drop1, self.mlp.drop2):
             return LayerScaleBlock.forward(self, x)
         x = x + self.drop_path(self.gamma_1 * self.attn(self.norm1(x)))
         return _mlp_half(self, x, kernels)
@@ -78,8 +78,9 @@ class FusedLayerScaleBlockClassAttn(Swap, LayerScaleBlockClassAttn):
 
     def forward(self: Any, x: Tensor, x_cls: Tensor) -> Tensor:
         kernels = getattr(self, KERNELS, None)  # None: restored a moment ago
-        attention = fuses(self, CLASS_ATTENTION_HALF) and not attention_drops(self.attn)
-        mlp = fuses(self, CLASS_MLP_HALF) and not drops(self.mlp.drop1, self.mlp.drop2)
+        known = plain(x, x_cls)
+        attention = known and fuses(self, CLASS_ATTENTION_HALF) and not attention_drops(self.attn)
+        mlp = known and fuses(self, CLASS_MLP_HALF) and not drops(self.mlp.drop1, self.mlp.drop2)
         if kernels is None or not (attention or mlp):
             return LayerScaleBlockClassAttn.forward(self, x, x_cls)
         out: Tensor | None = None

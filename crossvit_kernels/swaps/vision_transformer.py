@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import blocks
 from ..blocks import Residual
 from ..composition import Composition, fuses
-from ..kinds import ABSENT, DROPOUT, GELU, IDENTITY, LAYER_NORM, LINEAR, Kind, kind
+from ..kinds import ABSENT, DROPOUT, GELU, IDENTITY, LAYER_NORM, LINEAR, Kind, kind, plain
 from . import DROP_PATH, KERNELS, Swap, drop_path_rate, drops
 
 
@@ -76,7 +76,9 @@ class FusedBlock(Swap, Block):
     def forward(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         kernels = getattr(self, KERNELS, None)  # None: restored a moment ago
         given: dict[str, Any] = {} if attn_mask is None else {"attn_mask": attn_mask}
-        given |= {"is_causal": True} if is_causal else {}
+        given |= {} if is_causal is False else {"is_causal": is_causal}
+        if not plain(x):  # what torch.fx traces with: nothing may be asked of it
+            return Block.forward(self, x, **given)
         attention = not given and fuses(self, ATTENTION_HALF) and not attention_drops(self.attn)
         mlp = fuses(self, MLP_HALF) and not drops(self.mlp.drop1, self.mlp.drop2)
         if kernels is None or given or not (attention or mlp):
