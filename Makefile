@@ -61,7 +61,7 @@ sanitize: $(PACKAGE)  ## The op tests, and wrong calls of every native op, on C+
 	CROSSVIT_HOSTILE_CALLS=1000 $(CURDIR)/$(PYTHON) -m pytest --durations=5 -k "cpu or cuda or test_rule" \
 		tests/test_hostile_calls.py tests/test_instruction_sets.py $(OP_TESTS:%=tests/test_%.py)
 
-random-calls: $(PACKAGE)  ## CALLS=200000 random calls of the ops on the C++ kernels, held to the reference; SEED=0
+random-calls: $(PACKAGE)  ## CALLS=200000 random calls of the ops on every backend, held to the reference; SEED=0
 	$(PYTHON) tests/random_calls.py --calls $(or $(CALLS),200000) --seed $(or $(SEED),0)
 
 test-machines: $(PACKAGE)  ## The op tests as on other machines: instruction sets, threads, MKL's and oneDNN's code, 20 seeds each (40 minutes; SEEDS=20)
