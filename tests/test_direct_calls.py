@@ -236,6 +236,20 @@ def test_saved_tensors_that_lie_otherwise(backend: str, name: str) -> None:
         assert torch.equal(dense, other)
 
 
+@pytest.mark.parametrize("kernels", ["reference", *NATIVE])
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_what_is_saved_beside_16_bit_matrices(name: str, kernels: str) -> None:
+    """Below autocast float32 activations meet them: every backend, and the fake, saves the same dtypes."""
+    dtype = torch.float16 if kernels == "triton" and DEVICES[kernels] == "cpu" else torch.bfloat16
+    op, values = OPS[name], dispatcher_inputs(name, device=DEVICES.get(kernels, "cpu"))
+    values = [v.to(dtype) if i in op.matrices and isinstance(v, Tensor) else v for i, v in enumerate(values)]
+    found = forward(op, values, kernels)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(v) if isinstance(v, Tensor) else v for v in values]
+        expected = forward(op, fakes, kernels)
+    assert [(t.shape, t.dtype) for t in found] == [(t.shape, t.dtype) for t in expected]
+
+
 class Call(nn.Module):
     """A call of an op with one of its arguments for the module's."""
 

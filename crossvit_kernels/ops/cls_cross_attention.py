@@ -49,18 +49,19 @@ def _save(
     cls: Tensor, patches: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
     q_weight, q_bias, k_weight, _, _, _, num_heads, eps = rest
-    x = torch.cat([cls[:, None], patches], dim=1).float()
-    variance, mean = torch.var_mean(x, dim=-1, correction=0)
-    rstd = (variance + eps).rsqrt()
-    normalized = (x - mean[..., None]) * rstd[..., None]
-    first = F.layer_norm(
-        cls.float(), norm_weight.shape, norm_weight.float(), None if norm_bias is None else norm_bias.float(), eps
-    )
-    query = F.linear(first, q_weight.float(), None if q_bias is None else q_bias.float())
-    heads, head_dim = query.unflatten(-1, (num_heads, -1)), cls.shape[1] // num_heads
-    key_query = torch.einsum("bhd,hdc->bhc", heads, k_weight.float().unflatten(0, (num_heads, -1))) * head_dim**-0.5
-    probs = (key_query * norm_weight.float() @ normalized.transpose(1, 2)).softmax(dim=-1)
-    return mean, rstd, probs, probs @ normalized, query, key_query.contiguous()
+    with torch.autocast(cls.device.type, enabled=False):  # all of it is float32
+        x = torch.cat([cls[:, None], patches], dim=1).float()
+        variance, mean = torch.var_mean(x, dim=-1, correction=0)
+        rstd = (variance + eps).rsqrt()
+        normalized = (x - mean[..., None]) * rstd[..., None]
+        first = F.layer_norm(
+            cls.float(), norm_weight.shape, norm_weight.float(), None if norm_bias is None else norm_bias.float(), eps
+        )
+        query = F.linear(first, q_weight.float(), None if q_bias is None else q_bias.float())
+        heads, head_dim = query.unflatten(-1, (num_heads, -1)), cls.shape[1] // num_heads
+        key_query = torch.einsum("bhd,hdc->bhc", heads, k_weight.float().unflatten(0, (num_heads, -1))) * head_dim**-0.5
+        probs = (key_query * norm_weight.float() @ normalized.transpose(1, 2)).softmax(dim=-1)
+        return mean, rstd, probs, probs @ normalized, query, key_query.contiguous()
 
 
 def _shapes(cls: Tensor, patches: Tensor, *rest: Any) -> tuple[Any, ...]:
