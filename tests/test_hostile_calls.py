@@ -77,6 +77,21 @@ def test_an_error_says_what_was_wrong(results: dict[str, dict[str, Any]], space:
     assert SAID[name] in found["message"]
 
 
+def test_the_library_for_gpus_refuses_tensors_of_the_cpu() -> None:
+    """It is made of the same objects as the emulation, which takes them; here nothing is launched on memory that no GPU
+    has."""
+    library = Path(crossvit_kernels.__file__).with_name("_cuda.so")
+    if not library.exists():
+        pytest.skip("the CUDA kernels were not built")
+    code = (
+        f"import torch; torch.ops.load_library({str(library)!r}); x = torch.randn(2, 8)\n"
+        "try: torch.ops.crossvit_kernels_cuda.linear_residual(x, torch.randn(8, 8), None, x, None, False)\n"
+        "except ValueError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "linear_residual: x: expected a tensor on cuda, got cpu\n"
+
+
 def test_a_crash_and_a_wrong_answer_are_found() -> None:
     died = hostile_calls.in_a_process(lambda doing: doing.write_text("the call") and os.kill(os.getpid(), 9))
     assert died == {"died": "SIGKILL in the call"}
