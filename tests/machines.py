@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -25,6 +26,10 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+
+if not torch.cuda.is_available():  # as tests/conftest.py; read when the kernels are loaded
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("CROSSVIT_KERNELS_EMULATE", "1")
 
 from crossvit_kernels import backends
 
@@ -96,8 +101,8 @@ SETTINGS = [
         for name in ("generic", "avx2", "avx512")
     ),
     *(Setting(f"{n} thread{'s' * (n > 1)}", {"OMP_NUM_THREADS": str(n)}) for n in (1, 2, 3)),
-    Setting("emulated CUDA", tests="cuda", lacking=without("cuda")),
-    Setting("interpreted Triton", tests=f"triton and ({VARYING})", lacking=without("triton")),
+    Setting("CUDA kernels", tests="cuda", lacking=without("cuda")),
+    Setting("Triton kernels", tests=f"triton and ({VARYING})", lacking=without("triton")),
 ]
 # Two machines that could hardly differ more, for `make test`: few seeds, few tests.
 QUICK = [
@@ -243,6 +248,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _all(wanted: list[Setting], seeds: int, ops: tuple[str, ...], workers: int, path: Path | None) -> int:
     began = time.monotonic()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # its processes of pytest end with it
     skipped = {s.name: reason for s in wanted if (reason := s.lacking()) is not None}
     outcomes: dict[str, Outcome] = {}
     lock = threading.Lock()

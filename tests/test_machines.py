@@ -1,12 +1,16 @@
 """tests/machines.py: a slice of it, and what it says of settings that fail, are not to be had, or are not there."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import machines
+from conftest import NATIVE
 from crossvit_kernels import backends
 from machines import Outcome, Setting
 
@@ -48,6 +52,18 @@ def test_what_a_machine_lacks_is_skipped_with_the_reason(
     monkeypatch.setattr(machines, "QUICK", [Setting("another CPU", lacking=machines.without_set("sse9"))])
     assert machines.main(["--quick"]) == 0
     assert re.search(r"another CPU +skipped: .*'sse9' was not compiled in", capsys.readouterr().out)
+
+
+def test_kernels_for_a_gpu_run_without_one() -> None:
+    """By itself, where nobody has set the interpreter and the emulation up."""
+    environment = {n: v for n, v in os.environ.items() if n not in ("TRITON_INTERPRET", "CROSSVIT_KERNELS_EMULATE")}
+    code = "import machines as m; print([s.lacking() for s in m.SETTINGS if s.name.endswith('kernels')])"
+    command = [sys.executable, "-c", code]
+    path = os.pathsep.join([str(machines.HERE), str(machines.HERE.parent)])
+    done = subprocess.run(command, env=environment | {"PYTHONPATH": path}, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(
+        [None if name in NATIVE else backends.reason(name) for name in ("cuda", "triton")]
+    )
 
 
 def test_the_table() -> None:
