@@ -7,7 +7,7 @@ For an op's output and for every gradient, with ref64 the reference in float64 o
 
 where an ulp is one of the compute dtype, and error(reference) is computed, not what PyTorch happens to make on the CPU
 at hand: the error of the reference's formula in the arithmetic of rounding.py. Where a result comes nearer to its bound
-than NEAR, DRAWS draws beside the inputs decide (`nearby`), their squares added up. docs/numerics.md says why. NaN
+than NEAR, several draws beside the inputs decide (`nearby`), their squares added up. docs/numerics.md says why. NaN
 fails; infinities and NaN that the inputs bring must come out where the reference has them.
 """
 
@@ -26,7 +26,7 @@ from inputs import Random
 from rounding import Rounded
 
 NEAR = 0.75  # of its bound: from there on one draw alone is no proof
-DRAWS = 12
+DRAWS = (1, 12, 48)  # how many are looked at together, one number after the other until all are further away
 SPREAD = 16  # ulps by which a row of an input is scaled, up or down, in another draw
 
 Results = dict[str, Tensor]
@@ -192,12 +192,12 @@ def ratios(measured: list[Errors], ulp: float) -> tuple[float, float]:
 
 
 def judge(
-    draw: Callable[[int], Draw], ulp: float, *, zero: dict[str, float] | None = None, draws: int = DRAWS
+    draw: Callable[[int], Draw], ulp: float, *, zero: dict[str, float] | None = None, draws: tuple[int, ...] = DRAWS
 ) -> dict[str, float]:
     """Every tensor's larger ratio of error to bound; raises AssertionError where one is over 1.
 
-    `draw` makes the draw of a number; 0 is looked at first, the others (up to `draws`) only if it comes near. `zero`
-    names what is zero by mathematics, with the scale of its summands: it is held to one ulp there.
+    `draw` makes the draw of a number, 0 those as given; as long as one is NEAR, as many as `draws` says next are taken
+    together. `zero` names what is zero by mathematics, with the scale of its summands: it is held to one ulp there.
     """
     first = draw(0)
     failures, found = [], {}
@@ -215,11 +215,16 @@ def judge(
                 failures.append(f"{name}: {largest:.3g} where 0 is exact, bound {ulp * zero[name]:.3g}")
             continue
         measured[name] = [measure(first, name, ulp)]
-    if any(not max(ratios(errors, ulp)) <= NEAR for errors in measured.values()):
-        for number in range(1, draws):
+    made = 1
+    for count in draws:
+        for number in range(made, count):
             other = draw(number)
             for name, errors in measured.items():
                 errors.append(measure(other, name, ulp))
+        made = count
+        largest = max((max(ratios(errors, ulp)) for errors in measured.values()), default=0.0)
+        if largest <= NEAR or not math.isfinite(sum(sum(errors[0]) for errors in measured.values())):
+            break
     for name, errors in measured.items():
         rms, largest = ratios(errors, ulp)
         found[name] = max(rms, largest) if rms == rms else rms
@@ -236,7 +241,7 @@ def assert_equal_to_reference(
     kernel: Results, reference: Results, ref64: Results, ulp: float, *, zero: dict[str, float] | None = None
 ) -> dict[str, float]:
     """Every tensor of `kernel` obeys the rule, by this one draw."""
-    return judge(lambda _: Draw(kernel, (reference,), ref64), ulp, zero=zero, draws=1)
+    return judge(lambda _: Draw(kernel, (reference,), ref64), ulp, zero=zero, draws=(1,))
 
 
 def assert_same_nonfinite(kernel: dict[str, Tensor], reference: dict[str, Tensor], *, exact: str = "out") -> None:

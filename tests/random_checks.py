@@ -15,7 +15,7 @@ from inputs import Random
 from numerics import DEVICES, FLOAT64, assert_equal_to_reference, like
 from rounding import Rounded
 
-AGAIN = 12  # draws of the same shapes that decide where one misses the rule
+AGAIN = 48  # draws of the same shapes that decide where one misses the rule
 ZERO = {"grad k_bias": 0.0}  # by mathematics; the kernels return zeros
 Results = dict[str, Tensor]
 

@@ -36,7 +36,7 @@ def held(op: Op, given: dict[str, Any], precision: Precision, kernel: Callable[[
         values = nearby(given, precision, number)
         return Draw(kernel(values), (simulated(op, values, precision),), exact(op, values, precision))
 
-    return judge(draw, precision.ulp, zero={"grad k_bias": 0.1}, draws=2)
+    return judge(draw, precision.ulp, zero={"grad k_bias": 0.1}, draws=(2,))
 
 
 def cut(x: Tensor, bits: int) -> Tensor:
