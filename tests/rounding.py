@@ -185,7 +185,8 @@ class Rounded(TorchDispatchMode):
             rows_of_windows(images, weight, stride, padding),
             grad.permute(0, 2, 3, 1).reshape(-1, len(weight)),
         )
-        windows = self.multiply(columns[None], weight.flatten(1)[None]).reshape(len(images), -1, rows.shape[1])
+        patches = grad.shape[2] * grad.shape[3]
+        windows = self.multiply(columns[None], weight.flatten(1)[None]).reshape(len(images), patches, rows.shape[1])
         grad_images = F.fold(windows.double().mT, images.shape[2:], weight.shape[2:], stride=stride, padding=padding)
         grad_weight = self.multiply(columns.t()[None], rows[None]).reshape(weight.shape)
         return grad_images.to(images.dtype), grad_weight, self.sum(columns, [0])

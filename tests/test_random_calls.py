@@ -43,6 +43,14 @@ def test_a_single_row_with_a_factor_per_channel(backend: str, name: str) -> None
         random_calls.check(draw)
 
 
+@pytest.mark.parametrize("name", draws.CASES)
+def test_an_empty_batch(backend: str, name: str) -> None:
+    """What few draws make, of which the yardstick too has to know a result."""
+    drawn = (draws.draw(0, index, (name,), backend) for index in range(10**6))
+    empty = (d for d in drawn if any(isinstance(v, Tensor) and not v.numel() for v in d.values.values()))
+    random_calls.check(next(empty))
+
+
 def test_every_form_of_every_argument_is_drawn(backend: str) -> None:
     """Ranks, widths, heads, missing biases, factors, epsilons, sizes, batches, memory layouts and mixed dtypes."""
     drawn = [draws.draw(1, index, ALL, backend) for index in range(1500)]
