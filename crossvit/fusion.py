@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from crossvit_kernels import blocks as compositions
-from crossvit_kernels.composition import Composition, fuses
+from crossvit_kernels.composition import Composition, fuses, unseen
 from crossvit_kernels.kinds import GELU, LAYER_NORM, LINEAR, Kind, kind
 from crossvit_kernels.nn import (
     CLASS_ATTENTION,
@@ -75,8 +75,7 @@ class MultiScaleBlock(KernelModule):
             return fused
         for b, (c, own) in enumerate(zip(fused, patches)):
             # Only what this stage's blocks have just made may be overwritten, and nothing that autograd may have saved.
-            made = len(cast(nn.Sequential, self.blocks[b])) > 0 and isinstance(tokens[b], Tensor)
-            if torch.is_grad_enabled() or not made:
+            if torch.is_grad_enabled() or not (isinstance(tokens[b], Tensor) and _makes_new_tokens(self.blocks[b])):
                 tokens[b] = torch.cat((c[:, None], own), dim=1)
             else:
                 tokens[b][:, 0] = c
@@ -97,18 +96,25 @@ class MultiScaleBlock(KernelModule):
         reads.
         """
         transformed = []
-        for x, blocks in zip(tokens, self.blocks):
-            for block in cast(nn.Sequential, blocks):
-                if self.grad_checkpointing and torch.is_grad_enabled():
+        for x, branch in zip(tokens, self.blocks):
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                for block in cast(nn.Sequential, branch):
                     x = cast(Tensor, checkpoint(block, x, use_reentrant=False))
-                else:
-                    x = block(x)
+            else:
+                x = branch(x)
             transformed.append(x)
         return self.fuse(transformed, cls_only)
 
     def lengths(self) -> list[int]:
         """The tokens of every branch, CLS included."""
         return [1 + height * width for height, width in self.grids]
+
+
+def _makes_new_tokens(branch: nn.Module) -> bool:
+    """Whether what a branch's blocks return is theirs alone: the last is a `Block`, and nothing has seen its result."""
+    if type(branch) is not nn.Sequential or not len(branch) or type(branch[-1]) is not Block:
+        return False
+    return unseen(branch) and unseen(branch[-1])
 
 
 def _sum(tensors: Sequence[Tensor]) -> Tensor:

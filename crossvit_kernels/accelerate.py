@@ -92,6 +92,7 @@ def restore(model: Model) -> Model:
     for child in model.modules():
         if isinstance(child, KernelModule) and "_kernels_before" in child.__dict__:
             child.kernels = child.__dict__.pop("_kernels_before")
+            forget(child)
     return model
 
 

@@ -32,6 +32,11 @@ from .ops import (
 )
 
 
+def regular(*linears: tuple[Tensor, Tensor | None]) -> bool:
+    """Whether every Linear's bias has one element for each row of its weight; another might broadcast."""
+    return all(bias is None or bias.shape == weight.shape[:1] for weight, bias in linears)
+
+
 def affine(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """(weight, bias) of a LayerNorm, Linear or Conv2d, in the order in which the ops take them."""
     parameters = module._parameters  # a third of the time that nn.Module's own attribute lookup takes
@@ -62,7 +67,9 @@ class Residual(NamedTuple):
         gamma = self.gamma
         if gamma is None:
             return True
-        if self.rate > 0 or not plain(gamma) or not gamma.is_floating_point():
+        if self.rate > 0 or not plain(gamma) or not gamma.is_floating_point() or gamma.dim() != 1:
+            return False
+        if gamma.shape[0] != x.shape[-1]:
             return False
         return gamma.dtype is x.dtype or torch.float64 not in (gamma.dtype, x.dtype)
 
@@ -88,6 +95,8 @@ def transformer_block(
     be called one by one: also where gradients are taken, under autocast and on another backend than the C++ one."""
     if torch.is_grad_enabled() or residual1.rate > 0 or residual2.rate > 0:
         return None
+    if affine(norm1)[0] is None or affine(norm2)[0] is None:
+        return None
     first = (*affine(norm1), norm1.eps, *affine(attn.qkv), attn.num_heads, *affine(attn.proj), residual1.gamma)
     second = (*affine(norm2), norm2.eps, *affine(mlp.fc1), *affine(mlp.fc2), residual2.gamma)
     return native.transformer_block(x, *first, *second, kernels=kernels)
@@ -99,7 +108,7 @@ def attention_half(x: Tensor, norm: Any, attn: Any, residual: Residual, kernels:
     `attn` has the Linears qkv and proj and its num_heads.
     """
     norms, qkv, proj = affine(norm), affine(attn.qkv), affine(attn.proj)
-    if not (takes(x, (*qkv, *proj), norms) and residual.fits(x)):
+    if not (takes(x, (*qkv, *proj), norms) and regular(qkv, proj) and residual.fits(x)):
         return None
     heads = self_attention(
         layer_norm_linear(x, *norms, *qkv, norm.eps, kernels=kernels), attn.num_heads, kernels=kernels
@@ -109,10 +118,10 @@ def attention_half(x: Tensor, norm: Any, attn: Any, residual: Residual, kernels:
 
 def mlp_half(x: Tensor, norm: Any, mlp: Any, residual: Residual, kernels: str) -> Tensor | None:
     """x + scale * fc2(gelu(fc1(norm(x)))), x (..., D) -> (..., D)."""
-    norms, weights = affine(norm), (*affine(mlp.fc1), *affine(mlp.fc2))
-    if not (takes(x, weights, norms) and residual.fits(x)):
+    norms, fc1, fc2 = affine(norm), affine(mlp.fc1), affine(mlp.fc2)
+    if not (takes(x, (*fc1, *fc2), norms) and regular(fc1, fc2) and residual.fits(x)):
         return None
-    return layer_norm_mlp(x, *norms, *weights, norm.eps, scale=residual.scale(x), kernels=kernels)
+    return layer_norm_mlp(x, *norms, *fc1, *fc2, norm.eps, scale=residual.scale(x), kernels=kernels)
 
 
 def class_attention(
@@ -128,9 +137,9 @@ def class_attention(
 
     `linears`: the projections of queries, keys and values, and the one behind the attention.
     """
-    norms, proj = affine(norm), affine(linears[3])
-    weights = [t for linear in linears[:3] for t in affine(linear)]
-    if not (takes(cls, (patches, *weights, *proj), norms) and residual.fits(cls)):
+    norms, pairs = affine(norm), [affine(linear) for linear in linears]
+    weights, proj = [t for pair in pairs[:3] for t in pair], pairs[3]
+    if not (takes(cls, (patches, *weights, *proj), norms) and regular(*pairs) and residual.fits(cls)):
         return None
     context = cast(Any, cls_cross_attention)(cls, patches, *norms, *weights, num_heads, norm.eps, kernels=kernels)
     return linear_residual(context, *proj, cls, scale=residual.scale(cls), kernels=kernels)
@@ -147,7 +156,7 @@ def projection(
 ) -> Tensor | None:
     """act(linear(pre_act(norm(x)))), both activations None or "gelu"; x (..., D) -> (..., E)."""
     norms, weights = affine(norm), affine(linear)
-    if not takes(x, weights, norms):
+    if not (takes(x, weights, norms) and regular(weights)):
         return None
     return layer_norm_linear(
         x, *norms, *weights, norm.eps, pre_activation=pre_activation, activation=activation, kernels=kernels
@@ -175,8 +184,11 @@ def fusion_direction(
         return None
     norms, attention_norms, back_norms = affine(project[0]), affine(norm), affine(revert[0])
     first, last = affine(project[1]), affine(revert[1])
-    weights = [t for linear in linears for t in affine(linear)]
+    pairs = [affine(linear) for linear in linears]
+    weights = [t for pair in pairs for t in pair]
     if not takes(cls, (patches, *first, *weights, *last), (*norms, *attention_norms, *back_norms)):
+        return None
+    if not regular(first, *pairs, last):
         return None
     inputs = (*norms, *first, *attention_norms, *weights, *back_norms, *last, num_heads, norm.eps)
     return cast(Any, cls_fusion)(cls, patches, *inputs, kernels=kernels)
@@ -200,6 +212,8 @@ def pool(
         return None
     if not takes(x, (latent, weight, bias, *queries)) or not plain(pos_embed):
         return None
+    if not regular((weight, bias)) or latent.shape[:2] != (1, 1) or (pos_embed is not None and pos_embed.dim() != 2):
+        return None
     if pos_embed is not None:
         x = x + pos_embed[None].to(x.dtype)
     to_key, to_value = weight.unflatten(0, (2, num_heads, head_dim)).unbind(0)  # (H, d, D) each
@@ -222,7 +236,13 @@ def embed(
     `proj`: a convolution whose stride is its kernel's size.
     """
     weights = affine(proj)
-    if not takes(images, (*weights, cls_token, pos_embed)):
+    if not takes(images, (*weights, cls_token, pos_embed)) or not regular(weights):
+        return None
+    (height, width), patch, embed_dim = image_size, proj.stride[0], weights[0].shape[0]
+    tokens = 1 + (height // patch) * (width // patch)
+    if weights[0].shape[2:] != proj.stride or height % patch or width % patch:
+        return None
+    if cls_token.shape != (1, 1, embed_dim) or pos_embed.shape != (1, tokens, embed_dim):
         return None
     return patch_embed(images, *weights, cls_token, pos_embed, image_size=image_size, kernels=kernels)
 
@@ -241,6 +261,7 @@ __all__ = [
     "mlp_half",
     "pool",
     "projection",
+    "regular",
     "transformer_block",
     "why_not",
 ]

@@ -8,7 +8,8 @@ To look is cheap: what was looked at is remembered in a `Watch`, and found uncha
 """
 
 import sys
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils.module_tracker import ModuleTracker
 
 from .kinds import Kind
@@ -47,7 +50,7 @@ class Composition:
 def why_not(owner: nn.Module, composition: Composition) -> str | None:
     """What stands against applying the weights of these children of `owner` without calling them, in words; None where
     nothing does."""
-    if not torch.compiler.is_compiling() and (why := _watched_by_all()) is not None:
+    if not torch.compiler.is_compiling() and (why := _watched_by_all() or _foreign_mode()) is not None:
         return why
     if composition.entry is not None and not _genuine(*composition.entry):
         cls, method = composition.entry
@@ -56,6 +59,8 @@ def why_not(owner: nn.Module, composition: Composition) -> str | None:
         child = _child(owner, path)
         if (why := expected.why_not(child)) is not None:
             return f"{path} {why}"
+        if child is None and _is_plain_attribute(owner, path):
+            return f"{path} is not a registered module"
         if child is not None and (why := _disturbance(child)) is not None:
             return f"{path} {why}"
     return None
@@ -65,9 +70,11 @@ def fuses(owner: nn.Module, composition: Composition) -> bool:
     """Whether nothing stands against it now: `why_not` in its quick form."""
     if torch.compiler.is_compiling():
         return why_not(owner, composition) is None
+    if torch._C._len_torch_function_stack() and _foreign_mode() is not None:
+        return False
     watches = owner.__dict__.get(_WATCHES)
-    if watches is None:
-        watches = owner.__dict__[_WATCHES] = Watches()
+    if watches is None or watches.owner() is not owner:  # none, or those of the module that this one is a copy of
+        watches = owner.__dict__[_WATCHES] = Watches(owner)
     watch = watches.get(composition)
     if watch is not None and watch.unchanged():
         return True
@@ -92,18 +99,23 @@ class Watch:
         modules: list[nn.Module] = []
         containers: list[dict[str, Any]] = []
         places: list[tuple[dict[str, Any], str, Any]] = []  # a dictionary, a key in it, and the value there
+        for parent, name in _ways(owner, composition.parts):
+            places += [
+                (parent.__dict__, "_modules", parent._modules),
+                (parent._modules, name, parent._modules.get(name)),
+            ]
+            if parent._modules.get(name) is None:
+                places.append((parent.__dict__, name, None))
         for path, expected in composition.parts.items():
-            parent, _, name = path.rpartition(".")
-            home = _child(owner, parent)._modules  # type: ignore[union-attr]
-            child = home.get(name)
-            places.append((home, name, child))
+            child = _child(owner, path)
             if child is not None:
                 modules.append(child)
                 own = child.__dict__
                 if child._modules:
                     containers.append(child._modules)
                 places += [(own, name, None) for name in ("forward", "_call_impl", "_compiled_call_impl")]
-                places += [(own, setting, own.get(setting)) for setting in expected.settings]
+                places += [(own, name, own.get(name)) for name in (*_HOOKS, *expected.settings)]
+        places = list({(id(home), name): (home, name, value) for home, name, value in places}.values())
         classes = dict.fromkeys(map(type, modules))
         methods: list[tuple[type, str]] = [(c, name) for c in classes for name in ("forward", "__call__", "_call_impl")]
         methods += [c.__dict__[_ENTRY] for c in classes if _ENTRY in c.__dict__]
@@ -129,7 +141,11 @@ class Watch:
 
 
 class Watches(dict):
-    """{composition: what is remembered of it}, of one module; a copy, or a file, of the module remembers nothing."""
+    """{composition: what is remembered of it}, of one module, `owner`; a copy, or a file, of it remembers nothing."""
+
+    def __init__(self, owner: nn.Module | None = None) -> None:
+        super().__init__()
+        self.owner: Any = (lambda: None) if owner is None else weakref.ref(owner)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Watches":
         return Watches()
@@ -143,6 +159,26 @@ def _child(owner: nn.Module, path: str) -> nn.Module | None:
     for name in path.split(".") if path else ():
         child = None if child is None else child._modules.get(name)
     return child
+
+
+def _ways(owner: nn.Module, paths: Iterable[str]) -> Iterator[tuple[nn.Module, str]]:
+    """(parent, name) of every module on the way to each of `paths`, each once."""
+    seen: set[str] = set()
+    for path in paths:
+        names = path.split(".")
+        for depth in range(len(names)):
+            way = ".".join(names[: depth + 1])
+            parent = _child(owner, ".".join(names[:depth]))
+            if way not in seen and parent is not None:
+                seen.add(way)
+                yield parent, names[depth]
+
+
+def _is_plain_attribute(owner: nn.Module, path: str) -> bool:
+    """Whether something that is no registered module stands where the child `path` would."""
+    parent, _, name = path.rpartition(".")
+    home = _child(owner, parent)
+    return home is not None and home.__dict__.get(name) is not None
 
 
 def _disturbance(child: nn.Module) -> str | None:
@@ -162,6 +198,13 @@ def _disturbance(child: nn.Module) -> str | None:
     if child.__dict__.get("_compiled_call_impl") is not None:
         return "was compiled by itself"
     return None if _called_by_torch(cls) else f"is a {cls.__qualname__}, whose __call__ was replaced"
+
+
+def unseen(module: nn.Module) -> bool:
+    """Whether no hook, and no forward but its class's, sees what this module returns."""
+    if module._forward_hooks or module._backward_hooks or module._backward_pre_hooks or any(_GLOBAL_HOOKS):
+        return False
+    return module.__dict__.keys().isdisjoint(("forward", "_call_impl", "_compiled_call_impl"))
 
 
 @torch.compiler.assume_constant_result
@@ -199,6 +242,14 @@ def _watched_by_all() -> str | None:
     for hook in _all_global_hooks():
         if not isinstance(getattr(hook, "__self__", None), ModuleTracker):
             return f"a global hook, {getattr(hook, '__qualname__', hook)}, sees every module's call"
+    return None
+
+
+def _foreign_mode() -> str | None:
+    """Which mode sees the children's calls of PyTorch's functions; a default device is none that does."""
+    for mode in _get_current_function_mode_stack():
+        if not isinstance(mode, DeviceContext):
+            return f"a mode, {type(mode).__qualname__}, sees every call of a function"
     return None
 
 

@@ -69,6 +69,8 @@ def _wrong_convolution(conv: nn.Conv2d) -> str | None:
         return "is a convolution of another stride than its kernel's size"
     if conv.groups != 1 or set(conv.dilation) != {1} or (conv.padding != "valid" and set(conv.padding) != {0}):
         return "is a convolution with groups, dilation or padding"
+    if "_conv_forward" in conv.__dict__:
+        return "has a convolution of its own"
     return _wrong_weights(conv)
 
 
@@ -91,7 +93,7 @@ ABSENT = kind(optional=True)
 PATCH_CONVOLUTION = kind(
     "torch.nn.modules.conv:Conv2d",
     wrong=_wrong_convolution,
-    settings=("kernel_size", "stride", "groups", "dilation", "padding"),
+    settings=("kernel_size", "stride", "groups", "dilation", "padding", "_conv_forward"),
 )
 
 
@@ -123,10 +125,12 @@ def strange_type(value: Any) -> type | None:
 def takes(x: Tensor, matrices: Iterable[Tensor | None], norms: Iterable[Tensor | None] = ()) -> bool:
     """Whether the ops compute with x beside these weights: plain tensors whose dtypes go together.
 
-    Matrices (and biases) are of x's dtype; a LayerNorm's parameters may be float32 where that has 16 bits. Under
-    autocast all but float64 go together.
+    Matrices (and biases) are of x's dtype; a LayerNorm's parameters, its weight and its bias in turn, may be float32
+    where that has 16 bits. Under autocast all but float64 go together.
     """
     matrices, norms = tuple(matrices), tuple(norms)
+    if any(weight is None for weight in norms[::2]):
+        return False
     if not plain(x, *matrices, *norms):
         return False
     dtype = x.dtype

@@ -10,7 +10,7 @@ from torch import Tensor
 
 FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 _STRIDED = torch.strided
-_ranks: dict[str, tuple[int, int]] = {}  # the least and most dimensions of a layout
+_ranks: dict[str, tuple[int, int]] = {}  # the least and most dimensions of a layout, made when it is first seen
 
 
 def tensor(name: str, value: Tensor, layout: str) -> None:
@@ -27,8 +27,23 @@ def tensor(name: str, value: Tensor, layout: str) -> None:
 
 def _ranks_of(layout: str) -> tuple[int, int]:
     named = layout.count(",") + 1
-    _ranks[layout] = found = (named - 1, sys.maxsize) if layout.startswith("(...") else (named, named)
+    found = (named - 1, sys.maxsize) if layout.startswith("(...") else (named, named)
+    if not torch.compiler.is_compiling():  # which guards what it reads, and must not write there
+        _ranks[layout] = found
     return found
+
+
+for _layout in (
+    "(..., D)",
+    "(..., K)",
+    "(E, D)",
+    "(B, N, D)",
+    "(B, N, 3 D)",
+    "(B, D_d)",
+    "(B, C, H, W)",
+    "(D, C, P, P)",
+):
+    _ranks_of(_layout)
 
 
 def _no_tensor(name: str, expected: str, value: Any) -> NoReturn:

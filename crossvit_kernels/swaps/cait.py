@@ -77,11 +77,11 @@ class FusedLayerScaleBlockClassAttn(Swap, LayerScaleBlockClassAttn):
         return CLASS_ATTENTION_HALF, CLASS_MLP_HALF
 
     def forward(self: Any, x: Tensor, x_cls: Tensor) -> Tensor:
-        kernels = getattr(self, KERNELS, None)  # None: restored a moment ago
-        known = plain(x, x_cls)
+        kernels: Any = getattr(self, KERNELS, None)  # None: restored a moment ago
+        known = kernels is not None and plain(x, x_cls)
         attention = known and fuses(self, CLASS_ATTENTION_HALF) and not attention_drops(self.attn)
         mlp = known and fuses(self, CLASS_MLP_HALF) and not drops(self.mlp.drop1, self.mlp.drop2)
-        if kernels is None or not (attention or mlp):
+        if not (attention or mlp):
             return LayerScaleBlockClassAttn.forward(self, x, x_cls)
         out: Tensor | None = None
         if attention:

@@ -15,10 +15,13 @@ from . import DROP_PATH, KERNELS, Swap, drop_path_rate, drops
 
 
 def wrong_attention(attn: Any) -> str | None:
-    """Why `attn` does not scale its scores by 1 / sqrt(d)."""
-    if attn.scale == attn.head_dim**-0.5:
-        return None
-    return f"scales its scores by {attn.scale}, not by 1 / sqrt({attn.head_dim})"
+    """Why `attn` does not scale its scores by 1 / sqrt(d), or has other heads than its projection."""
+    if attn.scale != attn.head_dim**-0.5:
+        return f"scales its scores by {attn.scale}, not by 1 / sqrt({attn.head_dim})"
+    rows, wanted = getattr(attn.qkv, "out_features", None), 3 * attn.num_heads * attn.head_dim
+    if rows is not None and rows != wanted:
+        return f"has {attn.num_heads} heads of {attn.head_dim}, and a projection to {rows} features"
+    return None
 
 
 LAYER_SCALE = kind("timm.layers.layer_scale:LayerScale", "torch.nn.modules.linear:Identity")
@@ -36,7 +39,9 @@ ATTENTION_HALF = Composition(
     "attention half",
     {
         "norm1": LAYER_NORM,
-        "attn": kind("timm.layers.attention:Attention", wrong=wrong_attention, settings=("scale", "head_dim")),
+        "attn": kind(
+            "timm.layers.attention:Attention", wrong=wrong_attention, settings=("scale", "head_dim", "num_heads")
+        ),
         "attn.qkv": LINEAR,
         "attn.q_norm": IDENTITY,
         "attn.k_norm": IDENTITY,
@@ -74,14 +79,15 @@ class FusedBlock(Swap, Block):
         return ATTENTION_HALF, MLP_HALF
 
     def forward(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        kernels = getattr(self, KERNELS, None)  # None: restored a moment ago
+        kernels: Any = getattr(self, KERNELS, None)  # None: restored a moment ago
         given: dict[str, Any] = {} if attn_mask is None else {"attn_mask": attn_mask}
         given |= {} if is_causal is False else {"is_causal": is_causal}
         if not plain(x):  # what torch.fx traces with: nothing may be asked of it
             return Block.forward(self, x, **given)
-        attention = not given and fuses(self, ATTENTION_HALF) and not attention_drops(self.attn)
-        mlp = fuses(self, MLP_HALF) and not drops(self.mlp.drop1, self.mlp.drop2)
-        if kernels is None or given or not (attention or mlp):
+        known = kernels is not None and not given
+        attention = known and fuses(self, ATTENTION_HALF) and not attention_drops(self.attn)
+        mlp = known and fuses(self, MLP_HALF) and not drops(self.mlp.drop1, self.mlp.drop2)
+        if not (attention or mlp):
             return Block.forward(self, x, **given)
         first = residual(self.ls1, self.drop_path1) if attention else blocks.ADDED
         second = residual(self.ls2, self.drop_path2) if mlp else blocks.ADDED
