@@ -122,7 +122,6 @@ BREAKS: dict[str, Callable[[Block], Any]] = {
     "weight": lambda b: setattr(b.attn.qkv, "weight", nn.Parameter(torch.ones(3 * WIDTH, WIDTH - 1))),
     "norm_bias": lambda b: setattr(b.norm1, "bias", nn.Parameter(torch.ones(WIDTH + 1))),
     "w2": lambda b: setattr(b.mlp.fc2, "weight", nn.Parameter(torch.ones(WIDTH, WIDTH))),
-    "bias": lambda b: setattr(b.attn.proj, "bias", nn.Parameter(torch.ones(1))),
     "num_heads": lambda b: setattr(b.attn, "num_heads", 5),
     "eps": lambda b: setattr(b.norm2, "eps", -1.0),
 }
