@@ -227,7 +227,8 @@ class Rounded(TorchDispatchMode):
         **__: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         p = (self.scores(q, k, scale) - lse[..., None]).double().exp().float()
-        delta = self.sum(grad.float() * out.float(), [-1], keepdim=True)
+        # The other way round than dO V^T adds the same up: no kernel has both alike, and here would be no error at all.
+        delta = self.sum((grad.float() * out.float()).flip(-1), [-1], keepdim=True)
         ds = (p * (self.wide_product(grad, v.mT) - delta)).to(q.dtype)
         factor = q.shape[-1] ** -0.5 if scale is None else scale
         grad_q, grad_k = self.wide_product(ds, k) * factor, self.wide_product(ds.mT, q) * factor
