@@ -218,6 +218,13 @@ def table(outcomes: dict[str, Outcome], skipped: dict[str, str], wanted: list[Se
     return "\n".join(lines)
 
 
+def write(path: Path, outcomes: dict[str, Outcome]) -> None:
+    """Every ratio, by setting, as JSON."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps({name: outcome.ratios for name, outcome in outcomes.items()}))
+    part.replace(path)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """0 where every test passed, 1 where not, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python tests/machines.py", description=__doc__.partition("\n")[0])
@@ -271,6 +278,11 @@ def _all(wanted: list[Setting], seeds: int, ops: tuple[str, ...], workers: int, 
                 outcomes[name] = outcome
                 if outcome.failed:
                     tqdm.write(f"{name}: {outcome.failed} failed\n{outcome.output[-6000:]}")
+                else:
+                    tqdm.write(f"{name}: {outcome.passed} passed, {worst(outcome)[0]:.2f} of the bound at most")
+                sys.stdout.flush()
+                if path is not None:
+                    write(path, outcomes)
         except KeyboardInterrupt:
             interrupted = True
             for run in runs:
@@ -278,10 +290,6 @@ def _all(wanted: list[Setting], seeds: int, ops: tuple[str, ...], workers: int, 
             for future in futures.values():
                 future.cancel()
     print(table(outcomes, skipped, wanted))
-    if path is not None:
-        part = path.with_name(f"{path.name}.part")
-        part.write_text(json.dumps({name: outcome.ratios for name, outcome in outcomes.items()}))
-        part.replace(path)
     failed = sum(outcome.failed for outcome in outcomes.values())
     print(f"{sum(o.passed for o in outcomes.values())} passed, {failed} failed in {time.monotonic() - began:.0f} s")
     return 130 if interrupted else int(failed > 0)
