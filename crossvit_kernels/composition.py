@@ -11,6 +11,7 @@ import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -29,6 +30,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _GLOBAL_HOOKS = tuple(
     getattr(torch_module, f"_global_{when}_hooks") for when in ("forward", "forward_pre", "backward", "backward_pre")
 )
+_OVERRIDES = ("forward", "_call_impl", "_compiled_call_impl")  # on an instance, each changes what its call does
 _get: Any = dict.get
 _attribute: Any = getattr
 
@@ -113,7 +115,7 @@ class Watch:
                 own = child.__dict__
                 if child._modules:
                     containers.append(child._modules)
-                places += [(own, name, None) for name in ("forward", "_call_impl", "_compiled_call_impl")]
+                places += [(own, name, None) for name in _OVERRIDES]
                 places += [(own, name, own.get(name)) for name in (*_HOOKS, *expected.settings)]
         places = list({(id(home), name): (home, name, value) for home, name, value in places}.values())
         classes = dict.fromkeys(map(type, modules))
@@ -204,7 +206,7 @@ def unseen(module: nn.Module) -> bool:
     """Whether no hook, and no forward but its class's, sees what this module returns."""
     if module._forward_hooks or module._backward_hooks or module._backward_pre_hooks or any(_GLOBAL_HOOKS):
         return False
-    return module.__dict__.keys().isdisjoint(("forward", "_call_impl", "_compiled_call_impl"))
+    return module.__dict__.keys().isdisjoint(_OVERRIDES)
 
 
 @torch.compiler.assume_constant_result
@@ -239,7 +241,7 @@ def _called_by_torch(cls: type) -> bool:
 def _watched_by_all() -> str | None:
     """Which hook sees the calls of all modules; torch's module tracker, which the FLOP counter uses, only takes names
     down."""
-    for hook in _all_global_hooks():
+    for hook in chain.from_iterable(hooks.values() for hooks in _GLOBAL_HOOKS):
         if not isinstance(getattr(hook, "__self__", None), ModuleTracker):
             return f"a global hook, {getattr(hook, '__qualname__', hook)}, sees every module's call"
     return None
@@ -251,8 +253,3 @@ def _foreign_mode() -> str | None:
         if not isinstance(mode, DeviceContext):
             return f"a mode, {type(mode).__qualname__}, sees every call of a function"
     return None
-
-
-def _all_global_hooks() -> Iterator[Any]:
-    for hooks in _GLOBAL_HOOKS:
-        yield from hooks.values()

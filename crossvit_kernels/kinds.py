@@ -99,8 +99,7 @@ PATCH_CONVOLUTION = kind(
 
 def strange(value: Any) -> str | None:
     """Why this weight is not a plain tensor of floating-point numbers, in words."""
-    cls = type(value)
-    if cls not in _PLAIN and not cls.__module__.startswith("torch._subclasses."):  # fakes, while something is traced
+    if (cls := strange_type(value)) is not None:
         return f"a {cls.__module__}.{cls.__qualname__}"
     if value is None:
         return None

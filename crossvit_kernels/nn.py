@@ -246,15 +246,16 @@ class AttentionBlock(KernelModule):
         self.drop_path = drop_path
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._attention_half(x, self.fuses_attention(), self.kernels)
+        return self._attention_half(x, self._residual(self.ls1) if self.fuses_attention() else None, self.kernels)
 
     def fuses_attention(self) -> bool:
         """Whether the ops may stand for the attention half now."""
         return fuses(self, ATTENTION_HALF) and not self.attn.drops()
 
-    def _attention_half(self, x: Tensor, fused: bool, kernels: str) -> Tensor:
-        if fused:
-            out = blocks.attention_half(x, self.norm1, self.attn, self._residual(self.ls1), kernels)
+    def _attention_half(self, x: Tensor, residual: Residual | None, kernels: str) -> Tensor:
+        """By the ops, or without a `residual` by the modules."""
+        if residual is not None:
+            out = blocks.attention_half(x, self.norm1, self.attn, residual, kernels)
             if out is not None:
                 return out
         return self._add(x, self.attn(self.norm1(x)), self.ls1)
@@ -308,15 +309,16 @@ class Block(AttentionBlock):
         self.ls2 = LayerScale(dim, init_values) if init_values else None
 
     def forward(self, x: Tensor) -> Tensor:
-        kernels, attention, mlp = self.kernels, self.fuses_attention(), self.fuses_mlp()
-        if attention and mlp:
-            first, second = self._residual(self.ls1), self._residual(self.ls2)
+        kernels = self.kernels
+        first = self._residual(self.ls1) if self.fuses_attention() else None
+        second = self._residual(self.ls2) if self.fuses_mlp() else None
+        if first is not None and second is not None:
             out = blocks.transformer_block(x, self.norm1, self.attn, first, self.norm2, self.mlp, second, kernels)
             if out is not None:
                 return out
-        x = self._attention_half(x, attention, kernels)
-        if mlp:
-            out = blocks.mlp_half(x, self.norm2, self.mlp, self._residual(self.ls2), kernels)
+        x = self._attention_half(x, first, kernels)
+        if second is not None:
+            out = blocks.mlp_half(x, self.norm2, self.mlp, second, kernels)
             if out is not None:
                 return out
         return self._add(x, self.mlp(self.norm2(x)), self.ls2)

@@ -74,6 +74,11 @@ def drops(*modules: Any) -> bool:
     return any(m.training and (getattr(m, "p", 0.0) or getattr(m, "drop_prob", 0.0)) > 0 for m in modules)
 
 
+def wrong_scale(scale: Any, head_dim: int) -> str | None:
+    """Why scores that are multiplied by `scale` are not divided by sqrt(d), as the end of a sentence."""
+    return None if scale == head_dim**-0.5 else f"scales its scores by {scale}, not by 1 / sqrt({head_dim})"
+
+
 def drop_path_rate(drop_path: Any) -> tuple[float, bool]:
     """The share of samples that a drop path drops now, and whether it makes up for that by the others' scale."""
     return (drop_path.drop_prob, drop_path.scale_by_keep) if drops(drop_path) else (0.0, True)
@@ -89,4 +94,5 @@ __all__ = [
     "original_of",
     "reasons",
     "swap_of",
+    "wrong_scale",
 ]

@@ -11,15 +11,13 @@ from .. import blocks
 from ..blocks import Residual
 from ..composition import Composition, fuses
 from ..kinds import DROPOUT, LAYER_NORM, LINEAR, kind, plain
-from . import DROP_PATH, KERNELS, Swap, drop_path_rate, drops
+from . import DROP_PATH, KERNELS, Swap, drop_path_rate, drops, wrong_scale
 from .vision_transformer import MLP, attention_drops
 
 
 def wrong_class_attention(attn: Any) -> str | None:
     """Why `attn` does not scale its scores by 1 / sqrt(d)."""
-    if attn.scale == (attn.q.out_features // attn.num_heads) ** -0.5:
-        return None
-    return f"scales its scores by {attn.scale}, not by 1 / sqrt(d)"
+    return wrong_scale(attn.scale, attn.q.out_features // attn.num_heads)
 
 
 _MLP_PARTS = {"norm2": LAYER_NORM, **MLP, "drop_path": DROP_PATH}

@@ -13,15 +13,13 @@ from ..blocks import Residual
 from ..composition import Composition, fuses
 from ..kinds import DROPOUT, GELU, LAYER_NORM, LINEAR, PATCH_CONVOLUTION, Kind, kind, plain
 from ..ops import bicubic_resize
-from . import DROP_PATH, KERNELS, Swap, drop_path_rate
+from . import DROP_PATH, KERNELS, Swap, drop_path_rate, wrong_scale
 from .vision_transformer import attention_drops
 
 
 def wrong_cross_attention(attn: Any) -> str | None:
     """Why `attn` does not scale its scores by 1 / sqrt(d)."""
-    if attn.scale == (attn.wq.out_features // attn.num_heads) ** -0.5:
-        return None
-    return f"scales its scores by {attn.scale}, not by 1 / sqrt(d)"
+    return wrong_scale(attn.scale, attn.wq.out_features // attn.num_heads)
 
 
 _ATTENTION: dict[str, Kind] = {

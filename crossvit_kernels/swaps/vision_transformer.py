@@ -11,13 +11,13 @@ from .. import blocks
 from ..blocks import Residual
 from ..composition import Composition, fuses
 from ..kinds import ABSENT, DROPOUT, GELU, IDENTITY, LAYER_NORM, LINEAR, Kind, kind, plain
-from . import DROP_PATH, KERNELS, Swap, drop_path_rate, drops
+from . import DROP_PATH, KERNELS, Swap, drop_path_rate, drops, wrong_scale
 
 
 def wrong_attention(attn: Any) -> str | None:
     """Why `attn` does not scale its scores by 1 / sqrt(d), or has other heads than its projection."""
-    if attn.scale != attn.head_dim**-0.5:
-        return f"scales its scores by {attn.scale}, not by 1 / sqrt({attn.head_dim})"
+    if (why := wrong_scale(attn.scale, attn.head_dim)) is not None:
+        return why
     rows, wanted = getattr(attn.qkv, "out_features", None), 3 * attn.num_heads * attn.head_dim
     if rows is not None and rows != wanted:
         return f"has {attn.num_heads} heads of {attn.head_dim}, and a projection to {rows} features"
