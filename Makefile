@@ -45,7 +45,7 @@ format:  $(PACKAGE)  ## Rewrite the sources as ruff and clang-format want them
 build: $(PACKAGE)  ## The environment, the C++ extension and the CUDA kernels
 
 cuda-report: $(PACKAGE)  ## Registers, memory, spills and instructions of every CUDA kernel, per architecture (JSON=FILE)
-	$(PYTHON) -m benchmarks.cuda_report $(if $(JSON),--json $(JSON))
+	$(PYTHON) -m benchmarks.inspect.cuda_report $(if $(JSON),--json $(JSON))
 
 # A package of its own in build/sanitize, with its own objects, tested from there: the one in use stays as it is.
 SANITIZED := build/sanitize

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-import crossvit.evaluate  # with the rest, so that importing is not timed
-import crossvit.explain
-import crossvit.predict
-import crossvit.train
-from crossvit.__main__ import main as command
-from crossvit.files import write_text
+import crossvit.cli.evaluate  # with the rest, so that importing is not timed
+import crossvit.cli.explain
+import crossvit.cli.predict
+import crossvit.cli.train
+from crossvit.cli.main import main as command
+from crossvit.system.files import write_text
 from crossvit.training.curves import draw_curves
 
 SIDE = 32

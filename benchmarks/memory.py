@@ -21,7 +21,7 @@ import timm
 import torch
 
 import crossvit
-from crossvit.variants import VARIANTS
+from crossvit.models.variants import VARIANTS
 
 from . import peers, timing
 from .session import DTYPES, KERNELS, names

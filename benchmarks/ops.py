@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import floor, plot, timing
+from . import floor, timing
 from .cases import BRANCHES, EXTREMES, OPS, Cell, inputs, sdpa
 from .devices import DEVICES, captured, use
+from .plots import bars as plot
 from .session import (
     DTYPES,
     RESULTS,
@@ -91,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not (backward and op == "cls_fusion") or options.plan  # inference only
     ]
     if options.plan:
-        from . import plan  # imports triton
+        from .inspect import plan  # imports triton
 
         torch.backends.cuda.matmul.allow_tf32 = options.tf32
         cells = list(dict.fromkeys(replace(cell, backward=cell.backward and cell.op != "cls_fusion") for cell in cells))

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import memory, peers, plot_scaling, timing
+from . import memory, peers, timing
 from .photographs import photographs
+from .plots import scaling as plot_scaling
 from .session import DTYPES, KERNELS, RESULTS, counts, names
 from .throughput import LOGIT_TOLERANCE
 

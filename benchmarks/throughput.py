@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 import crossvit
 
-from . import floor, peers, plot, timing
+from . import floor, peers, timing
 from .devices import DEVICES, Host, captured, use
 from .photographs import photographs
+from .plots import bars as plot
 from .session import (
     DTYPES,
     GRAPH,

@@ -4,11 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .checkpoint import load_checkpoint, save_checkpoint
     from .factory import create_model, list_models, load_model
-    from .fusion import FUSIONS
-    from .model import CrossViT
-    from .single_branch import VisionTransformer
+    from .models.crossvit import CrossViT
+    from .models.fusion import FUSIONS
+    from .models.single_branch import VisionTransformer
+    from .weights.checkpoint import load_checkpoint, save_checkpoint
 
 __all__ = [
     "FUSIONS",
@@ -22,14 +22,14 @@ __all__ = [
 ]
 # Imported when it is asked for: `crossvit --help` need not wait for torch.
 _MODULES = {
-    "FUSIONS": "fusion",
-    "CrossViT": "model",
-    "VisionTransformer": "single_branch",
+    "FUSIONS": "models.fusion",
+    "CrossViT": "models.crossvit",
+    "VisionTransformer": "models.single_branch",
     "create_model": "factory",
     "list_models": "factory",
-    "load_checkpoint": "checkpoint",
+    "load_checkpoint": "weights.checkpoint",
     "load_model": "factory",
-    "save_checkpoint": "checkpoint",
+    "save_checkpoint": "weights.checkpoint",
 }
 
 

@@ -5,12 +5,12 @@ from fnmatch import fnmatch
 from os import PathLike
 from typing import Any, cast
 
-from .checkpoint import load_checkpoint, load_state
-from .checkpoint_file import read_checkpoint
-from .identify import identify
-from .model import CrossViT
-from .notes import class_of, read_notes
-from .variants import VARIANTS, canonical_name
+from .models.crossvit import CrossViT
+from .models.variants import VARIANTS, canonical_name
+from .weights.checkpoint import load_checkpoint, load_state
+from .weights.checkpoint_file import read_checkpoint
+from .weights.identify import identify
+from .weights.notes import class_of, read_notes
 
 
 def list_models(pattern: str = "*") -> list[str]:

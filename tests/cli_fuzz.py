@@ -31,8 +31,8 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 import torch
 
 import crossvit
-from crossvit import bench
-from crossvit.__main__ import COMMANDS, main
+from crossvit.cli import bench
+from crossvit.cli.main import COMMANDS, main
 from crossvit.training.loop import Trainer
 from untidy import LATIN1, classes, picture, png, split
 
@@ -176,7 +176,7 @@ BASES = {
 def actions(command: str) -> list[argparse.Action]:
     """What a command takes, by its own parser."""
     parser = argparse.ArgumentParser()
-    importlib.import_module(f"crossvit.{command}").add_arguments(parser)
+    importlib.import_module(f"crossvit.cli.{command}").add_arguments(parser)
     return [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
 
 

@@ -11,7 +11,7 @@ import skimage.data
 from PIL import Image
 
 import crossvit
-from crossvit.__main__ import main
+from crossvit.cli.main import main
 from weights import our_model
 
 CLASSES = ["animals", "people", "things"]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from crossvit.fusion import FUSIONS
+from crossvit.models.fusion import FUSIONS
 from crossvit_kernels import accelerate
 from crossvit_kernels.nn import Attention, AttentionBlock, Block, CrossAttentionBlock, LayerNormLinear
 from weights import CPU_BACKENDS, perturb

@@ -11,8 +11,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 import crossvit
-from benchmarks import cases, floor, ops, peers, plot, session, throughput, timing, training
+from benchmarks import cases, floor, ops, peers, session, throughput, timing, training
 from benchmarks.photographs import photographs
+from benchmarks.plots import bars as plot
 
 THROUGHPUT_ROW = {
     "model": str,

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 import crossvit
 from benchmarks.photographs import photographs
-from crossvit.checkpoint import read_checkpoint
-from crossvit.identify import identify
-from crossvit.notes import notes
-from crossvit.positions import resample_positions
-from crossvit.variants import VARIANTS
+from crossvit.models.positions import resample_positions
+from crossvit.models.variants import VARIANTS
+from crossvit.weights.checkpoint import read_checkpoint
+from crossvit.weights.identify import identify
+from crossvit.weights.notes import notes
 from weights import our_model, perturb, relative, timm_model
 
 TINY = "crossvit_tiny_240"

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import crossvit
 from commands import SMALL, command, small_model
-from crossvit.checkpoint import read_checkpoint
-from crossvit.checkpoint_file import describe, read_contents
+from crossvit.weights.checkpoint import read_checkpoint
+from crossvit.weights.checkpoint_file import describe, read_contents
 
 NAME = "crossvit_tiny_240"
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import crossvit
 from commands import CLASSES, SMALL, command, save_small, small_model
-from crossvit.notes import hidden_settings, notes, read_notes, whole_arguments
-from crossvit.positions import resample_positions
+from crossvit.models.positions import resample_positions
+from crossvit.weights.notes import hidden_settings, notes, read_notes, whole_arguments
 
 NAME = "crossvit_tiny_240"
 

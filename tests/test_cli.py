@@ -13,8 +13,8 @@ import torch
 
 import crossvit
 from commands import CLASSES, command, photograph, save_small, small_model
-from crossvit.__main__ import COMMANDS, main
-from crossvit.files import replacing
+from crossvit.cli.main import COMMANDS, main
+from crossvit.system.files import replacing
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = [name for name in COMMANDS if (ROOT / "crossvit" / f"{name}.py").is_file()]
@@ -115,7 +115,7 @@ def test_what_the_system_refuses_is_said(tmp_path: Path, monkeypatch: pytest.Mon
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x.json")
 
-    monkeypatch.setattr("crossvit.bench.write_text", full)
+    monkeypatch.setattr("crossvit.cli.bench.write_text", full)
     given = ["--checkpoint", save_small(tmp_path), "--batch", "1", "--rounds", "1", "--json", tmp_path / "x.json"]
     done = command("bench", *given)
     assert (done.status, done.err) == (1, "crossvit bench: error: [Errno 28] No space left on device: 'x.json'\n")

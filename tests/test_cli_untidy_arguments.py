@@ -8,8 +8,8 @@ import torch
 
 import crossvit
 from commands import command, save_small
-from crossvit import failures, memory
-from crossvit.failures import CommandError, guarded
+from crossvit.system import failures, memory
+from crossvit.system.failures import CommandError, guarded
 from crossvit.training.loading import EpochSampler
 from crossvit.training.recipes import recipe
 from untidy import picture, split
@@ -184,7 +184,7 @@ def test_a_short_trial_of_a_long_recipe_warms_up_in_proportion() -> None:
 def test_more_workers_than_batches_are_not_started(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from crossvit import pictures
+    from crossvit.cli import pictures
 
     asked: list[int] = []
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from commands import command
-from crossvit.datasets import open_dataset, open_folder
-from crossvit.folders import files_below
+from crossvit.data.datasets import open_dataset, open_folder
+from crossvit.data.folders import files_below
 from training_runs import make_images, one_thread, train  # noqa: F401  one_thread is for every test here
 from untidy import LATIN1, classes, picture, split
 

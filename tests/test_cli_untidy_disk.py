@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from commands import command, photographs_by_class, save_small
-from crossvit.files import replacing, write_text
+from crossvit.system.files import replacing, write_text
 from training_runs import make_images, one_thread, train  # noqa: F401  one_thread is for every test here
 from untidy import picture
 
@@ -77,7 +77,7 @@ def test_predict_keeps_what_it_found(
     interrupt: type[BaseException], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before Ctrl-C, or what else ends it."""
-    from crossvit import predict
+    from crossvit.cli import predict
 
     best, calls = predict.best, 0
 
@@ -175,7 +175,7 @@ def test_standard_output_on_a_full_disk(arguments: list[str], monkeypatch: pytes
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         monkeypatch.setattr(sys, "stderr", err)
-        from crossvit.__main__ import main
+        from crossvit.cli.main import main
 
         try:
             status = main(arguments)

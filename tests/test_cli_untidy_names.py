@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from commands import command, save_small
-from crossvit.__main__ import main
-from crossvit.text import printable, to_json
+from crossvit.cli.main import main
+from crossvit.system.text import printable, to_json
 from untidy import LATIN1, classes, picture
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from commands import command, save_small
-from crossvit import transforms
-from crossvit.data import ImageError, load_image
-from crossvit.transforms import evaluation_transform, training_transform
+from crossvit.data import transforms
+from crossvit.data.images import ImageError, load_image
+from crossvit.data.transforms import evaluation_transform, training_transform
 from untidy import picture, png
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -135,7 +135,7 @@ def test_pictures_without_pixels(tmp_path: Path) -> None:
 MEMORY = """
 import resource, sys
 from pathlib import Path
-from crossvit.data import load_image
+from crossvit.data.images import load_image
 load_image(sys.argv[2])
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[3]), resource.RLIM_INFINITY))

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import crossvit_kernels
-from benchmarks import cuda_plan, cuda_report
-from benchmarks import plan as plans
 from benchmarks.cases import BRANCHES, OPS, Cell
-from benchmarks.compiled import SHARED_LIMIT
+from benchmarks.inspect import cuda_plan, cuda_report
+from benchmarks.inspect import plan as plans
+from benchmarks.inspect.compiled import SHARED_LIMIT
 from crossvit_kernels import backends
 
 RECORD = json.loads(Path(crossvit_kernels.__file__).with_name("_build.json").read_text())["cuda"]

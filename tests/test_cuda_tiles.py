@@ -10,7 +10,7 @@ import torch
 
 import crossvit_kernels
 import inputs
-from benchmarks import cuda_plan
+from benchmarks.inspect import cuda_plan
 from crossvit_kernels import backends
 from inputs import Random
 from numerics import (

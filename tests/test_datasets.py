@@ -12,9 +12,9 @@ from PIL import Image
 from timm.data import create_transform
 
 from commands import command
-from crossvit.data import ImageError
-from crossvit.datasets import open_dataset
-from crossvit.transforms import evaluation_transform, training_transform
+from crossvit.data.datasets import open_dataset
+from crossvit.data.images import ImageError
+from crossvit.data.transforms import evaluation_transform, training_transform
 from training_runs import train
 
 

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("sklearn")
 
 from benchmarks.demo import PAPER, table, write_digits
-from crossvit.datasets import open_dataset
+from crossvit.data.datasets import open_dataset
 
 
 def test_digits_as_a_folder(tmp_path: Path) -> None:

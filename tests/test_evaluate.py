@@ -16,10 +16,10 @@ from torch import Tensor
 
 import crossvit
 from commands import CLASSES, PHOTOGRAPHS, command, photographs_by_class, save_small
-from crossvit.data import load_image
-from crossvit.draw_confusion import draw_confusion
-from crossvit.metrics import Counts
-from crossvit.transforms import evaluation_transform
+from crossvit.cli.draw_confusion import draw_confusion
+from crossvit.cli.metrics import Counts
+from crossvit.data.images import load_image
+from crossvit.data.transforms import evaluation_transform
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from commands import command, photograph, save_small, small_model
 from crossvit import FUSIONS
-from crossvit.attention_maps import attention_maps
-from crossvit.draw_attention import overlay
-from crossvit.rollout import attention_rollout
+from crossvit.attention.drawing import overlay
+from crossvit.attention.maps import attention_maps
+from crossvit.attention.rollout import attention_rollout
 from crossvit_kernels.nn import Attention, CrossAttention
 from weights import CPU_BACKENDS, our_model
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import crossvit
 from commands import CLASSES, command, save_small, small_model
-from crossvit import export
-from crossvit.commands import CommandError
+from crossvit.cli import export
+from crossvit.cli.commands import CommandError
 
 # What a user of timm types to get the same model.
 THEIRS: dict[str, Any] = dict(num_classes=3, img_size=120, embed_dim=(48, 96), depth=((1, 1, 0),))

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import crossvit
-from crossvit.fusion import FUSIONS, MultiScaleBlock
+from crossvit.models.fusion import FUSIONS, MultiScaleBlock
 from weights import CPU_BACKENDS, perturb, relative
 
 GRIDS = ((4, 5), (2, 3))

@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import devices, exercise, gpu, gpu_stages, ops, report, shards, stages, throughput
-from benchmarks.stages import Outcome, Runner, Stage
+from benchmarks import devices, ops, throughput
+from benchmarks.gpu import exercise, report, shards, stages
+from benchmarks.gpu import job as gpu
+from benchmarks.gpu import plan as gpu_stages
+from benchmarks.gpu.stages import Outcome, Runner, Stage
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -198,11 +201,11 @@ def test_every_planned_command_is_understood(smoke: bool, tmp_path: Path, monkey
         module = next((word for word in words if word.startswith("benchmarks.")), None)
         if module is None:
             continue
-        if module == "benchmarks.shards":
+        if module == "benchmarks.gpu.shards":
             assert 1 <= int(words[words.index(module) + 1]) <= gpu_stages.TEST_WORKERS
             continue
         options = parsers[module.partition(".")[2]](words[words.index(module) + 1 :])
-        if module != "benchmarks.exercise":
+        if module != "benchmarks.gpu.exercise":
             written.append(options.json)
             assert (options.device, options.seconds, options.dtype) == ("cuda", 10, ["bfloat16"])
     assert len(set(written)) == len(written) >= 4
@@ -249,7 +252,7 @@ def test_error(broken):
 
 
 def run_in_shards(folder: Path, *words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "benchmarks.shards", *words, "-q", "-p", "no:cacheprovider", "test_it.py"]
+    command = [sys.executable, "-m", "benchmarks.gpu.shards", *words, "-q", "-p", "no:cacheprovider", "test_it.py"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from crossvit.data import ImageError, load_image
+from crossvit.data.images import ImageError, load_image
 
 ARRAY = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
 PICTURE = Image.fromarray(ARRAY)

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import crossvit
 from benchmarks.photographs import photographs
-from crossvit.model import branch_size
-from crossvit.variants import ALIASES
+from crossvit.models.crossvit import branch_size
+from crossvit.models.variants import ALIASES
 from crossvit_kernels import backends
 from crossvit_kernels.nn import KernelModule
 from weights import CPU_BACKENDS, TIMM_NAMES, our_model, relative, timm_model

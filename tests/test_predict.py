@@ -17,8 +17,8 @@ from PIL import Image
 
 import crossvit
 from commands import CLASSES, command, photograph, save_small
-from crossvit.data import load_image
-from crossvit.transforms import evaluation_transform
+from crossvit.data.images import load_image
+from crossvit.data.transforms import evaluation_transform
 
 ROOT = Path(__file__).resolve().parent.parent
 

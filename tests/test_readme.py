@@ -33,7 +33,7 @@ def test_its_commands_exist() -> None:
             assert find_spec(name), command
             if name == "crossvit":
                 parser = argparse.ArgumentParser()
-                importlib.import_module(f"crossvit.{rest[0]}").add_arguments(parser)
+                importlib.import_module(f"crossvit.cli.{rest[0]}").add_arguments(parser)
                 parser.parse_args(rest[1:])  # exits where an option does not exist
         else:
             assert words[0] in ("pip", "python"), command

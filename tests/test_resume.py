@@ -13,10 +13,10 @@ import torch
 import crossvit
 import training_runs
 from commands import command
-from crossvit.model import CrossViT
-from crossvit.notes import whole_arguments
+from crossvit.models.crossvit import CrossViT
+from crossvit.models.variants import VARIANTS
 from crossvit.training import files
-from crossvit.variants import VARIANTS
+from crossvit.weights.notes import whole_arguments
 from training_runs import train
 
 one_thread, data = training_runs.one_thread, training_runs.data  # fixtures

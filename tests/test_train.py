@@ -20,7 +20,7 @@ from PIL import Image
 
 import crossvit
 import training_runs
-from crossvit.files import remove_unfinished
+from crossvit.system.files import remove_unfinished
 from crossvit.training import files, loop
 from training_runs import TINY, train
 
@@ -90,7 +90,7 @@ def test_a_run(undisturbed: Path) -> None:
 # Forks before torch has threads: importing it takes longest.
 KILLED = """
 import os, signal, sys
-from crossvit.train import main
+from crossvit.cli.train import main
 from crossvit.training.loop import Trainer
 step = Trainer._step
 for last in map(int, sys.argv[1].split(",")):

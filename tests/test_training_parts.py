@@ -19,7 +19,8 @@ from sklearn.metrics import average_precision_score
 
 import crossvit
 import training_runs
-from crossvit.datasets import open_dataset
+from crossvit.data.datasets import open_dataset
+from crossvit.data.transforms import IMAGENET_MEAN, IMAGENET_STD, training_transform
 from crossvit.training.curves import draw_curves
 from crossvit.training.evaluation import mean_average_precision
 from crossvit.training.files import Log, load, read_lines
@@ -27,7 +28,6 @@ from crossvit.training.loading import EpochSampler, Seeded, Shard
 from crossvit.training.objective import Objective, Teacher
 from crossvit.training.optimizer import Schedule, build_optimizer
 from crossvit.training.recipes import PRESETS, Recipe, add_recipe_arguments, recipe, recipe_from
-from crossvit.transforms import IMAGENET_MEAN, IMAGENET_STD, training_transform
 from training_runs import CLASSES, train
 
 one_thread, data = training_runs.one_thread, training_runs.data  # fixtures

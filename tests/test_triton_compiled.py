@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from benchmarks.compiled import SHARED_LIMIT
+from benchmarks.inspect.compiled import SHARED_LIMIT
 from crossvit_kernels import triton as triton_kernels
 from crossvit_kernels.triton._launch import table
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from crossvit.train import main
+from crossvit.cli.train import main
 
 TINY = """--model crossvit_tiny_240 --image-size 48 --set embed_dim=[16,32] --set num_heads=[2,2]
     --set depth=[[1,1,0],[1,1,1]] --preset small --epochs 2 --batch-size 8 --workers 0 --log-every 2

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import replacing
+from ..system.files import replacing
 from .files import read_lines
 
 

@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from crossvit_kernels.nn import Block
 
-from ..classifier import Classifier
-from ..fusion import MultiScaleBlock
+from ..models.classifier import Classifier
+from ..models.fusion import MultiScaleBlock
 
 STRATEGIES = ("auto", "ddp", "fsdp")
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..data import ImageError
+from ..data.images import ImageError
 from .distributed import Processes
 
 

@@ -7,8 +7,8 @@ from typing import IO, Any
 
 import torch
 
-from ..checkpoint_file import UNREADABLE, RefusedError, reason, unpickle
-from ..files import patient_file, replacing, write_text
+from ..system.files import patient_file, replacing, write_text
+from ..weights.checkpoint_file import UNREADABLE, RefusedError, reason, unpickle
 
 
 def save(content: dict[str, Any], path: Path) -> None:

@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from ..data import ImageError
-from ..datasets import Images
-from ..failures import say
+from ..data.datasets import Images
+from ..data.images import ImageError
+from ..system.failures import say
 
 Key = tuple[int, int, int]  # epoch, position in it, index of the image
 

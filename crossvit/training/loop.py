@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..failures import say
-from ..text import print_line
+from ..system.failures import say
+from ..system.text import print_line
 from .curves import draw_curves
 from .distributed import local_gradients
 from .evaluation import evaluate

@@ -3,7 +3,7 @@
 import torch
 from timm.scheduler import CosineLRScheduler
 
-from ..classifier import Classifier
+from ..models.classifier import Classifier
 from .recipes import Recipe
 
 

@@ -4,8 +4,8 @@ import argparse
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..checks import shown
-from ..transforms import check_crop_ratio
+from ..data.transforms import check_crop_ratio
+from ..models.checks import shown
 
 OPTIMIZERS = ("adamw", "sgd")
 PRECISIONS = ("float32", "bfloat16", "float16")

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from timm.utils import ModelEmaV3
 
-from ..classifier import Classifier
-from ..datasets import Images
-from ..notes import notes, plain, read_notes, whole_arguments
+from ..data.datasets import Images
+from ..models.classifier import Classifier
+from ..weights.notes import notes, plain, read_notes, whole_arguments
 from .distributed import Processes, load_optimizer, load_whole, whole
 from .recipes import Recipe
 

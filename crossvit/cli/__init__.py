@@ -1,0 +1,1 @@
+"""The commands of `python -m crossvit`, a module each, and what they share."""
