@@ -59,13 +59,13 @@ sanitize: $(PACKAGE)  ## The op tests, and wrong calls of every native op, on C+
 	export LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 && \
 	CROSSVIT_HOSTILE_CALLS=1000 $(CURDIR)/$(PYTHON) -m pytest --durations=5 -k "cpu or cuda or test_rule" \
-		tests/test_hostile_calls.py tests/test_instruction_sets.py $(OP_TESTS:%=tests/test_%.py)
+		tests/ops/test_hostile_calls.py tests/cpu_kernels/test_instruction_sets.py $(OP_TESTS:%=tests/ops/test_%.py)
 
 random-calls: $(PACKAGE)  ## CALLS=200000 random calls of the ops on every backend, held to the reference; SEED=0
-	$(PYTHON) tests/random_calls.py --calls $(or $(CALLS),200000) --seed $(or $(SEED),0)
+	$(PYTHON) tests/support/random_calls.py --calls $(or $(CALLS),200000) --seed $(or $(SEED),0)
 
 test-machines: $(PACKAGE)  ## The op tests as on other machines: instruction sets, threads, MKL's and oneDNN's code, 20 seeds each (45 minutes; SEEDS=20)
-	OMP_WAIT_POLICY=passive $(PYTHON) tests/machines.py --seeds $(or $(SEEDS),20)
+	OMP_WAIT_POLICY=passive $(PYTHON) tests/support/machines.py --seeds $(or $(SEEDS),20)
 
 clean:  ## Remove what was built; .venv stays
 	rm -rf build dist *.egg-info crossvit_kernels/*.so crossvit_kernels/_build.json

@@ -54,7 +54,7 @@ def _untimed(smoke: bool, cores: int) -> list[Stage]:
         Stage(
             "tests",
             "test",
-            _python("benchmarks.gpu.shards", *tests, *(["tests/test_linear_residual.py"] if smoke else [])),
+            _python("benchmarks.gpu.shards", *tests, *(["tests/ops/test_linear_residual.py"] if smoke else [])),
             TOGETHER,
             beside=True,
             judge=by_pytest,

@@ -1,0 +1,252 @@
+"""Which backends exist, what is said about those that do not, and which one serves a call."""
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import NATIVE
+
+import crossvit_kernels
+from crossvit_kernels import backends
+from inputs import EXAMPLES
+
+CPU = torch.device("cpu")
+needs_cpu_kernels = pytest.mark.skipif("cpu" not in NATIVE, reason=f"no CPU kernels: {backends.reason('cpu')}")
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """backends as after an import: nothing resolved yet, no warning given."""
+    monkeypatch.setattr(backends, "_resolved", {})
+    for function in (backends._environment, backends._fallback_warning):
+        function.cache_clear()
+    yield monkeypatch
+    for function in (backends._environment, backends._fallback_warning):
+        function.cache_clear()
+
+
+def test_the_reference_is_always_there() -> None:
+    assert backends.available("reference")
+    assert backends.resolve("reference", CPU, torch.float32, "patch_embed") == "reference"
+
+
+def test_every_absent_backend_says_why_when_asked_for() -> None:
+    for name in backends.BACKENDS:
+        why = backends.reason(name)
+        assert backends.available(name) == (why is None)
+        if why is not None:
+            given = EXAMPLES["self_attention"]()
+            with pytest.raises(RuntimeError) as raised:
+                crossvit_kernels.self_attention(**given, kernels=name)
+            assert why in str(raised.value)
+            assert name in str(raised.value)
+
+
+def test_what_is_tested_here() -> None:
+    """One skip that names the backends whose kernels no test of this run has touched."""
+    absent = [f"{name} ({backends.reason(name)})" for name in backends.BACKENDS if not backends.available(name)]
+    if absent:
+        pytest.skip("not tested here: " + "; ".join(absent))
+
+
+@pytest.mark.parametrize("name", ["", "cpp", "CPU", "none", None, 3])
+def test_an_unknown_name_raises_and_lists_the_choices(name: str) -> None:
+    for op, example in EXAMPLES.items():
+        with pytest.raises(
+            ValueError, match=r"^kernels: expected 'auto' or one of 'reference', 'cpu', 'triton', 'cuda', got"
+        ):
+            getattr(crossvit_kernels, op)(**example(), kernels=name)
+    with pytest.raises(ValueError, match="kernels: expected"):
+        backends.available(name)
+
+
+@needs_cpu_kernels
+def test_auto_takes_the_kernels_and_leaves_other_dtypes_to_the_reference() -> None:
+    for op in EXAMPLES:
+        for dtype in (torch.float32, torch.bfloat16):
+            for kernels in ("auto", "cpu"):
+                assert backends.resolve(kernels, CPU, dtype, op) == (
+                    "cpu" if backends.serves("cpu", op) else "reference"
+                )
+        for dtype in (torch.float16, torch.float64):
+            for kernels in ("auto", "cpu"):
+                assert backends.resolve(kernels, CPU, dtype, op) == "reference"
+
+
+def test_every_backend_has_kernels_of_its_own_for_every_op(backend: str) -> None:
+    """On a GPU self-attention is torch's scaled_dot_product_attention, resizing its interpolate, as the reference's."""
+    for op in EXAMPLES:
+        if backend in ("triton", "cuda") and op in ("self_attention", "bicubic_resize"):
+            assert not backends.serves(backend, op)
+            continue
+        assert backends.serves(backend, op)
+        if op != "cls_fusion":
+            assert backends.serves(backend, f"{op}_backward")
+
+
+@needs_cpu_kernels
+def test_a_backend_for_another_device_raises() -> None:
+    with pytest.raises(ValueError, match="kernels='cpu' takes tensors on cpu, got tensors on cuda:1"):
+        backends.resolve("cpu", torch.device("cuda", 1), torch.float32, "self_attention")
+
+
+def test_the_environment_variable_is_the_default(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setenv("CROSSVIT_KERNELS", "reference")
+    assert backends.resolve("auto", CPU, torch.float32, "patch_embed") == "reference"
+    assert "kernels='auto' means reference, from CROSSVIT_KERNELS" in backends.report()
+    for name in NATIVE:
+        if backends.serves(name, "layer_norm_linear"):
+            assert backends.resolve(name, CPU, torch.float32, "layer_norm_linear") == name
+
+
+def test_an_unknown_name_in_the_environment_names_the_variable(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setenv("CROSSVIT_KERNELS", "fast")
+    with pytest.raises(
+        ValueError, match=r"environment variable CROSSVIT_KERNELS: expected 'auto' or one of .* got 'fast'"
+    ):
+        crossvit_kernels.self_attention(**EXAMPLES["self_attention"]())
+
+
+def test_an_absent_backend_in_the_environment_raises(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setattr(backends, "_extension_missing", "it was not built")
+    fresh.setenv("CROSSVIT_KERNELS", "cpu")
+    with pytest.raises(RuntimeError, match="kernels='cpu' is not there: it was not built"):
+        crossvit_kernels.self_attention(**EXAMPLES["self_attention"]())
+
+
+def test_report_lists_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    text = backends.report()
+    assert capsys.readouterr().out == text + "\n"
+    for name in backends.BACKENDS:
+        line = next(line for line in text.splitlines() if line.startswith(f"{name}: "))
+        assert (backends.reason(name) or "available") in line
+
+
+def test_report_names_architectures_and_what_auto_was_measured_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = {"cuda": {"architectures": ["sm_80", "compute_90"], "nvcc": "13.0.88", "missing": None}}
+    monkeypatch.setattr(backends, "_read_record", lambda what: (record, None))
+    monkeypatch.setattr(backends, "_cuda_ops", lambda: ["cls_fusion", "patch_embed"])
+    monkeypatch.setattr(backends, "_environment", lambda: "auto")
+    monkeypatch.setitem(backends._MEASURED, "patch_embed", ("cuda", "an H100, bfloat16"))
+    text = backends.report()
+    assert "(built for sm_80, compute_90 by nvcc 13.0.88: cls_fusion, patch_embed)" in text
+    assert "on a GPU, cls_fusion: triton, unmeasured against cuda" in text
+    assert "on a GPU, patch_embed: cuda, an H100, bfloat16" in text
+
+
+def test_on_a_gpu_auto_takes_what_measured_faster_and_else_triton(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setenv("CROSSVIT_KERNELS", "")
+    fresh.setattr(backends, "reason", lambda name: None)
+    fresh.setattr(backends, "serves", lambda name, op: True)
+    fresh.setitem(backends._MEASURED, "patch_embed", ("cuda", "an H100"))
+    gpu = torch.device("cuda", 0)
+    assert backends.resolve("auto", gpu, torch.float16, "patch_embed") == "cuda"
+    assert backends.resolve("auto", gpu, torch.float16, "linear_residual") == "triton"
+    fresh.setattr(backends, "_resolved", {})
+    fresh.setattr(backends, "reason", lambda name: "absent" if name == "cuda" else None)
+    assert backends.resolve("auto", gpu, torch.float16, "patch_embed") == "triton"
+
+
+@pytest.mark.parametrize(
+    "built, capability, fits",
+    [
+        (["sm_80", "sm_90"], (9, 0), True),
+        (["sm_80"], (8, 6), True),
+        (["sm_86"], (8, 0), False),
+        (["sm_80"], (9, 0), False),
+        (["sm_90", "compute_90"], (12, 0), True),
+        (["sm_90a"], (9, 0), True),
+        (["compute_90a"], (10, 0), False),
+    ],
+)
+def test_architectures_that_a_gpu_can_run(
+    built: list[str], capability: tuple[int, int], fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    why = backends._not_built_for(built)
+    assert (why is None) == fits
+    if why is not None:
+        assert f"compute capability {capability[0]}.{capability[1]}" in why
+
+
+# How the extension is found, or not
+
+RECORD = {"torch": str(torch.__version__), "abi": sysconfig.get_config_var("SOABI"), "missing": None}
+
+
+@pytest.mark.parametrize(
+    "record, expected",
+    [
+        (None, "was not built; to build it, type"),
+        ("{", "cannot be read"),
+        (json.dumps(RECORD | {"torch": "2.9.0"}), f"was built against torch 2.9.0, this is {torch.__version__}"),
+        (json.dumps(RECORD | {"abi": "cpython-39"}), "was built for cpython-39, this Python is"),
+        (json.dumps(RECORD | {"missing": "no C++ compiler"}), "was not built: no C++ compiler"),
+        (json.dumps({}), "was built against torch None"),
+    ],
+)
+def test_an_extension_that_does_not_fit_is_not_loaded(
+    record: str | None, expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(backends, "__file__", str(tmp_path / "backends.py"))
+    monkeypatch.setattr(backends.importlib, "import_module", pytest.fail)
+    if record is not None:
+        (tmp_path / "_build.json").write_text(record)
+    extension, why = backends._load_extension()
+    assert extension is None
+    assert expected in why
+    assert "pip install --no-build-isolation ." in why
+
+
+def test_an_extension_that_fails_to_load_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def undefined_symbol(name: str) -> None:
+        raise ImportError(f"{name}: undefined symbol: _ZN2at")
+
+    monkeypatch.setattr(backends, "__file__", str(tmp_path / "backends.py"))
+    monkeypatch.setattr(backends.importlib, "import_module", undefined_symbol)
+    (tmp_path / "_build.json").write_text(json.dumps(RECORD))
+    extension, why = backends._load_extension()
+    assert extension is None
+    assert "cannot be loaded (crossvit_kernels._C: undefined symbol: _ZN2at)" in why
+
+
+def test_without_the_extension_auto_runs_on_the_reference_and_says_so_once(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setattr(backends, "_extension_missing", "it was not built")
+    given = EXAMPLES["self_attention"]()
+    with pytest.warns(RuntimeWarning, match="runs on its PyTorch reference: it was not built") as caught:
+        out = crossvit_kernels.self_attention(**given)
+    assert [warning.filename for warning in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        crossvit_kernels.layer_norm_linear(**EXAMPLES["layer_norm_linear"]())
+    assert torch.equal(out, crossvit_kernels.self_attention(**given, kernels="reference"))
+    with pytest.raises(RuntimeError, match="kernels='cpu' is not there: it was not built"):
+        crossvit_kernels.self_attention(**given, kernels="cpu")
+
+
+def test_the_package_imports_and_runs_where_the_extension_is_of_another_torch(tmp_path: Path) -> None:
+    """In a fresh interpreter, from a copy of the package whose record names another torch and whose _C is garbage."""
+    source = Path(crossvit_kernels.__file__).parent
+    copy = tmp_path / "crossvit_kernels"
+    for path in source.rglob("*.py"):
+        target = copy / path.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    (copy / "_build.json").write_text(json.dumps(RECORD | {"torch": "1.0"}))
+    (copy / f"_C.{RECORD['abi']}.so").write_bytes(b"not a library")
+    call = "k.self_attention(torch.ones(1, 2, 6), 1).shape"
+    code = f"import torch, crossvit_kernels as k; print({call}); k.backends.report()"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "CROSSVIT_KERNELS": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "torch.Size([1, 2, 2])" in done.stdout
+    assert "cpu: crossvit_kernels._C was built against torch 1.0" in done.stdout
+    assert done.stderr.count("RuntimeWarning") == 1
