@@ -15,15 +15,13 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from crossvit_kernels.nn import AttentionBlock, Block, LayerNormLinear
 
-from ..models.crossvit import CrossViT
-from ..models.fusion import AllAttentionFusion, CrossAttentionFusion, MultiScaleBlock
+from ..models.cross_attention_fusion import CrossAttentionFusion
+from ..models.fusion import AllAttentionFusion
 from ..models.single_branch import VisionTransformer
-
-Grid = tuple[int, int]
+from .parts import Grid, crossvit_of, pictures_of, plain_linear, stages_of
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class AttentionMap:
         """The weights of the patches as (B, H, rows, columns), one per branch in `reads`; with the weights of the CLS
         tokens they sum to 1.
         """
-        return _pictures(self.weights, self.grids)
+        return pictures_of(self.weights, self.grids)
 
 
 @torch.no_grad()
@@ -63,14 +61,14 @@ def attention_maps(model: nn.Module, images: Tensor) -> list[AttentionMap]:
     """
     if isinstance(model, VisionTransformer):
         grid = model.patch_embed.grid_size
-        found, x = [], model._embed(images)
+        found, x = [], model.embed_images(images)
         for k, block in enumerate(model.blocks):
             found.append(_self_map(cast(Block, block), x, k, 0, grid))
             x = block(x)
         return found
     found = []
-    tokens = _model(model)._embed(images)
-    for k, stage in enumerate(_stages(model)):
+    tokens = crossvit_of(model).embed_images(images)
+    for k, stage in enumerate(stages_of(model)):
         transformed = []
         for b, (x, blocks) in enumerate(zip(tokens, stage.blocks)):
             for block in cast(nn.Sequential, blocks):
@@ -79,7 +77,7 @@ def attention_maps(model: nn.Module, images: Tensor) -> list[AttentionMap]:
                 x = block(x)
             transformed.append(x)
         if isinstance(stage, CrossAttentionFusion):
-            found += _cross_maps(stage, transformed, k)
+            found += cross_maps(stage, transformed, k)
         elif isinstance(stage, AllAttentionFusion):
             found += _joint_maps(stage, transformed, k)
         tokens = stage.fuse(transformed, False)
@@ -107,14 +105,15 @@ def _self_map(block: AttentionBlock, x: Tensor, stage: int, branch: int, grid: G
     return AttentionMap("self", stage, branch, 0, (branch,), (grid,), _packed_cls_attention(block, x, 0))
 
 
-def _cross_maps(stage: CrossAttentionFusion, tokens: Sequence[Tensor], k: int) -> list[AttentionMap]:
+def cross_maps(stage: CrossAttentionFusion, tokens: Sequence[Tensor], k: int) -> list[AttentionMap]:
+    """The maps of stage `k`, a cross-attention, of tokens (B, 1 + N_b, D_b) behind the branches' own blocks."""
     found = []
     for b, x in enumerate(tokens):
         other = (b + 1) % len(tokens)
         patches = tokens[other][:, 1:]
         y = stage.projs[b](x[:, 0])
         for layer, block in enumerate(stage.layers(b)):
-            q, key = _linear(block.attn.wq), _linear(block.attn.wk)
+            q, key = plain_linear(block.attn.wq), plain_linear(block.attn.wk)
             weights = cls_attention(y, patches, block.norm1, (q.weight, q.bias), key.weight, block.attn.num_heads)
             found.append(AttentionMap("cross", k, b, layer, (other,), (stage.grids[other],), weights))
             if layer < len(stage.layers(b)) - 1:
@@ -134,35 +133,9 @@ def _joint_maps(stage: AllAttentionFusion, tokens: Sequence[Tensor], k: int) -> 
 
 def _packed_cls_attention(block: AttentionBlock, x: Tensor, index: int) -> Tensor:
     """(B, H, N): the attention of token `index` in a block of self-attention over x (B, N, D)."""
-    qkv, width = _linear(block.attn.qkv), x.shape[-1]
+    qkv, width = plain_linear(block.attn.qkv), x.shape[-1]
     q = qkv.weight[:width], None if qkv.bias is None else qkv.bias[:width]
     rest = torch.cat((x[:, :index], x[:, index + 1 :]), dim=1)
     weights = cls_attention(x[:, index], rest, block.norm1, q, qkv.weight[width : 2 * width], block.attn.num_heads)
     # The token asked for stands first: back to its place.
     return torch.cat((weights[..., 1 : index + 1], weights[..., :1], weights[..., index + 1 :]), dim=-1)
-
-
-def _pictures(weights: Tensor, grids: Sequence[Grid]) -> list[Tensor]:
-    parts = weights.split([1 + rows * columns for rows, columns in grids], dim=-1)
-    return [part[..., 1:].unflatten(-1, grid) for part, grid in zip(parts, grids)]
-
-
-def _linear(module: nn.Module) -> nn.Linear:
-    """`module` itself, whose weight is what it multiplies by: an nn.Linear, parametrised or not, but no subclass of it,
-    which may do something else with that weight."""
-    cls = type(module)
-    if parametrize.is_parametrized(module):
-        cls = parametrize.type_before_parametrizations(module)
-    if cls is not nn.Linear:
-        raise TypeError(f"attention maps need nn.Linear as an attention's projection, got {cls.__name__}")
-    return cast(nn.Linear, module)
-
-
-def _model(model: nn.Module) -> CrossViT:
-    if not isinstance(model, CrossViT):
-        raise TypeError(f"model must be one of crossvit.create_model's, got a {type(model).__name__}")
-    return model
-
-
-def _stages(model: nn.Module) -> list[MultiScaleBlock]:
-    return [cast(MultiScaleBlock, stage) for stage in _model(model).blocks]

@@ -19,16 +19,12 @@ from torch import Tensor, nn
 
 from crossvit_kernels.nn import AttentionBlock
 
-from ..models.fusion import (
-    AllAttentionFusion,
-    ClassTokenFusion,
-    CrossAttentionFusion,
-    MultiScaleBlock,
-    PairwiseFusion,
-    _resize,
-)
+from ..models.cross_attention_fusion import CrossAttentionFusion
+from ..models.fusion import AllAttentionFusion, ClassTokenFusion, PairwiseFusion
 from ..models.single_branch import VisionTransformer
-from .maps import Grid, _cross_maps, _linear, _model, _pictures, _stages
+from ..models.stage import MultiScaleBlock, resize_tokens
+from .maps import cross_maps
+from .parts import Grid, crossvit_of, pictures_of, plain_linear, stages_of
 
 
 @torch.no_grad()
@@ -42,16 +38,16 @@ def attention_rollout(model: nn.Module, images: Tensor) -> list[list[Tensor]]:
     """
     if isinstance(model, VisionTransformer):
         grids: list[Grid] = [model.patch_embed.grid_size]
-        x = model._embed(images)
+        x = model.embed_images(images)
         shares = _identities([x])
         for block in model.blocks:
             shares = [_attend(shares[0], cast(AttentionBlock, block), x)]
             x = block(x)
     else:
-        grids = list(_stages(model)[0].grids)
-        tokens = _model(model)._embed(images)
+        grids = list(stages_of(model)[0].grids)
+        tokens = crossvit_of(model).embed_images(images)
         shares = _identities(tokens)
-        for stage in _stages(model):
+        for stage in stages_of(model):
             transformed = []
             for b, (x, blocks) in enumerate(zip(tokens, stage.blocks)):
                 for block in cast(nn.Sequential, blocks):
@@ -62,7 +58,7 @@ def attention_rollout(model: nn.Module, images: Tensor) -> list[list[Tensor]]:
             tokens = stage.fuse(transformed, False)
     averaged = cast(str, model.global_pool) == "avg"
     pooled = [share[:, 1:].mean(dim=1) if averaged else share[:, 0] for share in shares]
-    return [_pictures(share, grids) for share in pooled]
+    return [pictures_of(share, grids) for share in pooled]
 
 
 def _identities(tokens: Sequence[Tensor]) -> list[Tensor]:
@@ -74,7 +70,7 @@ def _identities(tokens: Sequence[Tensor]) -> list[Tensor]:
 
 def _attend(share: Tensor, block: AttentionBlock, x: Tensor) -> Tensor:
     """`share` (B, N, T) behind the attention of `block` over x (B, N, D)."""
-    qkv = F.linear(block.norm1(x), _linear(block.attn.qkv).weight, _linear(block.attn.qkv).bias).float()
+    qkv = F.linear(block.norm1(x), plain_linear(block.attn.qkv).weight, plain_linear(block.attn.qkv).bias).float()
     q, k, _ = qkv.unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, N, d)
     read = torch.zeros_like(share)
     for h in range(block.attn.num_heads):  # one at a time: (B, H, N, N) is large
@@ -85,7 +81,7 @@ def _attend(share: Tensor, block: AttentionBlock, x: Tensor) -> Tensor:
 def _fuse(stage: MultiScaleBlock, shares: list[Tensor], tokens: list[Tensor]) -> list[Tensor]:
     if isinstance(stage, CrossAttentionFusion):
         cls = [share[:, :1] for share in shares]
-        for found in _cross_maps(stage, tokens, 0):
+        for found in cross_maps(stage, tokens, 0):
             p = found.weights.mean(dim=1)[:, None]  # (B, 1, 1 + N) of the mean head
             own, patches = cls[found.branch], shares[found.reads[0]][:, 1:]
             cls[found.branch] = (own + p[..., :1] * own + p[..., 1:] @ patches) / 2
@@ -98,7 +94,9 @@ def _fuse(stage: MultiScaleBlock, shares: list[Tensor], tokens: list[Tensor]) ->
         mean = torch.stack([share[:, :1] for share in shares]).mean(dim=0)
         rest = [share[:, 1:] for share in shares]
         if isinstance(stage, PairwiseFusion):
-            resized = [[_resize(own, theirs, grid) for own, theirs in zip(rest, stage.grids)] for grid in stage.grids]
+            resized = [
+                [resize_tokens(own, theirs, grid) for own, theirs in zip(rest, stage.grids)] for grid in stage.grids
+            ]
             rest = [torch.stack(every).mean(dim=0) for every in resized]
         return [torch.cat((mean, own), dim=1) for own in rest]
     return shares

@@ -12,9 +12,10 @@ from crossvit_kernels import backends
 from ..factory import list_models
 from ..system.failures import of_the_command_line
 from ..system.text import print_line, printable, to_json
-from ..weights.checkpoint_file import describe, read_contents
+from ..weights.checkpoint_file import read_contents
 from ..weights.identify import identify
 from ..weights.notes import read_notes
+from ..weights.wording import describe
 from .commands import FAILURES, Loaded, ModelError, add_class_argument, add_model_arguments, load
 
 _NAMES = 5  # classes that are spelled out

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from crossvit_kernels.nn import PatchEmbed
 
+from .branch_images import branch_size, centre_crop
 from .checks import block_weights, check_branches, check_depth, check_flags, check_sizes
 from .classifier import INITIAL_DEVIATION, Classifier, drop_path_rates
 from .describe import (
@@ -22,14 +23,6 @@ from .describe import (
 from .fusion import FUSIONS, MultiScaleBlock
 from .intermediates import Indices, check_format, describe_features, formatted, take_indices
 from .stem import conv_stem
-
-
-def branch_size(image_size: tuple[int, int], scale: float, patch_size: int) -> tuple[int, int]:
-    """(height, width) of a branch's image: the input's times `scale`, each rounded to the nearest multiple of
-    `patch_size`.
-    """
-    height, width = (max(1, round(side * scale / patch_size)) * patch_size for side in image_size)
-    return height, width
 
 
 class CrossViT(Classifier):
@@ -183,18 +176,18 @@ class CrossViT(Classifier):
             grids[f"pos_embed_{b}"] = (height // patch, width // patch)
         return grids
 
-    def _embed(self, images: Tensor) -> list[Tensor]:
+    def embed_images(self, images: Tensor) -> list[Tensor]:
         self.check_images(images)
         tokens = []
         for b, embed in enumerate(self.patch_embed):
-            x = _centre(images, self.image_size, cast(PatchEmbed, embed).image_size) if self.crop_scale else images
+            x = centre_crop(images, self.image_size, cast(PatchEmbed, embed).image_size) if self.crop_scale else images
             # By keyword: torch's module tracker, which the FLOP counter uses, hooks the gradient of positional ones.
             x = embed(x, cls_token=getattr(self, f"cls_token_{b}"), pos_embed=getattr(self, f"pos_embed_{b}"))
             tokens.append(F.dropout(x, self.pos_drop_rate, self.training))
         return tokens
 
     def _stages(self, images: Tensor, cls_only: bool = False) -> list[Tensor]:
-        tokens = self._embed(images)
+        tokens = self.embed_images(images)
         last = len(self.blocks) - 1
         for k, stage in enumerate(self.blocks):
             tokens = stage(tokens, cls_only and k == last)
@@ -261,7 +254,7 @@ class CrossViT(Classifier):
         taken = set(take_indices(indices, self.num_branches * stages))
         run = 1 + max(i % stages for i in taken) if stop_early else stages
         found: dict[int, Tensor] = {}
-        tokens = self._embed(images)
+        tokens = self.embed_images(images)
         for k in range(run):
             tokens = self.blocks[k](tokens)
             for b, (embed, branch_norm, x) in enumerate(zip(self.patch_embed, self.norm, tokens)):
@@ -297,14 +290,3 @@ class CrossViT(Classifier):
         parts.append(Part("norms and heads", count_parameters(self.norm, self.head), head))
         size = "×".join(map(str, self.image_size))
         return Description(f"{self.variant or 'CrossViT'}, image {size}, {self.num_classes} classes", tuple(parts))
-
-
-def _centre(images: Tensor, image_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """The centre, of this size, of images (B, C, *image_size), as timm's `crop_scale` cuts it; smaller images come back
-    whole.
-    """
-    (height, width), (h, w) = image_size, size
-    if h > height or w > width:
-        return images
-    top, left = round((height - h) / 2), round((width - w) / 2)
-    return images[:, :, top : top + h, left : left + w]

@@ -11,9 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from crossvit_kernels.nn import Block, PatchEmbed
 
+from .branch_images import branch_size
 from .checks import block_weights, check_blocks, check_flags, check_integer, check_number, check_sizes, shown
 from .classifier import INITIAL_DEVIATION, Classifier, drop_path_rates
-from .crossvit import branch_size
 from .describe import (
     Description,
     Part,
@@ -127,7 +127,7 @@ class VisionTransformer(Classifier):
         height, width = branch_size(image_size or self.image_size, 1.0, patch)
         return {"pos_embed": (height // patch, width // patch)}
 
-    def _embed(self, images: Tensor) -> Tensor:
+    def embed_images(self, images: Tensor) -> Tensor:
         self.check_images(images)
         # By keyword: torch's module tracker, which the FLOP counter uses, hooks the gradient of positional ones.
         tokens = self.patch_embed(images, cls_token=self.cls_token, pos_embed=self.pos_embed)
@@ -139,7 +139,7 @@ class VisionTransformer(Classifier):
         return cast(Tensor, block(x))
 
     def _tokens(self, images: Tensor) -> Tensor:
-        x = self._embed(images)
+        x = self.embed_images(images)
         for block in self.blocks:
             x = self._block(block, x)
         return x
@@ -178,7 +178,7 @@ class VisionTransformer(Classifier):
         check_format(output_fmt)
         taken = set(take_indices(indices, len(self.blocks)))
         intermediates = []
-        x = self._embed(images)
+        x = self.embed_images(images)
         for k in range(1 + max(taken) if stop_early else len(self.blocks)):
             x = self._block(self.blocks[k], x)
             if k in taken:

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from crossvit_kernels.nn import Block
 
 from ..models.classifier import Classifier
-from ..models.fusion import MultiScaleBlock
+from ..models.stage import MultiScaleBlock
 
 STRATEGIES = ("auto", "ddp", "fsdp")
 

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from ..models.classifier import Classifier, to_size
 from ..system.files import patient_file, replacing
-from .checkpoint_file import read_checkpoint, some
+from .checkpoint_file import read_checkpoint
 from .fitting import check, fit_channels, fit_head, fit_positions, fit_ties, noted_grids, other_settings
 from .identify import identify
 from .notes import notes, read_notes
+from .wording import some
 
 LAYOUTS = ("timm", "authors")
 

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from .notes import NOTES
+from .wording import kind, some, tensors_of
 
 # Where a training checkpoint has its weights, the first that is there. Averaged ones come before those they are the
 # averages of, as in timm's own loader; "ema" is this package's, "module" DeepSpeed's.
 AVERAGED = ("state_dict_ema", "model_ema", "ema")
 RAW = ("state_dict", "model", "module")
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
-_LISTED = 16  # names that an error spells out
 # What DistributedDataParallel, torch.compile, FSDP, activation checkpointing and Lightning's strategies put before the
 # names of the module that they wrap, wherever in a model it is.
 _WRAPPERS = re.compile(
@@ -128,42 +128,6 @@ def reason(error: Exception) -> str:
     return re.split(r"\n|(?<=\w)\. (?=[A-Z])", text)[0][:300] or type(error).__name__
 
 
-def describe(value: object) -> str:
-    """In a few words what an entry of a checkpoint is."""
-    if isinstance(value, argparse.Namespace):
-        return f"{_count(len(vars(value)), 'argument')} of a command line"
-    if isinstance(value, Tensor):
-        return (
-            f"a tensor of {str(value.dtype).removeprefix('torch.')}, {'×'.join(map(str, value.shape)) or 'one value'}"
-        )
-    if isinstance(value, Mapping | list | tuple):
-        tensors = list(_tensors(value))
-        if tensors:
-            return f"{_count(len(tensors), 'tensor')}, {_count(sum(tensor.numel() for tensor in tensors), 'number')}"
-        if isinstance(value, Mapping) and 0 < len(value) <= 6 and all(_plain(entry) for entry in value.values()):
-            return ", ".join(f"{name} {describe(entry)}" for name, entry in value.items())
-        return _count(len(value), "entry")
-    text = f"{value:.6g}" if isinstance(value, float) else f"{value}"
-    return " ".join((text if len(text) <= 80 else f"{text[:79]}…").split())
-
-
-def kind(value: object) -> str:
-    """What a value is that was expected to be something else."""
-    if not isinstance(value, Tensor):
-        return f"a {type(value).__name__}"
-    traits = [f"of {value.dtype}"]
-    if value.layout != torch.strided:
-        traits.append(f"in layout {value.layout}")
-    if value.is_meta:
-        traits.append("without values")
-    return f"a tensor {', '.join(traits)}"
-
-
-def some(items: list[str]) -> str:
-    """The first of them."""
-    return ", ".join(items[:_LISTED]) + (f", … ({len(items) - _LISTED} more)" if len(items) > _LISTED else "")
-
-
 def _locate(path: str | PathLike[str]) -> Path:
     file = Path(path)
     if file.is_file():
@@ -236,7 +200,7 @@ def _notes(content: Mapping[Any, Any]) -> dict[str, str]:
     for key in NOTES:
         if isinstance(content.get(key), str):
             found[key] = content[key]
-        elif content.get(key) is not None and not any(True for _ in _tensors(content[key])):
+        elif content.get(key) is not None and not any(True for _ in tensors_of(content[key])):
             found[key] = json.dumps(content[key], default=str)
     return found
 
@@ -280,23 +244,3 @@ def _refused(file: Path, message: str) -> list[str]:
         return sorted({name, *torch.serialization.get_unsafe_globals_in_checkpoint(file)})
     except Exception:  # a file of torch's older kind tells the first one alone
         return [name]
-
-
-def _tensors(value: object) -> Iterable[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for entry in value.values():
-            yield from _tensors(entry)
-    elif isinstance(value, list | tuple):
-        for entry in value:
-            yield from _tensors(entry)
-
-
-def _plain(value: object) -> bool:
-    return value is None or isinstance(value, bool | int | float | str)
-
-
-def _count(number: int, what: str) -> str:
-    plural = what if number == 1 else what.removesuffix("y") + ("ies" if what.endswith("y") else "s")
-    return f"{number:,} {plural}"

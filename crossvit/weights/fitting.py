@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.branch_images import branch_size
 from ..models.classifier import Classifier
-from ..models.crossvit import branch_size
 from ..models.positions import resample_positions
-from .checkpoint_file import kind, some
 from .notes import hidden_settings, whole_arguments
+from .wording import kind, some
 
 _log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..models.crossvit import branch_size
+from ..models.branch_images import branch_size
 from ..models.variants import VARIANTS, Variant
 
 

@@ -16,7 +16,7 @@ from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from crossvit.models.fusion import CrossAttentionFusion
+from crossvit.models.cross_attention_fusion import CrossAttentionFusion
 from crossvit_kernels import accelerate, restore
 from crossvit_kernels.nn import Block, PatchEmbed
 from weights import perturb

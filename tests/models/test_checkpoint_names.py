@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import crossvit
 from commands import SMALL, command, small_model
 from crossvit.weights.checkpoint import read_checkpoint
-from crossvit.weights.checkpoint_file import describe, read_contents
+from crossvit.weights.checkpoint_file import read_contents
+from crossvit.weights.wording import describe
 
 NAME = "crossvit_tiny_240"
 

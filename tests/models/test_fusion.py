@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import crossvit
-from crossvit.models.fusion import FUSIONS, MultiScaleBlock
+from crossvit.models.fusion import FUSIONS
+from crossvit.models.stage import MultiScaleBlock
 from weights import CPU_BACKENDS, perturb, relative
 
 GRIDS = ((4, 5), (2, 3))

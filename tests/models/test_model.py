@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import crossvit
 from benchmarks.photographs import photographs
-from crossvit.models.crossvit import branch_size
+from crossvit.models.branch_images import branch_size
 from crossvit.models.variants import ALIASES
 from crossvit_kernels import backends
 from crossvit_kernels.nn import KernelModule
