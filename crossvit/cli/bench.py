@@ -1,15 +1,17 @@
 """`crossvit bench`: images per second of a model with the kernels and without, in turns in one process."""
 
 import argparse
-import importlib
 import math
 import statistics
-import time
+import subprocess
+import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
 from ..system.failures import CommandError
 from ..system.files import write_text
@@ -30,13 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--peers",
         metavar="NAMES",
         help="compare with others too (timm-eager, onnxruntime, …): hands --model, --batch, --dtype, --kernels, "
-        "--device and --json on to benchmarks.throughput, which is in the repository, not in the installed package",
+        "--device and --json on to python -m benchmarks.throughput, which is in the repository, not in the installed package",
     )
     add_model_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """0; with --peers, what benchmarks.throughput returns."""
+    """0; with --peers, the exit status of benchmarks.throughput."""
     if options.rounds < 1:
         raise CommandError(f"--rounds must be at least 1, got {options.rounds}")
     check_writable("--json", options.json)
@@ -70,7 +72,7 @@ def _compare(loaded: Loaded, batch: int, options: argparse.Namespace) -> list[di
                 raise CommandError(f"kernels={name}: its outputs are {off:.2g} of the largest off the reference's")
         for _ in progress(range(options.rounds), total=options.rounds, unit="round"):
             for name in names:
-                seconds[name].append(_time(_on(loaded, name, images), loaded.device))
+                seconds[name].append(_time(_on(loaded, name, images)))
     base = statistics.median(seconds["reference"])
     print_line(f"{model.variant}, batch {batch}, {options.dtype}, {loaded.device}, {torch.get_num_threads()} threads")
     for name, own in seconds.items():
@@ -98,23 +100,10 @@ def _on(loaded: Loaded, kernels: str, images: Tensor) -> Callable[[], Tensor]:
     return lambda: loaded.model(images)
 
 
-def _time(call: Callable[[], Tensor], device: torch.device) -> float:
-    """Seconds per call, over as many as fill a turn, after one that is not counted."""
-    call()
-    _finish(device)
-    calls, began = 0, time.perf_counter()
-    while True:
-        call()
-        calls += 1
-        _finish(device)
-        passed = time.perf_counter() - began
-        if passed >= TURN_SECONDS:
-            return passed / calls
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _time(call: Callable[[], Tensor]) -> float:
+    """Seconds per call, over as many as fill a turn, after some that are not counted."""
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=TURN_SECONDS).median
 
 
 def _with_peers(options: argparse.Namespace) -> int:
@@ -123,17 +112,19 @@ def _with_peers(options: argparse.Namespace) -> int:
             "--peers times timm's models by name: expected --model NAME, and no --checkpoint, --set or --image-size"
         )
     try:
-        throughput = importlib.import_module("benchmarks.throughput")
-    except ImportError as error:
+        found = find_spec("benchmarks.throughput") is not None
+    except (ImportError, ValueError):
+        found = False
+    if not found:
         raise CommandError(
-            f"--peers needs the repository's benchmarks and what they compare with, and {error}: run it in the "
-            "repository, with pip install crossvit-kernels[bench]; without --peers nothing more is needed"
-        ) from error
+            "--peers needs the repository's benchmarks: run it in the repository, with pip install "
+            "crossvit-kernels[bench]; without --peers nothing more is needed"
+        )
     handed = ["--model", options.model, "--batch", ",".join(map(str, options.batch)), "--dtype", options.dtype]
     handed += ["--kernels", ",".join(dict.fromkeys(("reference", options.kernels))), "--peers", options.peers]
     handed += ["--rounds", str(options.rounds)] + ["--json", options.json] * bool(options.json)
     handed += ["--device", options.device] * bool(options.device)
-    return int(throughput.main(handed))
+    return subprocess.call([sys.executable, "-m", "benchmarks.throughput", *handed])
 
 
 def _counts(text: str) -> list[int]:

@@ -190,11 +190,12 @@ def test_bench(tmp_path: Path) -> None:
 def test_bench_hands_on_to_the_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
     throughput = pytest.importorskip("benchmarks.throughput")
     handed: list[list[str]] = []
-    monkeypatch.setattr(throughput, "main", lambda arguments: handed.append(arguments) or 3)
+    monkeypatch.setattr("crossvit.cli.bench.subprocess.call", lambda words: handed.append(words) or 3)
     done = command("bench", "--model", "crossvit_9_240", "--peers", "timm-eager", "--batch", "4", "--device", "cpu")
     assert done.status == 3
-    assert throughput._parse(handed[0]).batch == [4]
-    assert throughput._parse(handed[0]).peers == ["timm-eager"]
+    assert handed[0][:3] == [sys.executable, "-m", "benchmarks.throughput"]
+    assert throughput._parse(handed[0][3:]).batch == [4]
+    assert throughput._parse(handed[0][3:]).peers == ["timm-eager"]
     monkeypatch.setitem(sys.modules, "benchmarks.throughput", None)
     done = command("bench", "--model", "crossvit_9_240", "--peers", "timm-eager")
     assert done.status == 2
