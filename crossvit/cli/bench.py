@@ -32,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--peers",
         metavar="NAMES",
         help="compare with others too (timm-eager, onnxruntime, …): hands --model, --batch, --dtype, --kernels, "
-        "--device and --json on to python -m benchmarks.throughput, which is in the repository, not in the installed package",
+        "--device and --json on to python -m benchmarks.throughput, which is in the repository and not in the "
+        "installed package",
     )
     add_model_arguments(parser)
 
