@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import GPU
 from torch import Tensor, nn
 
 import crossvit
 import crossvit_kernels
+from available import GPU
 from crossvit_kernels import backends, graphed, layer_norm_mlp, triton
 from inputs import EXAMPLES, Random
 

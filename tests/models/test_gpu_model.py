@@ -6,11 +6,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GPU
 from torch import Tensor
 
 import crossvit
 import crossvit_kernels
+from available import GPU
 from benchmarks.photographs import photographs
 from crossvit_kernels import backends
 from weights import our_model, relative

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import NATIVE
 from test_registration import dispatcher_inputs
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import crossvit_kernels
+from available import NATIVE
 from crossvit_kernels.ops._registry import OPS
 from inputs import DIFFERENTIABLE, EXAMPLES, Random
 from numerics import AUTOCAST, DEVICES, FLOAT32, Precision

@@ -50,6 +50,7 @@ def test_few_tokens(backend: str, shape: tuple[int, int, int, int], seed: int) -
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.one_in(2)
 def test_kinds_of_tokens(backend: str, precision: Precision, kind: str, bias: bool, rng: Random) -> None:
     given = inputs.cls_cross_attention(rng, 3, 48, 96, 3, kind=kind, bias=bias)
     check(cls_cross_attention, given, precision, backend, zero=ZERO)
@@ -104,6 +105,7 @@ def test_the_reference_is_the_authors_module(rng: Random) -> None:
 @pytest.mark.parametrize("where", ["patches", "cls", "q_weight", "k_weight", "v_weight"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+@pytest.mark.one_in(2)
 def test_nonfinite_values_come_out_where_the_reference_has_them(
     backend: str, precision: Precision, where: str, value: float, rng: Random
 ) -> None:

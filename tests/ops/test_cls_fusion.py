@@ -32,6 +32,7 @@ def test_shapes(backend: str, precision: Precision, shape: tuple[int, int, int, 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.one_in(2)
 def test_kinds_of_tokens(backend: str, precision: Precision, kind: str, bias: bool, rng: Random) -> None:
     given = inputs.cls_fusion(rng, 3, 48, 64, 96, 3, kind=kind, bias=bias)
     check(cls_fusion, given, precision, backend, gradients=False)

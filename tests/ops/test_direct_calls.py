@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import NATIVE
 from test_registration import backward_arguments, dispatcher_inputs, forward
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import crossvit_kernels
+from available import NATIVE
 from crossvit_kernels.ops._registry import OPS
 from inputs import DIFFERENTIABLE, EXAMPLES, arrange
 from numerics import DEVICES, place

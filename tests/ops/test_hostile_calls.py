@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GPU, NATIVE
 
 import crossvit_kernels
 import hostile_calls
+from available import GPU, NATIVE
 
 CALLS = int(os.environ.get("CROSSVIT_HOSTILE_CALLS", "60"))  # of each op
 BACKENDS = [name for name in ("cpu", "cuda") if name in NATIVE and not (name == "cuda" and GPU)]

@@ -47,6 +47,7 @@ def test_largest_tiles(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("pre_activation", [None, "gelu"])
 @pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.one_in(2)
 def test_activations_and_kinds_of_tokens(
     backend: str, precision: Precision, kind: str, pre_activation: str | None, activation: str | None, rng: Random
 ) -> None:
@@ -83,6 +84,7 @@ def test_constant_tokens_are_exact(backend: str, rng: Random) -> None:
     "where, value", [("x", torch.nan), ("x", torch.inf), ("weight", torch.nan), ("weight", -torch.inf)]
 )
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+@pytest.mark.one_in(2)
 def test_nonfinite_values_come_out_where_the_reference_has_them(
     backend: str, precision: Precision, where: str, value: float, rng: Random
 ) -> None:

@@ -33,6 +33,7 @@ def test_shapes(backend: str, precision: Precision, shape: tuple[int, ...], hidd
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scale", [None, "sample", "channel"])
+@pytest.mark.one_in(3)
 def test_scale_and_kinds_of_tokens(
     backend: str, precision: Precision, kind: str, scale: str | None, rng: Random
 ) -> None:
@@ -70,6 +71,7 @@ def test_without_biases_and_with_another_eps(backend: str, precision: Precision,
 @pytest.mark.parametrize("where", ["x", "w1", "w2", "b1"])
 @pytest.mark.parametrize("value", [torch.nan, -torch.inf])
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+@pytest.mark.one_in(2)
 def test_nonfinite_values_come_out_where_the_reference_has_them(
     backend: str, precision: Precision, where: str, value: float, rng: Random
 ) -> None:

@@ -80,6 +80,7 @@ def test_the_result_has_the_dtype_to_which_the_terms_promote(
 @pytest.mark.parametrize("where", ["x", "weight", "residual", "bias"])
 @pytest.mark.parametrize("value", [torch.nan, -torch.inf])
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+@pytest.mark.one_in(2)
 def test_nonfinite_values_come_out_where_the_reference_has_them(
     backend: str, precision: Precision, where: str, value: float, rng: Random
 ) -> None:

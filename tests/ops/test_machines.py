@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import NATIVE
 
 import machines
+from available import NATIVE
 from crossvit_kernels import backends
 from machines import Outcome, Setting
 

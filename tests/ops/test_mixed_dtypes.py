@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import NATIVE, computes
 from torch import Tensor, nn
 
 import crossvit_kernels
 import inputs
 import random_calls
+from available import NATIVE, computes
 from draws import WIDE, Draw
 from inputs import DIFFERENTIABLE, EXAMPLES, Random
 from numerics import BFLOAT16, DEVICES, FLOAT16, place

@@ -88,6 +88,7 @@ def test_other_channel_counts_without_bias(backend: str, precision: Precision, c
 @pytest.mark.parametrize("value", [torch.nan, -torch.inf])
 @pytest.mark.parametrize("image_size", [None, (24, 40)])
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+@pytest.mark.one_in(2)
 def test_nonfinite_values_come_out_where_the_reference_has_them(
     backend: str, precision: Precision, image_size: tuple[int, int] | None, where: str, value: float, rng: Random
 ) -> None:

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import computes, interpreted
 from torch import Tensor
 
 import crossvit_kernels
 import inputs
+from available import computes, interpreted
 from inputs import KINDS, LAYOUTS, Random
 from numerics import PRECISIONS, check
 

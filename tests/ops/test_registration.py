@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import NATIVE, interpreted
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import crossvit_kernels
 import inputs
+from available import NATIVE, interpreted
 from crossvit_kernels import backends
 from crossvit_kernels.ops._registry import OPS, Op
 from inputs import DIFFERENTIABLE, EXAMPLES, Random
@@ -107,6 +107,7 @@ def forward(op: Op, values: list[Any], kernels: str) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("kernels", ALL)
 @pytest.mark.parametrize("permuted", [False, True])
 @pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.one_in(2)
 def test_opcheck(name: str, kernels: str, permuted: bool) -> None:
     op, values = OPS[name], dispatcher_inputs(name, permuted=permuted, device=DEVICES.get(kernels, "cpu"))
     if op.save is None:
@@ -227,6 +228,7 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(name: str, dtype: torch
             assert torch.equal(value, other[key]), key
 
 
+@pytest.mark.compiled_only
 def test_calls_from_several_threads_do_not_meet(backend: str) -> None:
     """Models that serve from several Python threads: every call works in memory of its own."""
     calls = [inputs.layer_norm_mlp(Random(i), 2, 40 + 7 * i, 96, hidden=200) for i in range(8)]
@@ -322,6 +324,7 @@ def test_function_transforms_and_forward_mode_run_on_the_reference(backend: str,
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.one_in(2)
 def test_compile_of_the_whole_graph(backend: str, name: str, dynamic: bool) -> None:
     """Forward and backward are traced without a break and give what the eager op gives, for several batch sizes."""
     torch._dynamo.reset()
@@ -346,6 +349,7 @@ def test_compile_of_the_whole_graph(backend: str, name: str, dynamic: bool) -> N
 
 
 @torch._inductor.config.patch(force_disable_caches=True)
+@pytest.mark.not_interpreted
 def test_compile_with_inductor_and_a_dynamic_batch(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The attention half of a block, forward and backward, compiled by inductor once for all batch sizes."""
     monkeypatch.setenv("CI", "true")  # there inductor checks what it falls back to

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import NATIVE
 
 import crossvit_kernels
 import inputs
+from available import NATIVE
 from inputs import Random
 
 ROWS, WIDTH, OUT = 100, 96, 72

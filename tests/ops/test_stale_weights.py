@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import NATIVE
 from torch import Tensor, nn
 
 import crossvit_kernels
+from available import NATIVE
 from inputs import EXAMPLES, Random
 from numerics import DEVICES
 
@@ -131,6 +131,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", WEIGHTS)
 @pytest.mark.parametrize("kernels", [name for name in NATIVE if DEVICES[name] == "cpu"])
+@pytest.mark.one_in(6)
 def test_the_weights_of_now_are_used(kernels: str, name: str, change: str, training: bool) -> None:
     layer = Layer(name).train(training)
     with torch.no_grad():

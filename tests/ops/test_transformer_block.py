@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import NATIVE
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import crossvit_kernels
+from available import NATIVE
 from crossvit_kernels import blocks
 from crossvit_kernels.nn import Block
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NATIVE
 
 import crossvit_kernels
+from available import NATIVE
 from crossvit_kernels import backends
 from inputs import EXAMPLES
 
