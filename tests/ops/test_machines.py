@@ -49,7 +49,7 @@ def test_what_fails_is_counted_and_shown(
 def test_what_a_machine_lacks_is_skipped_with_the_reason(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(machines, "QUICK", [Setting("another CPU", lacking=machines.without_set("sse9"))])
+    monkeypatch.setattr(machines, "QUICK", [Setting("another CPU", lacking=machines.not_set("sse9"))])
     assert machines.main(["--quick"]) == 0
     assert re.search(r"another CPU +skipped: .*'sse9' was not compiled in", capsys.readouterr().out)
 
@@ -59,7 +59,7 @@ def test_kernels_for_a_gpu_run_without_one() -> None:
     environment = {n: v for n, v in os.environ.items() if n not in ("TRITON_INTERPRET", "CROSSVIT_KERNELS_EMULATE")}
     code = "import machines as m; print([s.lacking() for s in m.SETTINGS if s.name.endswith('kernels')])"
     command = [sys.executable, "-c", code]
-    path = os.pathsep.join([str(machines.HERE), str(machines.HERE.parent)])
+    path = os.pathsep.join([str(Path(machines.__file__).parent), str(machines.ROOT)])
     done = subprocess.run(command, env=environment | {"PYTHONPATH": path}, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(
         [None if name in NATIVE else backends.reason(name) for name in ("cuda", "triton")]

@@ -3,8 +3,8 @@
     python tests/support/machines.py --seeds 20
 
 ATen, oneDNN and MKL choose other code, the C++ kernels another instruction set, OpenMP another number of threads. Each
-setting is a process of pytest; what this CPU lacks is skipped, with the reason. Ctrl-C ends it with what is known by
-then.
+setting is a process of pytest; what this CPU lacks, or runs anyway, is skipped, with the reason. Ctrl-C ends it with
+what is known by then.
 """
 
 import argparse
@@ -62,19 +62,37 @@ class Outcome:
     ratios: list[tuple[str, str, str, str, str, float]]
 
 
+SAME = 'the same here as "as it is"'
+
+
 def without_avx2() -> str | None:
+    """Why the CPU cannot run AVX2."""
     return None if torch.cpu._is_avx2_supported() else "this CPU has no AVX2"
 
 
-def without_avx512() -> str | None:
-    return None if torch.cpu._is_avx512_supported() else "this CPU has no AVX-512"
+def not_avx2() -> str | None:
+    """Why there is no run with AVX2 at most: the CPU lacks it, or has nothing beyond it."""
+    if (why := without_avx2()) is not None:
+        return why
+    return None if torch.cpu._is_avx512_supported() else SAME
 
 
-def without_set(name: str) -> Callable[[], str | None]:
+def not_avx512() -> str | None:
+    """Why there is no run with AVX-512: the CPU lacks it, or it is taken without being asked for."""
+    if not torch.cpu._is_avx512_supported():
+        return "this CPU has no AVX-512"
+    return SAME if torch.backends.cpu.get_cpu_capability() == "AVX512" else None
+
+
+def not_set(name: str) -> Callable[[], str | None]:
+    """Why there is no run with this instruction set of the kernels: it is not to be had, or is taken anyway."""
+
     def lacking() -> str | None:
         from crossvit_kernels import _C
 
         before = _C.cpu_instruction_set()
+        if before == name:
+            return SAME
         try:
             _C.set_instruction_set(name)
         except ValueError as error:
@@ -92,16 +110,17 @@ def without(backend: str) -> Callable[[], str | None]:
 SETTINGS = [
     Setting("as it is"),
     Setting("ATEN_CPU_CAPABILITY=default", {"ATEN_CPU_CAPABILITY": "default"}),
-    Setting("ATEN_CPU_CAPABILITY=avx2", {"ATEN_CPU_CAPABILITY": "avx2"}, lacking=without_avx2),
-    Setting("ATEN_CPU_CAPABILITY=avx512", {"ATEN_CPU_CAPABILITY": "avx512"}, lacking=without_avx512),
-    Setting("ONEDNN_MAX_CPU_ISA=AVX2", {"ONEDNN_MAX_CPU_ISA": "AVX2"}, lacking=without_avx2),
+    Setting("ATEN_CPU_CAPABILITY=avx2", {"ATEN_CPU_CAPABILITY": "avx2"}, lacking=not_avx2),
+    Setting("ATEN_CPU_CAPABILITY=avx512", {"ATEN_CPU_CAPABILITY": "avx512"}, lacking=not_avx512),
+    Setting("ONEDNN_MAX_CPU_ISA=AVX2", {"ONEDNN_MAX_CPU_ISA": "AVX2"}, lacking=not_avx2),
     Setting("MKL_CBWR=COMPATIBLE", {"MKL_CBWR": "COMPATIBLE"}),
     Setting("MKL_CBWR=AVX2", {"MKL_CBWR": "AVX2"}, lacking=without_avx2),
     *(
-        Setting(f"CROSSVIT_KERNELS_ISA={name}", {"CROSSVIT_KERNELS_ISA": name}, lacking=without_set(name))
+        Setting(f"CROSSVIT_KERNELS_ISA={name}", {"CROSSVIT_KERNELS_ISA": name}, lacking=not_set(name))
         for name in ("generic", "avx2", "avx512")
     ),
-    *(Setting(f"{n} thread{'s' * (n > 1)}", {"OMP_NUM_THREADS": str(n)}) for n in (1, 2, 3)),
+    Setting("1 thread", lacking=lambda: SAME),
+    *(Setting(f"{n} threads", {"OMP_NUM_THREADS": str(n)}) for n in (2, 3)),
     Setting("CUDA kernels", tests="cuda", lacking=without("cuda")),
     Setting("Triton kernels", tests=f"triton and ({VARYING})", lacking=without("triton")),
 ]
