@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import floor, timing
+from .agreement import rms
 from .cases import BRANCHES, EXTREMES, OPS, Cell, inputs, sdpa
 from .devices import DEVICES, captured, use
 from .plots import bars as plot
@@ -235,11 +236,6 @@ def _check(cell: Cell, function: Callable[..., Tensor], tensors: dict[str, Tenso
         allowed += AGREEMENT * torch.finfo(cell.dtype).eps * rms(true)
         if not error <= allowed:
             raise DisagreementError(f"{name} is {error:.2g} (rms) off the float64 reference, {allowed:.2g} is allowed")
-
-
-def rms(tensor: Tensor) -> float:
-    """The root mean square of its elements."""
-    return tensor.square().mean().sqrt().item()
 
 
 def _moved(cell: Cell, tensors: dict[str, Tensor]) -> int:

@@ -30,8 +30,8 @@ from crossvit_kernels.triton import _launch
 from crossvit_kernels.triton._launch import Configuration
 
 from .. import devices, timing
+from ..agreement import rms
 from ..cases import BRANCHES, OPS, Cell, inputs
-from ..ops import rms
 from ..session import DTYPES, counts, names
 from .plan import served
 
