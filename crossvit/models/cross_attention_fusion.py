@@ -82,7 +82,9 @@ class CrossAttentionFusion(MultiScaleBlock):
 
 
 _PROJECTION: dict[str, Kind] = {
-    "": kind("crossvit_kernels.nn:LayerNormLinear", wrong=lambda m: None if len(m) == 3 else f"has {len(m)} steps"),
+    "": kind(
+        "crossvit_kernels.nn.layers:LayerNormLinear", wrong=lambda m: None if len(m) == 3 else f"has {len(m)} steps"
+    ),
     ".0": LAYER_NORM,
     ".1": GELU,
     ".2": LINEAR,
@@ -97,7 +99,7 @@ def fusion_composition(branch: int, nested: bool) -> Composition:
     parts = {f"projs.{branch}{name}": expected for name, expected in _PROJECTION.items()}
     if nested:
         parts[f"fusion.{branch}"] = kind("torch.nn.modules.container:Sequential")
-    parts[layer] = kind("crossvit_kernels.nn:CrossAttentionBlock")
+    parts[layer] = kind("crossvit_kernels.nn.cross_attention:CrossAttentionBlock")
     parts |= {f"{layer}.{name}": expected for name, expected in CLASS_ATTENTION.parts.items()}
     parts |= {f"revert_projs.{branch}{name}": expected for name, expected in _PROJECTION.items()}
     return Composition(f"fusion of branch {branch}", parts)
