@@ -157,7 +157,7 @@ def captured(
     """`run` as a CUDA graph: a call replays what one call launched, into the same memory, and returns its result.
 
     The tensors of the result hold NaN until a replay writes them, those apart that `run` was `given` and hands on.
-    `warm_up` stands for `run` where a part of it is enough to have all kernels compiled and all handles made. Raises
+    `warm_up` replaces `run` where a part of it is enough to have all kernels compiled and all handles made. Raises
     RuntimeError where `run` cannot be captured.
     """
     stream = torch.cuda.Stream()

@@ -52,7 +52,7 @@ def accelerate(model: Model, kernels: str = "auto", *, verbose: bool = True) -> 
         `model` itself.
 
     Raises:
-        TypeError: `model` is no module; ValueError, RuntimeError: no such backend, or it is not there. Nothing is
+        TypeError: `model` is no module; ValueError, RuntimeError: no such backend, or it is not available. Nothing is
             changed then.
     """
     if not isinstance(model, nn.Module):
@@ -116,7 +116,7 @@ def _look(name: str, module: nn.Module, found: Acceleration, inside: bool = Fals
         found.left[name] = "; ".join(reasons(candidate, module)[0]) or "not accelerated"
     elif not inside and not _contains(module):
         if any(True for _ in module.parameters()):
-            found.left[name] = f"{type(module).__module__}.{type(module).__qualname__} is nothing a kernel stands for"
+            found.left[name] = f"there are no kernels for {type(module).__module__}.{type(module).__qualname__}"
         return
     inside = inside or name in found.swapped or name in found.left
     for child, m in module.named_children():

@@ -82,7 +82,7 @@ class Shard:
         return 1 if failed or not found else found[-1]
 
     def outcomes(self) -> list[str]:
-        """Of each of its tests what became of it; "died" where the process did not survive it."""
+        """What became of each of its tests; "died" where the process did not survive one."""
         found = {entry["test"]: entry["outcome"] for entry in entries(self.journal) if "outcome" in entry}
         return [found.get(test, "died") for test in begun(self.journal)]
 

@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not options.library.is_file():
         record = crossvit_kernels.backends.reason("cuda") if options.library == LIBRARY else None
-        parser.error(f"{options.library} is not there" + (f": {record}" if record else ""))
+        parser.error(f"{options.library} does not exist" + (f": {record}" if record else ""))
     found = [
         kernel
         for kernel in kernels(options.library)

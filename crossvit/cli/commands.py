@@ -139,7 +139,7 @@ def read_classes(path: str) -> list[str]:
 
 
 def check_writable(option: str, path: str | None) -> None:
-    """Raises CommandError, before any work, where a file cannot be written: its folder is not there or read-only, its
+    """Raises CommandError, before any work, where a file cannot be written: its folder is missing or read-only, its
     name too long.
     """
     if path is None or path == "-":

@@ -58,7 +58,7 @@ def of_files(paths: Sequence[str]) -> Images:
 def find_files(arguments: Sequence[str]) -> list[str]:
     """The files that `arguments` mean: files as they are, a folder's (sorted, deep, without hidden ones and what other
     systems leave behind), those that a glob matches, and of "-" the lines of standard input, in the order given. What
-    is not there stays, to be reported.
+    does not exist stays, to be reported.
 
     Raises CommandError for a folder or glob without files, OSError for a folder that cannot be read.
     """

@@ -23,7 +23,7 @@ from ..training.optimizer import Schedule, build_optimizer
 from ..training.recipes import Recipe, recipe_from
 from ..training.state import Run, seed_generators
 
-# Arguments of create_model that a run has from elsewhere
+# These arguments of create_model come from elsewhere in a run.
 SETTLED = {
     "num_classes": "the data",
     "in_chans": "the images, which are RGB",
@@ -31,7 +31,7 @@ SETTLED = {
     "drop_path_rate": "--drop-path",
 }
 
-# Options of a run that its checkpoints note beside the model's and the recipe's
+# A run's checkpoints note these options beside the model's and the recipe's.
 SETTINGS = (
     "seed",
     "kernels",
@@ -101,7 +101,7 @@ def prepare(options: argparse.Namespace, place: Processes, stop: Stop) -> Traine
         shard(model, place)
         if ema is not None:
             shard(ema.module, place)
-            ema.foreach = False  # torch's fused form of it is not there for sharded tensors
+            ema.foreach = False  # torch has no fused form of it for sharded tensors
     network = model if options.strategy == "fsdp" else replicate(model, place)
     optimizer = build_optimizer(model, recipe)
     scaler = torch.amp.GradScaler(place.device.type, enabled=recipe.precision == "float16")
@@ -146,7 +146,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _check_out(out: Path) -> None:
-    """Raises ValueError where nothing can be written to the folder, or made of it where it is not there yet."""
+    """Raises ValueError where nothing can be written to the folder, or where it does not exist yet and cannot be made."""
     there = next(folder for folder in (out, *out.absolute().parents) if os.path.lexists(folder))
     try:
         try_to_write(there / "last.pth")

@@ -72,7 +72,7 @@ def open_dataset(
     default those found, sorted. allow_empty: a class of which there is a folder, but no image, is one too. Hidden files
     and folders, and what other systems leave behind, are passed over.
 
-    Raises FileNotFoundError for what is not there, ValueError for a split, class or label that is unknown or without
+    Raises FileNotFoundError for what does not exist, ValueError for a split, class or label that is unknown or without
     images, OSError for a folder that cannot be read.
     """
     if split not in SPLITS:

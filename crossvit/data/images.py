@@ -28,7 +28,7 @@ def load_image(path: str | PathLike[str], *, max_pixels: int = MAX_PIXELS) -> Im
 
     Raises ImageError for a file that is empty, no image, truncated or broken, a device, a name that no file can have,
     or one of no pixels or more than `max_pixels` (refused before it is decoded, with its size); and OSError, as open()
-    does, for one that is not there or not readable.
+    does, for one that does not exist or cannot be read.
     """
     name = printable(path)
     with _opened(path, name) as file, warnings.catch_warnings():

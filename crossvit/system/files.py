@@ -26,7 +26,7 @@ def replacing(path: str | PathLike[str]) -> Iterator[Path]:
     disk, and is removed when the block fails. A link stays one, and what it points to is replaced; into what is no
     file, such as /dev/stdout or a pipe that somebody reads, the content is copied.
 
-    Raises FileNotFoundError before anything is written if the folder is not there, and OSError naming `path` where the
+    Raises FileNotFoundError before anything is written if the folder does not exist, and OSError naming `path` where the
     system refuses to write, whoever wrote.
     """
     path = Path(path)
@@ -150,7 +150,7 @@ def _is_temporary(name: object) -> bool:
 
 
 def _raise_as_system_error(error: Exception, temporary: Path) -> None:
-    """Raises the OSError that `error`, of a library that wrote `temporary`, stands for, if it does."""
+    """Raises the OSError behind `error`, which came from a library that wrote `temporary`, if there is one."""
     found = None if isinstance(error, OSError) else _WRITERS.search(str(error))
     if found:
         code = int(found[1] or found[2])

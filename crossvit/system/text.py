@@ -28,7 +28,7 @@ def utf8(text: str) -> str:
     """`text` with the bytes in it that are no UTF-8, which Python holds as lone surrogates, as \\xe9."""
     try:
         return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    except UnicodeEncodeError:  # a surrogate that stands for no byte
+    except UnicodeEncodeError:  # a surrogate that is no byte's
         return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 

@@ -62,7 +62,7 @@ class Processes:
 def processes(device: str = "auto") -> Iterator[Processes]:
     """The process group that torchrun's environment describes, or this process alone without one.
 
-    device: "cpu", "cuda" (with torchrun the local rank's) or "auto". Raises ValueError for a device that is not there.
+    device: "cpu", "cuda" (with torchrun the local rank's) or "auto". Raises ValueError for a device that is missing.
     """
     local = int(os.environ.get("LOCAL_RANK", 0))
     if device not in ("auto", "cpu", "cuda"):

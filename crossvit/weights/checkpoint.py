@@ -42,7 +42,7 @@ def load_checkpoint(
     channel count are adapted too, as timm does it, and a head of another number of classes is left out, which a warning
     says; without it both are errors.
 
-    Of a training checkpoint the averaged weights are taken where it has them, as timm's own loader does. Where the
+    A training checkpoint's averaged weights are taken where it has them, as timm's own loader does. Where the
     file's notes name another fusion, number of heads, patch size, crop_scale or pooling than the model's, it does not
     fit: the same weights would compute another function. Pooling goes with the head: where `adapt` leaves that out,
     another pooling is only said. A model on the meta device has no values to copy into: the file is

@@ -22,7 +22,7 @@ THEIRS: dict[str, Any] = dict(num_classes=3, img_size=120, embed_dim=(48, 96), d
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # Of the sizes that timm computes its patches of rightly.
+    # Sizes whose patches timm computes rightly.
     return save_small(tmp_path_factory.mktemp("weights"), image_size=120, depth=THEIRS["depth"])
 
 

@@ -134,7 +134,7 @@ def test_a_folder_of_odd_and_broken_files(output: str, checkpoint: Path, cat: Im
 
 
 def test_the_probabilities_are_the_models(checkpoint: Path, cat: Image.Image, tmp_path: Path) -> None:
-    """Of the same picture by hand; in the order asked for, whatever the batches."""
+    """The same picture by hand gives the same; in the order asked for, whatever the batches."""
     names = [str(tmp_path / f"{i}.png") for i in (3, 1, 2)]
     for turn, name in enumerate(names):
         cat.rotate(90 * turn).save(name)

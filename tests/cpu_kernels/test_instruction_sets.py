@@ -15,7 +15,7 @@ if not backends.available("cpu"):
     pytest.skip(str(backends.reason("cpu")), allow_module_level=True)
 from crossvit_kernels import _C
 
-# Of a shape that no vector, tile or panel divides, and of a branch's.
+# One shape that no vector, tile or panel divides, and that of a branch.
 CASES = {
     "layer_norm_linear": lambda rng: inputs.layer_norm_linear(rng, 3, 37, 100, out=75) | {"activation": "gelu"},
     "layer_norm_linear projection": lambda rng: (

@@ -156,7 +156,7 @@ def test_compiled_function_transforms(backend: str, name: str) -> None:
 def test_gradcheck_in_float64(name: str, kernels: str) -> None:
     """float64 is the reference's to the bit, whichever backend is asked for, with its second derivatives."""
     if kernels != "auto" and kernels not in NATIVE:
-        pytest.skip(f"kernels={kernels!r} is not there")
+        pytest.skip(f"kernels={kernels!r} is not available")
     device = DEVICES.get(kernels, "cpu")
     values = {n: v.double().to(device) if isinstance(v, Tensor) else v for n, v in EXAMPLES[name]().items()}
     tensors = {n: v.requires_grad_() for n, v in values.items() if isinstance(v, Tensor)}

@@ -1,4 +1,4 @@
-"""What a row comes to does not depend on the rows that come with it: a batch of one and of many agree to the bit."""
+"""A row's result does not depend on the rows beside it: a batch of one and of many agree to the bit."""
 
 from typing import Any
 

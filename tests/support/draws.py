@@ -169,5 +169,5 @@ def _parameter(rng: random.Random, value: Tensor) -> Tensor:
 
 
 def calls_each(ops: tuple[str, ...]) -> float:
-    """How many calls a draw comes to, about: nine, for cls_fusion, which has no backward, four."""
+    """About how many calls a draw makes: nine, or four for cls_fusion, which has no backward."""
     return sum(4 if op == "cls_fusion" else 9 for op in ops) / len(ops)

@@ -38,7 +38,7 @@ HERE = ROOT / "tests" / "ops"
 OPS = ("layer_norm_linear", "layer_norm_mlp", "linear_residual", "self_attention", "bicubic_resize", "patch_embed",
        "cls_cross_attention", "cls_fusion")  # fmt: skip
 NUMBERS = "not nonfinite and not infinite and not gradcheck"  # the tests that ask how large an error is, and a few more
-# Of the Triton kernels, seconds each in the interpreter, those whose errors vary most.
+# Triton kernels take seconds each in the interpreter: these tests are those whose errors vary most.
 VARYING = "few_tokens or sharp_scores or without_bias or without_biases"
 
 

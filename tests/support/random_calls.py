@@ -22,7 +22,7 @@ from pathlib import Path
 from queue import Empty
 from typing import Any
 
-# Of torch's own kernels that the reference uses: what they compile for every shape would look like growth.
+# torch's own kernels, which the reference uses, compile for every shape, and that would look like growth.
 for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(cache, "16")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin would wait for each other's cores
@@ -129,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.backend not in ("all", *backends.BACKENDS[1:]):
         parser.error(f"argument --backend: unknown {options.backend}, expected all or of {', '.join(known)}")
     if options.backend != "all" and (why := backends.reason(options.backend)):
-        parser.error(f"argument --backend: {options.backend} is not there: {why}")
+        parser.error(f"argument --backend: {options.backend} is not available: {why}")
     if not known:
         parser.error("no backend is there but the reference: " + str(backends.reason("cpu")))
     chosen = known if options.backend == "all" else [options.backend]

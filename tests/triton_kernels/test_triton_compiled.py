@@ -49,7 +49,7 @@ class Run(NamedTuple):
         return json.loads(path.read_text())
 
 
-# The tuned table is of sm_90; elsewhere the defaults are launched. One 16-bit dtype stands for the other.
+# The tuned table is sm_90's; elsewhere the defaults are launched. One 16-bit dtype is as good as the other.
 RUNS = [
     Run("sm_90", "bfloat16", "large,small", both=True),
     Run("sm_90", "bfloat16", autocast=True),
