@@ -146,7 +146,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _check_out(out: Path) -> None:
-    """Raises ValueError where nothing can be written to the folder, or where it does not exist yet and cannot be made."""
+    """Raises ValueError where the folder cannot be written to, or does not exist yet and cannot be made."""
     there = next(folder for folder in (out, *out.absolute().parents) if os.path.lexists(folder))
     try:
         try_to_write(there / "last.pth")

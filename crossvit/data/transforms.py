@@ -70,8 +70,8 @@ class _Centre:
 
 
 def _part(length: int, resized: int, cut: int) -> tuple[tuple[float, float], int, int]:
-    """Of the pixels of one side: from where to where the middle `cut` of `resized` come from, and all those, first and
-    past the last, that a bicubic filter reads for them. (Boxes are float32 in Pillow: they have to be small numbers.)
+    """The pixels of one side that the middle `cut` of `resized` come from, as (first, past the last), and then the
+    first and past the last that a bicubic filter reads for them. (Boxes are float32 in Pillow: they have to be small.)
     """
     step = length / resized
     first = round((resized - cut) / 2) * step

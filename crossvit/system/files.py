@@ -26,8 +26,8 @@ def replacing(path: str | PathLike[str]) -> Iterator[Path]:
     disk, and is removed when the block fails. A link stays one, and what it points to is replaced; into what is no
     file, such as /dev/stdout or a pipe that somebody reads, the content is copied.
 
-    Raises FileNotFoundError before anything is written if the folder does not exist, and OSError naming `path` where the
-    system refuses to write, whoever wrote.
+    Raises FileNotFoundError before anything is written if the folder does not exist, and OSError naming `path` where
+    the system refuses to write, whoever wrote.
     """
     path = Path(path)
     target = Path(os.path.realpath(path)) if path.is_symlink() else path
