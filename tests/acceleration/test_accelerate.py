@@ -175,7 +175,8 @@ def test_unknown_modules_and_unusual_options_are_named() -> None:
     model = nn.Sequential(Mine(32, 2), Block(32, 2), Block(32, 2, qk_norm=True), nn.Linear(32, 3))
     report = acceleration(accelerate(model, verbose=False))
     assert report.swapped == {"1": "Block", "2": "Block"}
-    assert report.left["0"].startswith("there are no kernels for ") and report.left["0"].endswith("Mine")
+    assert report.left["0"].startswith("there are no kernels for ")
+    assert report.left["0"].endswith("Mine")
     assert "attn.q_norm" in report.left["2"]
     assert "Linear" in report.left["3"]
     assert "swapped: 2 x Block" in str(report)
