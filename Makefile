@@ -31,11 +31,13 @@ gpu:  ## On a machine with an NVIDIA GPU, with its python3 and no network: build
 test: $(PACKAGE)  ## The tests (those marked gpu skip where there is no GPU)
 	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
-check: $(PACKAGE)  ## ruff, mypy, clang-format
+check: $(PACKAGE)  ## ruff, mypy, clang-format, which imports run which way, and how long files and functions are
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/lint-imports --no-logo
+	$(PYTHON) tests/support/house.py
 
 format:  $(PACKAGE)  ## Rewrite the sources as ruff and clang-format want them
 	$(BIN)/ruff check --fix .

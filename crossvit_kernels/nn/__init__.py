@@ -6,6 +6,7 @@ against that. Where something does (a child of another class, a hook, weights th
 dtypes that the ops do not take), that part of it calls its modules: the same result, without the fusion.
 """
 
+from ..blocks import drop_path_scale
 from .compositions import ATTENTION_HALF, CLASS_ATTENTION, EMBED, MLP_HALF, PROJECTIONS
 from .cross_attention import CrossAttention, CrossAttentionBlock
 from .layers import Attention, LayerNormLinear, LayerScale, Mlp
@@ -33,6 +34,7 @@ __all__ = [
     "check_heads",
     "check_kernels",
     "check_rates",
+    "drop_path_scale",
     "interpolated",
     "resized",
     "set_kernels",

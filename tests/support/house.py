@@ -14,17 +14,23 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import lizard
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("crossvit", "crossvit_kernels", "benchmarks")
 CODE = (".py", ".cpp", ".h", ".cu", ".cuh")
 MOST_LINES, MOST_BODY, MOST_PARAMETERS = 300, 100, 12
 TORCH_INTERNALS = "torch_internals.py"
+# An op's function takes its schema's arguments one by one, in C++ as in Python.
+OPS = {path.stem for path in (ROOT / "crossvit_kernels" / "ops").glob("[a-z]*.py")} | {"transformer_block"}
 PRIVATE_TORCH = re.compile(r"\btorch(?:\.\w+)*\._\w|\bfrom torch(?:\.\w+)*\._\w|\bfrom torch[.\w]* import _\w")
 # How many places may break each rule: a number here may only become smaller.
 LIMITS = {
     "files over 300 lines": 0,
     "Python functions over 100 lines": 0,
     "Python functions over 12 parameters": 0,
+    "C++ functions over 100 lines": 0,
+    "C++ functions over 12 parameters": 0,
     "private names imported from another module": 0,
     "uses of private torch outside torch_internals.py": 0,
 }
@@ -69,10 +75,24 @@ def private_imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
                     yield node.lineno, alias.name
 
 
+def cpp_functions(path: Path) -> Iterator[tuple[str, str, int, int]]:
+    """The place, name, lines and parameters of every function of a C++ or CUDA source."""
+    source = (ROOT / path).read_text()
+    for found in lizard.analyze_file.analyze_source_code(f"{path.stem}.cpp", source).function_list:
+        name = found.name.rpartition("::")[2]
+        yield f"{path}:{found.start_line} {name}", name, found.length, len(found.full_parameters)
+
+
 def look(paths: list[Path]) -> dict[str, list[str]]:
     """The places that break each rule."""
     found: dict[str, list[str]] = {rule: [] for rule in LIMITS}
     found["files over 300 lines"] += long_files(paths)
+    for path in (path for path in paths if path.suffix != ".py"):
+        for where, name, lines, parameters in cpp_functions(path):
+            if lines > MOST_BODY:
+                found["C++ functions over 100 lines"].append(f"{where}: {lines}")
+            if parameters > MOST_PARAMETERS and name.removesuffix("_backward") not in OPS:
+                found["C++ functions over 12 parameters"].append(f"{where}: {parameters}")
     for path in (path for path in paths if path.suffix == ".py"):
         text = (ROOT / path).read_text()
         tree = ast.parse(text)

@@ -43,18 +43,19 @@ def chained(terms: Tensor, chain: int) -> Tensor:
     return terms[0] if len(terms) else terms.new_zeros(terms.shape[1:])
 
 
-def bicubic_weights(size: int, wanted: int) -> Tensor:
-    """The matrix (wanted, size) of cubic convolution along one axis, made of float32 positions; float64."""
+def bicubic_taps(size: int, wanted: int) -> Tensor:
+    """The matrices (4, wanted, size) of the four taps of cubic convolution along one axis, made of float32 positions;
+    float64. A tap outside is one of the outermost pixel."""
     position = torch.tensor(size / wanted) * (torch.arange(wanted) + 0.5) - 0.5
     first = position.floor()
     t, a = position - first, -0.75
     near = lambda x: ((a + 2) * x - (a + 3)) * x * x + 1  # noqa: E731
     far = lambda x: ((a * x - 5 * a) * x + 8 * a) * x - 4 * a  # noqa: E731
-    matrix = torch.zeros(wanted, size, dtype=torch.float64)
+    matrices = torch.zeros(4, wanted, size, dtype=torch.float64)
     for tap, weight in enumerate((far(t + 1), near(t), near(1 - t), far(2 - t))):
         column = (first.long() - 1 + tap).clamp(0, size - 1)
-        matrix.scatter_add_(1, column[:, None], weight.double()[:, None])
-    return matrix
+        matrices[tap].scatter_(1, column[:, None], weight.double()[:, None])
+    return matrices
 
 
 def rows_of_windows(images: Tensor, weight: Tensor, stride: list[int], padding: list[int]) -> Tensor:
@@ -192,12 +193,16 @@ class Rounded(TorchDispatchMode):
         return grad_images.to(images.dtype), grad_weight, self.sum(columns, [0])
 
     def bicubic(self, images: Tensor, size: list[int], align_corners: bool, *_: Any) -> Tensor:
-        rows, columns = (bicubic_weights(*sizes) for sizes in zip(images.shape[2:], size))
+        rows, columns = (bicubic_taps(*sizes).sum(0) for sizes in zip(images.shape[2:], size))
         return (rows @ (images.double() @ columns.t()).float().double()).to(images.dtype)
 
     def bicubic_backward(self, grad: Tensor, size: list[int], images: list[int], *_: Any) -> Tensor:
-        rows, columns = (bicubic_weights(*sizes) for sizes in zip(images[2:], size))
-        return (rows.t() @ (grad.double() @ columns).float().double()).to(grad.dtype)
+        # Tap by tap, as a pixel's gradient is added up: a border's taps are one pixel's, and their sum would be exact.
+        rows, columns = (bicubic_taps(*sizes).flatten(0, 1).float()[None] for sizes in zip(images[2:], size))
+        planes = grad.flatten(0, 1).float()
+        along_rows = self.multiply(planes.repeat(1, 1, 4), columns.expand(len(planes), -1, -1))
+        result = self.multiply(rows.mT.expand(len(planes), -1, -1), along_rows.repeat(1, 4, 1))
+        return result.view(images).to(grad.dtype)
 
     def softmax(self, x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
         with self:
