@@ -26,9 +26,9 @@ def triton_kernel(name: str, function: str) -> Callable:
         nonlocal found
         if found is None:
             found = getattr(importlib.import_module(f"{__name__}.{name}"), function)
-        first: Tensor = args[0]
-        if first.device.type == "cuda" and first.device.index != torch.cuda.current_device():
-            with torch.cuda.device(first.device):
+        tensor: Tensor = args[0]
+        if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
+            with torch.cuda.device(tensor.device):
                 return found(*args)
         return found(*args)
 

@@ -7,7 +7,7 @@ weight is small), or adds up the parts that every head left.
 import triton
 import triton.language as tl
 
-from ._cls_rows import absorb, affine, load_tile, load_vector, row_statistics
+from ._cls_rows import affine, load_tile, load_vector, row_statistics, store_key_query
 from ._math import gelu, product
 
 
@@ -113,7 +113,9 @@ def fusion_query(
         if MASK_HEAD:
             query = tl.where((j < HEAD)[None, :], query, 0.0)
         queries = queries + (query.to(dtype),)
-    absorb(queries, k_weight_ptr, key_query_ptr, rows, valid, head, scale, D, HEAD, HEAD_BLOCK, PRECISION, BLOCK_K)
+    store_key_query(
+        queries, k_weight_ptr, key_query_ptr, rows, valid, head, scale, D, HEAD, HEAD_BLOCK, PRECISION, BLOCK_K
+    )
 
 
 @triton.jit

@@ -74,7 +74,7 @@ def row_statistics(starts, valid, eps, D: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def absorb(
+def store_key_query(
     queries,
     k_weight_ptr,
     key_query_ptr,
@@ -92,15 +92,15 @@ def absorb(
     heads = D // HEAD
     for k in tl.range(0, D, BLOCK_K):
         c = k + tl.arange(0, BLOCK_K)
-        absorbed = tl.zeros((16, BLOCK_K), tl.float32)
+        key_query = tl.zeros((16, BLOCK_K), tl.float32)
         for j0 in tl.static_range(0, HEAD, HEAD_BLOCK):
             j = j0 + tl.arange(0, HEAD_BLOCK)
             key_weights = k_weight_ptr + (head * HEAD + j)[:, None] * D + c[None, :]
             key_weight = load_tile(key_weights, j < HEAD, c < D, HEAD % HEAD_BLOCK != 0, D % BLOCK_K != 0)
-            absorbed = product(queries[j0 // HEAD_BLOCK], key_weight, absorbed, PRECISION)
+            key_query = product(queries[j0 // HEAD_BLOCK], key_weight, key_query, PRECISION)
         tl.store(
             key_query_ptr + ((rows * heads + head) * D)[:, None] + c[None, :],
-            absorbed * scale,
+            key_query * scale,
             mask=valid[:, None] & (c < D)[None, :],
         )
 
@@ -164,7 +164,9 @@ def cls_query(
             )
         queries = queries + (query.to(dtype),)
 
-    absorb(queries, k_weight_ptr, key_query_ptr, rows, valid, head, scale, D, HEAD, HEAD_BLOCK, PRECISION, BLOCK_K)
+    store_key_query(
+        queries, k_weight_ptr, key_query_ptr, rows, valid, head, scale, D, HEAD, HEAD_BLOCK, PRECISION, BLOCK_K
+    )
 
 
 @triton.jit
@@ -184,8 +186,8 @@ def split_weights(softmax_ptr, images, valid, head, splits, HEADS: tl.constexpr,
 
 
 @triton.jit
-def combine_splits(
-    partial_ptr,
+def join_splits(
+    split_context_ptr,
     context_ptr,
     images,
     valid,
@@ -205,7 +207,7 @@ def combine_splits(
     for k in tl.static_range(0, D, BLOCK_K):
         c = k + tl.arange(0, BLOCK_K)
         inside = there[:, :, None] & (c < D)[None, None, :]
-        z = tl.load(partial_ptr + rows[:, :, None] + c[None, None, :], mask=inside, other=0.0)
+        z = tl.load(split_context_ptr + rows[:, :, None] + c[None, None, :], mask=inside, other=0.0)
         contexts = contexts + (tl.sum(z * shares[:, :, None], 1),)
     at = context_ptr + ((images * HEADS + head) * D)[:, None]
     for k in tl.static_range(0, D, BLOCK_K):
@@ -216,7 +218,7 @@ def combine_splits(
 @triton.jit
 def cls_value(
     context_ptr,
-    partial_ptr,
+    split_context_ptr,
     softmax_ptr,
     probs_ptr,
     norm_weight_ptr,
@@ -246,8 +248,8 @@ def cls_value(
     if SAVE or SPLITS_BLOCK > 1:
         highest, total, shares = split_weights(softmax_ptr, images, there, head, splits, HEADS, SPLITS_BLOCK)
         if SPLITS_BLOCK > 1:
-            combine_splits(
-                partial_ptr, context_ptr, images, there, head, shares, splits, D, HEADS, SPLITS_BLOCK, BLOCK_K
+            join_splits(
+                split_context_ptr, context_ptr, images, there, head, shares, splits, D, HEADS, SPLITS_BLOCK, BLOCK_K
             )
         if SAVE:
             for n0 in tl.range(0, tokens, 256):
@@ -282,7 +284,7 @@ def cls_value(
         )
 
 
-def absorb_query(
+def launch_cls_query(
     cls: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor | None,

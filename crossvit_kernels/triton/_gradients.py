@@ -110,8 +110,8 @@ def linear_weight_gradient(
             if norm_bias_ptr is not None:
                 norm_bias = tl.load(norm_bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for first in tl.range(begin, end, BLOCK_K):
-            row = first + tl.arange(0, BLOCK_K)
+        for start in tl.range(begin, end, BLOCK_K):
+            row = start + tl.arange(0, BLOCK_K)
             exists = row < end
             grad_at = grad_ptr + row_offsets(row, grad_tokens, grad_batch, grad_row)
             grad = tl.load(grad_at[:, None] + feature[None, :], mask=exists[:, None] & counts[None, :], other=0.0)
@@ -133,8 +133,8 @@ def linear_weight_gradient(
         tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=counts[:, None] & inside[None, :])
     elif bias_ptr is not None:
         total = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
-        for first in tl.range(begin, end, BLOCK_K):
-            row = first + tl.arange(0, BLOCK_K)
+        for start in tl.range(begin, end, BLOCK_K):
+            row = start + tl.arange(0, BLOCK_K)
             exists = row < end
             grad_at = grad_ptr + row_offsets(row, grad_tokens, grad_batch, grad_row)
             grad = tl.load(grad_at[:, None] + feature[None, :], mask=exists[:, None] & counts[None, :], other=0.0)
@@ -145,27 +145,28 @@ def linear_weight_gradient(
 
 @triton.jit
 def sum_of_partials(
-    partial_ptr, first_ptr, second_ptr, count, first_size, size, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    partial_ptr, leading_ptr, trailing_ptr, count, leading_size, size, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Column sums of partial (count, size), float32: the first `first_size` to first_ptr, the others to second_ptr."""
+    """Column sums of partial (count, size), float32: those of the first `leading_size`
+    columns to leading_ptr, those of the others to trailing_ptr."""
     column = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = column < size
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for first in tl.range(0, count, BLOCK_M):
-        row = first + tl.arange(0, BLOCK_M)
+    for start in tl.range(0, count, BLOCK_M):
+        row = start + tl.arange(0, BLOCK_M)
         at = partial_ptr + row.to(tl.int64)[:, None] * size + column[None, :]
         total += tl.load(at, mask=(row < count)[:, None] & inside[None, :], other=0.0)
     result = tl.sum(total, 0)
-    if first_ptr is not None:
-        tl.store(first_ptr + column, result.to(first_ptr.dtype.element_ty), mask=column < first_size)
-    if second_ptr is not None:
-        at = second_ptr + (column - first_size)
-        tl.store(at, result.to(second_ptr.dtype.element_ty), mask=inside & (column >= first_size))
+    if leading_ptr is not None:
+        tl.store(leading_ptr + column, result.to(leading_ptr.dtype.element_ty), mask=column < leading_size)
+    if trailing_ptr is not None:
+        at = trailing_ptr + (column - leading_size)
+        tl.store(at, result.to(trailing_ptr.dtype.element_ty), mask=inside & (column >= leading_size))
 
 
-def sum_partials(partial: Tensor, first_size: int, first: Tensor | None, second: Tensor | None) -> None:
-    """The sum of the float32 partial (count, size) over its rows: what is before `first_size` to `first`, the rest to
-    `second`."""
+def sum_partials(partial: Tensor, leading_size: int, leading: Tensor | None, trailing: Tensor | None) -> None:
+    """The sum of the float32 partial (count, size) over its rows: what is before `leading_size` goes to
+    `leading`, the rest to `trailing`."""
     count, size = partial.shape
     block_m = min(triton.next_power_of_2(count), 64)
     config = {"BLOCK_M": block_m, "BLOCK_N": 2048 // block_m, "num_warps": 4, "num_stages": 2}
@@ -174,10 +175,10 @@ def sum_partials(partial: Tensor, first_size: int, first: Tensor | None, second:
         (cdiv(size, config["BLOCK_N"]),),
         config,
         partial_ptr=partial,
-        first_ptr=first,
-        second_ptr=second,
+        leading_ptr=leading,
+        trailing_ptr=trailing,
         count=count,
-        first_size=first_size,
+        leading_size=leading_size,
         size=size,
     )
 
@@ -213,7 +214,7 @@ def input_gradient(
     return out
 
 
-def weight_gradients(
+def parameter_gradients(
     grad: Rows,
     scale: Scale,
     x: Rows,
@@ -279,14 +280,14 @@ def rows_per_piece(rows: int, tiles: int, block: int, processors: int) -> int:
 
 def _input_configuration(rows: int, width: int, features: int, dtype: torch.dtype, gelu_in: bool) -> Configuration:
     """As large a tile as leaves no multiprocessor idle."""
-    wide = dtype.itemsize == 4
+    float32 = dtype.itemsize == 4
     if rows <= FEW_ROWS:
-        block_k = block_of(features, 32, 16) if wide else block_of(features)
+        block_k = block_of(features, 32, 16) if float32 else block_of(features)
         default = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": block_k, "num_warps": 4, "num_stages": 4}
         return configuration("linear_input_gradient_few", width, dtype, default)
-    if wide or cdiv(rows, 128) * cdiv(width, 128) < multiprocessors():
-        block_k = block_of(features, 32, 16) if wide else block_of(features, 64)
-        num_warps = 8 if dot_precision(dtype) == "ieee" and wide else 4
+    if float32 or cdiv(rows, 128) * cdiv(width, 128) < multiprocessors():
+        block_k = block_of(features, 32, 16) if float32 else block_of(features, 64)
+        num_warps = 8 if dot_precision(dtype) == "ieee" and float32 else 4
         default = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": block_k, "num_warps": num_warps, "num_stages": 3}
         return configuration("linear_input_gradient_small", width, dtype, default)
     if gelu_in:  # whose last step takes registers

@@ -112,7 +112,7 @@ def linear(
     if pre is not None:  # its tile takes shared memory too
         last_step += "_saved"
     if out.dtype.itemsize == 4:  # as under autocast: a tile of the result takes twice the shared memory
-        last_step += "_wide"
+        last_step += "_float32"
     default = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "RESIDENT": 2, "num_warps": 4, "num_stages": 3}
     config = configuration(f"linear_tiles_{last_step}", width, weight.dtype, default)
     tile_m, tile_n, tile_k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]

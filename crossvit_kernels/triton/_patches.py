@@ -4,7 +4,7 @@ A tile holds patches of one row of patches, of several images, so that what the 
 scalar and what it knows about columns serves a whole tile:
 
     row r of BLOCK_M      patch r % per_row of image r // per_row, at the height of the program's row of patches
-    column of BLOCK_K     a pixel of the patch; without a resize one of C * P * P in their order, with one of a group of
+    column of BLOCK_K     a pixel of the patch; without a resize one of C * P * P in their order, with one of a band of
                           PY rows of PX >= P columns, of one channel
 """
 
@@ -25,10 +25,10 @@ def cubic_taps(at, scale, size, stride, INDEX: tl.constexpr):
     below = tl.floor(source)
     t = source - below
     u = 1.0 - t
-    first = below.to(INDEX) - 1
+    tap = below.to(INDEX) - 1
     offsets = ()
     for i in tl.static_range(4):
-        offsets = offsets + (tl.minimum(tl.maximum(first + i, 0), size - 1) * stride,)
+        offsets = offsets + (tl.minimum(tl.maximum(tap + i, 0), size - 1) * stride,)
     return offsets, (_outer(t + 1.0), _inner(t), _inner(u), _outer(u + 1.0))
 
 
@@ -84,9 +84,9 @@ def resized_tile(
 ):
     """Chunk `chunk` of the resized patches that begin in row y of the resized images, (BLOCK_M, PY * PX), in the
     images' dtype; 0 beyond the patch."""
-    GROUPS: tl.constexpr = (PATCH + PY - 1) // PY
-    plane_ptr = images_ptr + (chunk // GROUPS).to(tl.int64) * image_channel
-    py = chunk % GROUPS * PY
+    BANDS: tl.constexpr = (PATCH + PY - 1) // PY
+    plane_ptr = images_ptr + (chunk // BANDS).to(tl.int64) * image_channel
+    py = chunk % BANDS * PY
     lines = ()
     for p in tl.static_range(PY):
         y_offsets, y_weights = cubic_taps(y + (py + p), y_scale, in_height, image_row, tl.int64)
@@ -102,15 +102,15 @@ def resized_tile(
 @triton.jit
 def _interleaved(lines, BLOCK_M: tl.constexpr, PX: tl.constexpr, PY: tl.constexpr):
     """PY lines (BLOCK_M, PX) one behind the other: each round joins those whose places differ in the highest bit."""
-    PAIRS: tl.constexpr = PY // 2
+    HALF: tl.constexpr = PY // 2
     if PY >= 2:
-        lines = _join_halves(lines, PAIRS)
+        lines = _join_halves(lines, HALF)
     if PY >= 4:
-        lines = _join_halves(lines, PAIRS // 2)
+        lines = _join_halves(lines, HALF // 2)
     if PY >= 8:
-        lines = _join_halves(lines, PAIRS // 4)
+        lines = _join_halves(lines, HALF // 4)
     if PY >= 16:
-        lines = _join_halves(lines, PAIRS // 8)
+        lines = _join_halves(lines, HALF // 8)
     tile = tl.reshape(lines[0], (BLOCK_M, PX, PY))
     return tl.reshape(tl.permute(tile, (0, 2, 1)), (BLOCK_M, PY * PX))
 
@@ -126,16 +126,16 @@ def _join_halves(lines, HALF: tl.constexpr):
 @triton.jit
 def resized_pixels(chunk, PATCH: tl.constexpr, PX: tl.constexpr, PY: tl.constexpr):
     """Which pixels c * P * P + y * P + x of a resized patch chunk `chunk` holds, and which of them are inside it."""
-    GROUPS: tl.constexpr = (PATCH + PY - 1) // PY
+    BANDS: tl.constexpr = (PATCH + PY - 1) // PY
     column = tl.arange(0, PX * PY)
-    py = chunk % GROUPS * PY + column // PX
+    py = chunk % BANDS * PY + column // PX
     px = column % PX
-    return (chunk // GROUPS * PATCH + py) * PATCH + px, (py < PATCH) & (px < PATCH)
+    return (chunk // BANDS * PATCH + py) * PATCH + px, (py < PATCH) & (px < PATCH)
 
 
 @triton.jit
 def pixel_offsets(pixel, image_channel, image_row, image_column, PATCH: tl.constexpr):
-    """Where pixel c * P * P + y * P + x of a patch lies behind the patch's first."""
+    """Where pixel c * P * P + y * P + x of a patch lies behind the patch's pixel 0."""
     channel = (pixel // (PATCH * PATCH)).to(tl.int64)
     inside = pixel % (PATCH * PATCH)
     return channel * image_channel + (inside // PATCH).to(tl.int64) * image_row + inside % PATCH * image_column

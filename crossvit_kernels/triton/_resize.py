@@ -21,10 +21,10 @@ def resize_axis_gradient(
     outer = element // inner // size
     at = (element // inner % size).to(tl.int32)
     # Taps reach two pixels to either side; beyond a border they reach the border's pixel, which is no farther.
-    first = tl.floor((at.to(tl.float32) - 1.5) * inverse_scale - 0.5).to(tl.int32) - 1
+    least = tl.floor((at.to(tl.float32) - 1.5) * inverse_scale - 0.5).to(tl.int32) - 1
     sums = tl.zeros((BLOCK,), tl.float32)
     for i in tl.range(0, candidates):
-        candidate = first + i
+        candidate = least + i
         pixels, weights = cubic_taps(candidate, scale, size, 1, tl.int32)
         weight = tl.zeros((BLOCK,), tl.float32)
         meets = candidate < 0

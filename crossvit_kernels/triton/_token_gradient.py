@@ -13,13 +13,13 @@ from ._token_pass import split_tiles
 
 
 @triton.jit
-def _cls_gradient(
+def cls_share(
     cls_ptr,
     mean,
     rstd,
     probs_ptr,
     delta,
-    pairs_ptr,
+    stacked_ptr,
     grad_normalized_ptr,
     tokens,
     here,
@@ -29,15 +29,15 @@ def _cls_gradient(
     HEADS_FIRST: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The CLS token's shares of the sums, in chunks, and of the sum of ds (zero unless `here`), as columns of the sums
-    are; its own x^'s gradient, into memory."""
+    """The CLS token's share of grad_u, in chunks, and its grad_scores, as the columns of grad_u lie; both are zero
+    unless `here`. The gradient of the normalized CLS token goes to memory."""
     columns = tl.arange(0, BLOCK_K)
     heads = tl.arange(0, HEADS_BLOCK)
     is_head = heads < HEADS
     MASK_K: tl.constexpr = D % BLOCK_K != 0
     CHUNKS: tl.constexpr = (D + BLOCK_K - 1) // BLOCK_K
-    prob = tl.load(probs_ptr + heads * tokens, mask=is_head, other=0.0)
-    dp = tl.zeros((HEADS_BLOCK,), tl.float32)
+    probs = tl.load(probs_ptr + heads * tokens, mask=is_head, other=0.0)
+    grad_probs = tl.zeros((HEADS_BLOCK,), tl.float32)
     xs: tl.tuple = ()
     for i in tl.static_range(CHUNKS):
         c = i * BLOCK_K + columns
@@ -45,28 +45,32 @@ def _cls_gradient(
         if MASK_K:
             x = tl.where(c < D, x, 0.0)
         xs = xs + (x,)
-        at = pairs_ptr + (2 * heads)[:, None] * D + c[None, :]
-        dz = load_tile(at + D, is_head, c < D, HEADS != HEADS_BLOCK, MASK_K)
-        dp += tl.sum(dz.to(tl.float32) * x[None, :], 1)
-    ds = prob * (dp - delta)
-    sums: tl.tuple = ()
-    start = tl.reshape(tl.join(ds, tl.zeros_like(ds)), (2 * HEADS_BLOCK,)) if HEADS_BLOCK == 8 else ds
+        at = stacked_ptr + (2 * heads)[:, None] * D + c[None, :]
+        grad_context = load_tile(at + D, is_head, c < D, HEADS != HEADS_BLOCK, MASK_K)
+        grad_probs += tl.sum(grad_context.to(tl.float32) * x[None, :], 1)
+    grad_scores = probs * (grad_probs - delta)
+    grad_u: tl.tuple = ()
+    cls_grad_scores = (
+        tl.reshape(tl.join(grad_scores, tl.zeros_like(grad_scores)), (2 * HEADS_BLOCK,))
+        if HEADS_BLOCK == 8
+        else grad_scores
+    )
     for i in tl.static_range(CHUNKS):
-        share = start[:, None] * xs[i][None, :] if HEADS_FIRST else xs[i][:, None] * start[None, :]
-        sums = sums + (tl.where(here, share, 0.0),)
+        share = cls_grad_scores[:, None] * xs[i][None, :] if HEADS_FIRST else xs[i][:, None] * cls_grad_scores[None, :]
+        grad_u = grad_u + (tl.where(here, share, 0.0),)
         if grad_normalized_ptr is not None:
             c = i * BLOCK_K + columns
-            at = pairs_ptr + (2 * heads)[:, None] * D + c[None, :]
+            at = stacked_ptr + (2 * heads)[:, None] * D + c[None, :]
             u = load_tile(at, is_head, c < D, HEADS != HEADS_BLOCK, MASK_K).to(tl.float32)
-            dz = load_tile(at + D, is_head, c < D, HEADS != HEADS_BLOCK, MASK_K).to(tl.float32)
-            g = tl.sum(u * ds[:, None] + dz * prob[:, None], 0)
-            tl.store(grad_normalized_ptr + c, g, mask=(c < D) & here)
-    return sums, tl.where(here, start, 0.0)
+            grad_context = load_tile(at + D, is_head, c < D, HEADS != HEADS_BLOCK, MASK_K).to(tl.float32)
+            grad = tl.sum(u * grad_scores[:, None] + grad_context * probs[:, None], 0)
+            tl.store(grad_normalized_ptr + c, grad, mask=(c < D) & here)
+    return grad_u, tl.where(here, cls_grad_scores, 0.0)
 
 
 @triton.jit
-def _normalize(x, mean, rstd, inside, MASK_K: tl.constexpr):
-    """x^ of a chunk of tokens, zero in columns that are not inside."""
+def normalize(x, mean, rstd, inside, MASK_K: tl.constexpr):
+    """A chunk of tokens, normalized; zero in columns that are not inside."""
     x = x.to(tl.float32)
     x = (x - mean[:, None]) * rstd[:, None]
     if MASK_K:
@@ -75,29 +79,29 @@ def _normalize(x, mean, rstd, inside, MASK_K: tl.constexpr):
 
 
 @triton.jit
-def _add_product(x, weights, acc, HEADS_FIRST: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + x^T weights; HEADS_FIRST: acc + weights^T x."""
+def add_product(x, stacked_weights, acc, HEADS_FIRST: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + x^T stacked_weights; HEADS_FIRST: acc + stacked_weights^T x."""
     if HEADS_FIRST:
-        acc = product(weights.T, x, acc, PRECISION)
+        acc = product(stacked_weights.T, x, acc, PRECISION)
     else:
-        acc = product(x.T, weights, acc, PRECISION)
+        acc = product(x.T, stacked_weights, acc, PRECISION)
     return acc
 
 
 @triton.jit
-def _store_gradient(at, inside, x, both, weights, rstd, along_one, along_x, PRECISION: tl.constexpr):
-    """A chunk of dx from dx^ = weights both, through the LayerNorm."""
-    g = tl.dot(weights, both, input_precision=PRECISION)
-    g = rstd[:, None] * ((g - along_one[:, None]) - x.to(tl.float32) * along_x[:, None])
-    tl.store(at, g.to(at.dtype.element_ty), mask=inside)
+def store_gradient(at, inside, x, stack, stacked_weights, rstd, mean_grad, mean_grad_x, PRECISION: tl.constexpr):
+    """Stores a chunk of the tokens' gradient, from grad_normalized = stacked_weights stack, through the LayerNorm."""
+    grad = tl.dot(stacked_weights, stack, input_precision=PRECISION)
+    grad = rstd[:, None] * ((grad - mean_grad[:, None]) - x.to(tl.float32) * mean_grad_x[:, None])
+    tl.store(at, grad.to(at.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def token_gradient(
     cls_ptr,
     patches_ptr,
-    pairs_ptr,
-    means_ptr,
+    stacked_ptr,
+    stacked_means_ptr,
     delta_ptr,
     context_ptr,
     mean_ptr,
@@ -105,7 +109,7 @@ def token_gradient(
     probs_ptr,
     grad_patches_ptr,
     grad_normalized_ptr,
-    sums_ptr,
+    grad_u_ptr,
     patches,
     cls_stride,
     patches_batch,
@@ -121,44 +125,48 @@ def token_gradient(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One image's tokens, or `tiles` tiles of them: with dz = gamma W_v^T dout and delta = dz . z,
+    """The gradients of one image's tokens, or of `tiles` tiles of them:
 
-    ds_hn = p_hn (dz_h . x^_n - delta_h)        sums: t_h = sum_n ds_hn x^_n
-    dx^_n = sum_h ds_hn u_h + p_hn dz_h         through the LayerNorm into grad_patches, for the CLS token as it is
+        grad_scores = probs (grad_context . normalized - delta)
+        grad_u = sum over the tokens of grad_scores normalized, less rest context
+        grad_normalized = sum over the heads of probs grad_context + grad_scores u
 
-    `pairs` holds, rounded, gamma u_h in row 2h and dz_h in row 2h + 1, so that one product serves both; `means` their
-    means over a row. RELOAD: a tile's tokens and the pairs are not held from one product to the next, but read again,
-    in chunks, from the caches. HEADS_FIRST: the sums lie as (heads, columns), which mma.sync takes without repeating
-    them in every warp; else as (columns, heads), 64 rows or more for wgmma and tcgen05. grad_patches_ptr,
-    grad_normalized_ptr None: not needed. By mathematics sum_n ds_hn = 0: of IEEE float32 what rounding leaves of it,
-    e_h, is taken out, t_h - e_h z_h, with z in `context`.
+    grad_normalized goes through the LayerNorm into grad_patches; the CLS token's is stored as it is. `stacked` holds
+    u_h in row 2h and grad_context_h in row 2h + 1, rounded, so that one product serves both; `stacked_means` holds the
+    means of its rows. With RELOAD a tile's tokens and `stacked` are not held from one product to the next, but read
+    again, in chunks, from the caches. With HEADS_FIRST grad_u lies as (heads, columns), which mma.sync takes without
+    repeating them in every warp; else as (columns, heads), 64 rows or more for wgmma and tcgen05. The pointer of a
+    gradient that is not needed is None. `rest` is the sum of grad_scores over the tokens, which is zero but for
+    rounding; it is taken out where the products are of IEEE float32.
     """
     image = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     columns = tl.arange(0, BLOCK_K)
     heads = tl.arange(0, HEADS_BLOCK)
-    pair = tl.arange(0, 2 * HEADS_BLOCK)
+    stacked_row = tl.arange(0, 2 * HEADS_BLOCK)
     is_head = heads < HEADS
-    is_pair = pair < 2 * HEADS
+    is_stacked = stacked_row < 2 * HEADS
     MASK_K: tl.constexpr = D % BLOCK_K != 0
-    MASK_PAIRS: tl.constexpr = HEADS != HEADS_BLOCK
+    MASK_HEADS: tl.constexpr = HEADS != HEADS_BLOCK
     CHUNKS: tl.constexpr = (D + BLOCK_K - 1) // BLOCK_K
-    dtype: tl.constexpr = pairs_ptr.dtype.element_ty
+    dtype: tl.constexpr = stacked_ptr.dtype.element_ty
     EXACT: tl.constexpr = dtype == tl.float32 and PRECISION == "ieee"
     of_tokens = image * (patches + 1)
-    probs = probs_ptr + image * HEADS * (patches + 1)
-    pairs = pairs_ptr + image * 2 * HEADS * D
+    probs_ptr += image * HEADS * (patches + 1)
+    stacked = stacked_ptr + image * 2 * HEADS * D
     delta = tl.load(delta_ptr + image * HEADS + heads, mask=is_head, other=0.0)
-    means = tl.load(means_ptr + image * 2 * HEADS + pair, mask=pair < 2 * HEADS, other=0.0)
+    stacked_means = tl.load(
+        stacked_means_ptr + image * 2 * HEADS + stacked_row, mask=stacked_row < 2 * HEADS, other=0.0
+    )
     if grad_normalized_ptr is not None:
         grad_normalized_ptr += image * D
-    sums, start = _cls_gradient(
+    grad_u, cls_grad_scores = cls_share(
         cls_ptr + image * cls_stride,
         tl.load(mean_ptr + of_tokens),
         tl.load(rstd_ptr + of_tokens),
-        probs,
+        probs_ptr,
         delta,
-        pairs,
+        stacked,
         grad_normalized_ptr,
         patches + 1,
         split == 0,
@@ -169,7 +177,7 @@ def token_gradient(
         BLOCK_K,
     )
     if EXACT:
-        leftover = tl.zeros((BLOCK_N, start.shape[0]), tl.float32)
+        rests = tl.zeros((BLOCK_N, cls_grad_scores.shape[0]), tl.float32)
 
     tokens = patches_ptr + image * patches_batch
     for tile in tl.range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(patches, BLOCK_N))):
@@ -181,21 +189,25 @@ def token_gradient(
         # A sum of one element: past a reduction the compiler does not carry the operands' layouts up to the loads of
         # the tokens, which could not be asynchronous then.
         mean = tl.sum(mean[:, None], 1)
-        p = tl.load(
-            probs + heads[None, :] * (patches + 1) + 1 + n[:, None], mask=valid[:, None] & is_head[None, :], other=0.0
+        probs = tl.load(
+            probs_ptr + heads[None, :] * (patches + 1) + 1 + n[:, None],
+            mask=valid[:, None] & is_head[None, :],
+            other=0.0,
         )
         normalized: tl.tuple = ()
-        paired: tl.tuple = ()
+        stacks: tl.tuple = ()
         products = tl.zeros((BLOCK_N, 2 * HEADS_BLOCK), tl.float32)
         if RELOAD:
             for i in tl.range(CHUNKS):
                 c = i * BLOCK_K + columns
-                x = _normalize(load_tile(starts + c[None, :], valid, c < D, True, MASK_K), mean, rstd, c < D, MASK_K)
-                both = load_tile(pairs + pair[:, None] * D + c[None, :], is_pair, c < D, MASK_PAIRS, MASK_K)
-                products = product(x.to(dtype), both.T, products, PRECISION)
+                x = normalize(load_tile(starts + c[None, :], valid, c < D, True, MASK_K), mean, rstd, c < D, MASK_K)
+                stack = load_tile(
+                    stacked + stacked_row[:, None] * D + c[None, :], is_stacked, c < D, MASK_HEADS, MASK_K
+                )
+                products = product(x.to(dtype), stack.T, products, PRECISION)
         else:
-            # Zero, but in sight of the compiler no constant: the pairs are to be loaded anew for every tile, since all
-            # their layouts together would fill the registers.
+            # Zero, but in sight of the compiler no constant: `stacked` is to be loaded anew for every tile, since all
+            # its layouts together would fill the registers.
             zero = tl.minimum(tile, 0) * D
             raw: tl.tuple = ()
             for i in tl.static_range(CHUNKS):
@@ -203,51 +215,56 @@ def token_gradient(
                 raw = raw + (load_tile(starts + c[None, :], valid, c < D, True, MASK_K),)
             for i in tl.static_range(CHUNKS):
                 c = i * BLOCK_K + columns
-                normalized = normalized + (_normalize(raw[i], mean, rstd, c < D, MASK_K).to(dtype),)
-                both = pairs + zero + pair[:, None] * D + c[None, :]
-                paired = paired + (load_tile(both, is_pair, c < D, MASK_PAIRS, MASK_K),)
-                products = product(normalized[i], paired[i].T, products, PRECISION)
-        _, dp = tl.split(tl.reshape(products, (BLOCK_N, HEADS_BLOCK, 2)))
-        ds = p * (dp - delta[None, :])
-        weights = tl.reshape(tl.join(ds, p), (BLOCK_N, 2 * HEADS_BLOCK))
+                normalized = normalized + (normalize(raw[i], mean, rstd, c < D, MASK_K).to(dtype),)
+                stack = stacked + zero + stacked_row[:, None] * D + c[None, :]
+                stacks = stacks + (load_tile(stack, is_stacked, c < D, MASK_HEADS, MASK_K),)
+                products = product(normalized[i], stacks[i].T, products, PRECISION)
+        _, grad_probs = tl.split(tl.reshape(products, (BLOCK_N, HEADS_BLOCK, 2)))
+        grad_scores = probs * (grad_probs - delta[None, :])
+        stacked_weights = tl.reshape(tl.join(grad_scores, probs), (BLOCK_N, 2 * HEADS_BLOCK))
         # Not straight from a reshape into a product: for TF32 the compiler would look for a layout in three dimensions.
-        weights = tl.where(valid[:, None], weights, 0.0).to(dtype)
-        # Matrix instructions take no fewer than 16 columns; the ones of p are for nothing, then.
-        columns_of_sums = weights if HEADS_BLOCK == 8 else ds.to(dtype)
+        stacked_weights = tl.where(valid[:, None], stacked_weights, 0.0).to(dtype)
+        # Matrix instructions take no fewer than 16 columns; those of probs are for nothing, then.
+        grad_u_weights = stacked_weights if HEADS_BLOCK == 8 else grad_scores.to(dtype)
         if EXACT:
-            leftover += columns_of_sums
+            rests += grad_u_weights
         if not RELOAD:
             added = ()
             for i in tl.static_range(CHUNKS):
-                added = added + (_add_product(normalized[i], columns_of_sums, sums[i], HEADS_FIRST, PRECISION),)
-            sums = added
+                added = added + (add_product(normalized[i], grad_u_weights, grad_u[i], HEADS_FIRST, PRECISION),)
+            grad_u = added
         if grad_patches_ptr is not None:
-            # The sums of dx^ and dx^ x^ over a row come from the small matrices, before any column of dx^ is there.
-            rounded = weights.to(tl.float32)
-            along_one = tl.sum(rounded * means[None, :], 1)
-            along_x = tl.sum(rounded * products, 1) / D
+            # The means of grad_normalized and of grad_normalized normalized over a row come from the small matrices,
+            # before any column of grad_normalized is there.
+            rounded = stacked_weights.to(tl.float32)
+            mean_grad = tl.sum(rounded * stacked_means[None, :], 1)
+            mean_grad_x = tl.sum(rounded * products, 1) / D
             out = grad_patches_ptr + (image * patches + n)[:, None] * D
             if RELOAD:
                 for i in tl.range(CHUNKS):
                     c = i * BLOCK_K + columns
                     x = load_tile(starts + c[None, :], valid, c < D, True, MASK_K)
-                    x = _normalize(x, mean, rstd, c < D, MASK_K).to(dtype)
-                    both = load_tile(pairs + pair[:, None] * D + c[None, :], is_pair, c < D, MASK_PAIRS, MASK_K)
+                    x = normalize(x, mean, rstd, c < D, MASK_K).to(dtype)
+                    stack = load_tile(
+                        stacked + stacked_row[:, None] * D + c[None, :], is_stacked, c < D, MASK_HEADS, MASK_K
+                    )
                     inside = valid[:, None] & (c < D)[None, :]
-                    _store_gradient(out + c[None, :], inside, x, both, weights, rstd, along_one, along_x, PRECISION)
+                    store_gradient(
+                        out + c[None, :], inside, x, stack, stacked_weights, rstd, mean_grad, mean_grad_x, PRECISION
+                    )
             else:
                 for i in tl.static_range(CHUNKS):
                     c = i * BLOCK_K + columns
                     inside = valid[:, None] & (c < D)[None, :]
-                    _store_gradient(
+                    store_gradient(
                         out + c[None, :],
                         inside,
                         normalized[i],
-                        paired[i],
-                        weights,
+                        stacks[i],
+                        stacked_weights,
                         rstd,
-                        along_one,
-                        along_x,
+                        mean_grad,
+                        mean_grad_x,
                         PRECISION,
                     )
         if RELOAD:
@@ -255,25 +272,25 @@ def token_gradient(
             added = ()
             for i in tl.static_range(CHUNKS):
                 c = i * BLOCK_K + columns
-                x = _normalize(load_tile(starts + c[None, :], valid, c < D, True, MASK_K), mean, rstd, c < D, MASK_K)
-                added = added + (_add_product(x.to(dtype), columns_of_sums, sums[i], HEADS_FIRST, PRECISION),)
-            sums = added
+                x = normalize(load_tile(starts + c[None, :], valid, c < D, True, MASK_K), mean, rstd, c < D, MASK_K)
+                added = added + (add_product(x.to(dtype), grad_u_weights, grad_u[i], HEADS_FIRST, PRECISION),)
+            grad_u = added
 
     if HEADS_BLOCK == 8:
-        kept = (pair % 2 == 0) & (pair < 2 * HEADS)
-        head = pair // 2
+        kept = (stacked_row % 2 == 0) & (stacked_row < 2 * HEADS)
+        head = stacked_row // 2
     else:
         kept = is_head
         head = heads
-    at = sums_ptr + ((image * splits + split) * HEADS + head)[:, None] * D
+    at = grad_u_ptr + ((image * splits + split) * HEADS + head)[:, None] * D
     if EXACT:
-        rest = (tl.sum(leftover, 0) + start)[:, None]
+        rest = (tl.sum(rests, 0) + cls_grad_scores)[:, None]
     for i in tl.static_range(CHUNKS):
         c = i * BLOCK_K + columns
-        total = sums[i] if HEADS_FIRST else sums[i].T
+        total = grad_u[i] if HEADS_FIRST else grad_u[i].T
         if EXACT:
-            z = context_ptr + (image * HEADS + head)[:, None] * D + c[None, :]
-            total -= rest * load_tile(z, kept, c < D, True, MASK_K)
+            context = context_ptr + (image * HEADS + head)[:, None] * D + c[None, :]
+            total -= rest * load_tile(context, kept, c < D, True, MASK_K)
         tl.store(at + c[None, :], total, mask=kept[:, None] & (c < D)[None, :])
 
 
@@ -287,11 +304,11 @@ def plan_tokens(batch: int, patches: int, width: int, heads: int, dtype: torch.d
     return chosen, *split_tiles(batch, cdiv(patches, chosen["BLOCK_N"]))
 
 
-def differentiate_tokens(
+def launch_token_gradient(
     cls: Tensor,
     patches: Tensor,
-    pairs: Tensor,
-    means: Tensor,
+    stacked: Tensor,
+    stacked_means: Tensor,
     delta: Tensor,
     context: Tensor,
     mean: Tensor,
@@ -301,24 +318,24 @@ def differentiate_tokens(
     grad_normalized: Tensor | None,
     plan: Plan,
 ) -> Tensor:
-    """t_h = sum_n ds_hn x^_n of every split, (B, splits, H, D); the gradients into the tensors given for them.
+    """Returns grad_u of every split, (B, splits, H, D), and fills the gradients' tensors that are given.
 
-    `grad_normalized` (B, D) gets the gradient of the CLS token's x^, as far as it is one of the tokens.
+    `grad_normalized` (B, D) gets the gradient of the normalized CLS token, as far as it is one of the tokens.
     """
     batch, heads, tokens = probs.shape
-    width, dtype = patches.shape[2], pairs.dtype
+    width, dtype = patches.shape[2], stacked.dtype
     chosen, splits, tiles = plan
     heads_block = max(8, power_of_two(heads))
     again = reload(width, heads_block, dtype)
-    sums = probs.new_empty((batch, splits, heads, width))
+    grad_u = probs.new_empty((batch, splits, heads, width))
     launch(
         token_gradient,
         (batch, splits),
         chosen,
         cls_ptr=cls,
         patches_ptr=patches,
-        pairs_ptr=pairs,
-        means_ptr=means,
+        stacked_ptr=stacked,
+        stacked_means_ptr=stacked_means,
         delta_ptr=delta,
         context_ptr=context,
         mean_ptr=mean,
@@ -326,7 +343,7 @@ def differentiate_tokens(
         probs_ptr=probs,
         grad_patches_ptr=grad_patches,
         grad_normalized_ptr=grad_normalized,
-        sums_ptr=sums,
+        grad_u_ptr=grad_u,
         patches=tokens - 1,
         cls_stride=cls.stride(0),
         patches_batch=patches.stride(0),
@@ -340,11 +357,11 @@ def differentiate_tokens(
         RELOAD=again,
         PRECISION=dot_precision(dtype),
     )
-    return sums
+    return grad_u
 
 
 def reload(width: int, heads_block: int, dtype: torch.dtype) -> bool:
-    """Whether a tile of tokens and the pairs are too much to be held from one product to the next."""
+    """Whether a tile of tokens and `stacked` are too much to be held from one product to the next."""
     if dtype.itemsize == 4 and (width > 448 or dot_precision(dtype) == "ieee"):
         return True  # of what IEEE products take, a thread holds whole rows and columns
     return 2 * heads_block * width * dtype.itemsize > 100_000

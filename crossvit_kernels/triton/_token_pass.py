@@ -18,7 +18,7 @@ MOST_SPLITS = 32
 
 
 @triton.jit
-def _start(
+def start(
     cls_ptr,
     key_query_ptr,
     norm_weight_ptr,
@@ -36,8 +36,8 @@ def _start(
     MASK_K: tl.constexpr = D % BLOCK_K != 0
     one = tl.arange(0, 1)
     first, shift, rstd = row_statistics(cls_ptr + one, one == 0, eps, D, BLOCK_K)
-    absorbed = ()
-    sums = ()
+    u_chunks = ()
+    contexts = ()
     score = tl.zeros((HEADS_BLOCK,), tl.float32)
     for k in tl.static_range(0, D, BLOCK_K):
         c = k + columns
@@ -50,9 +50,9 @@ def _start(
         )
         u = u * load_vector(norm_weight_ptr, c, c < D, 1.0)[None, :]
         score += tl.sum(u * x, 1)
-        absorbed = absorbed + (u.to(DTYPE).T,)
-        sums = sums + (tl.broadcast_to(tl.where(here, x, 0.0).T, (BLOCK_K, HEADS_BLOCK)),)
-    return absorbed, sums, score, first + shift, rstd
+        u_chunks = u_chunks + (u.to(DTYPE).T,)
+        contexts = contexts + (tl.broadcast_to(tl.where(here, x, 0.0).T, (BLOCK_K, HEADS_BLOCK)),)
+    return u_chunks, contexts, score, first + shift, rstd
 
 
 @triton.jit
@@ -86,7 +86,7 @@ def token_pass(
     """One image's tokens, or `tiles` tiles of them where SPLIT: statistics, scores, running softmax and contexts.
 
     Every head meets a tile while it is on chip. `context` gets the weighted means (B, H, D); where SPLIT the weighted
-    sums (B, splits, H, D) against the split's own maximum. `softmax` gets that maximum and the sum of the weights
+    contexts (B, splits, H, D) against the split's own maximum. `softmax` gets that maximum and the sum of the weights
     (B, splits, 2, H). SAVE: also mean, rstd and the scores themselves, for the next launch to finish.
     """
     image = tl.program_id(0).to(tl.int64)
@@ -96,7 +96,7 @@ def token_pass(
     MASK_K: tl.constexpr = D % BLOCK_K != 0
 
     # The CLS token starts the first split's running softmax.
-    absorbed, sums, score, cls_mean, cls_rstd = _start(
+    u_chunks, contexts, score, cls_mean, cls_rstd = start(
         cls_ptr + image * cls_stride,
         key_query_ptr + image * HEADS * D,
         norm_weight_ptr,
@@ -155,7 +155,7 @@ def token_pass(
                 x = tl.where((k + columns < D)[None, :], x, 0.0)
             x = x.to(DTYPE)
             normalized = normalized + (x,)
-            scores = product(x, absorbed[k // BLOCK_K], scores, PRECISION)
+            scores = product(x, u_chunks[k // BLOCK_K], scores, PRECISION)
         if SAVE:
             tl.store(
                 scores_ptr + (image * HEADS + heads)[None, :] * (patches + 1) + 1 + n[:, None],
@@ -172,17 +172,17 @@ def token_pass(
         weights = weights.to(DTYPE)
         added = ()
         for k in tl.static_range(0, D, BLOCK_K):
-            z = sums[k // BLOCK_K] * shrink[None, :]
+            z = contexts[k // BLOCK_K] * shrink[None, :]
             z = product(normalized[k // BLOCK_K].T, weights, z, PRECISION)
             added = added + (z,)
-        sums = added
+        contexts = added
 
     at = image * splits + split
     tl.store(softmax_ptr + (at * 2) * HEADS + heads, highest, mask=heads < HEADS)
     tl.store(softmax_ptr + (at * 2 + 1) * HEADS + heads, total, mask=heads < HEADS)
     for k in tl.static_range(0, D, BLOCK_K):
         c = k + columns
-        z = sums[k // BLOCK_K]
+        z = contexts[k // BLOCK_K]
         if not SPLIT:
             z = z / total[None, :]
         tl.store(
@@ -210,7 +210,7 @@ def pass_tokens(
     chosen = configuration("token_pass", width, dtype, pass_default(width, dtype))
     splits, tiles = split_tiles(batch, cdiv(patch_count, chosen["BLOCK_N"]))
     context = torch.empty_like(key_query)
-    partial = context if splits == 1 else key_query.new_empty((batch, splits, heads, width))
+    split_context = context if splits == 1 else key_query.new_empty((batch, splits, heads, width))
     softmax = key_query.new_empty((batch, splits, 2, heads))
     mean, rstd, scores = statistics
     launch(
@@ -224,7 +224,7 @@ def pass_tokens(
         mean_ptr=mean,
         rstd_ptr=rstd,
         scores_ptr=scores,
-        context_ptr=partial,
+        context_ptr=split_context,
         softmax_ptr=softmax,
         patches=patch_count,
         cls_stride=cls.stride(0),
@@ -241,7 +241,7 @@ def pass_tokens(
         DTYPE=DTYPES[dtype],
         PRECISION=dot_precision(dtype),
     )
-    return context, partial, softmax, splits
+    return context, split_context, softmax, splits
 
 
 def split_tiles(batch: int, tiles: int) -> tuple[int, int]:

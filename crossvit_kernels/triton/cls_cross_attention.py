@@ -5,15 +5,15 @@ from torch import Tensor
 
 from ._cls_gradients import (
     finish_gradients,
+    projection_gradients,
     query_gradient,
     query_input_gradient,
     value_gradient,
-    weight_gradients,
 )
-from ._cls_rows import ROWS, absorb_query, cls_default, cls_value, dense, dense_rows, head_block, power_of_two
+from ._cls_rows import ROWS, cls_default, cls_value, dense, dense_rows, head_block, launch_cls_query, power_of_two
 from ._launch import DTYPES, cdiv, configuration, dot_precision, launch, multiprocessors
 from ._rows import block_of
-from ._token_gradient import differentiate_tokens, plan_tokens
+from ._token_gradient import launch_token_gradient, plan_tokens
 from ._token_pass import pass_tokens
 
 
@@ -43,10 +43,10 @@ def forward(
     query = cls.new_empty((kept, width), dtype=torch.float32)
     mean, rstd = query.new_empty((kept, tokens)), query.new_empty((kept, tokens))
     probs = query.new_empty((kept, num_heads, tokens))
-    key_query = absorb_query(
+    key_query = launch_cls_query(
         cls, norm_weight, norm_bias, q_weight, q_bias, k_weight, num_heads, eps, query if save else None
     )
-    context, partial, softmax, splits = pass_tokens(
+    context, split_context, softmax, splits = pass_tokens(
         cls, patches, norm_weight, key_query, eps, dtype, (mean, rstd, probs) if save else (None, None, None)
     )
     out = q_weight.new_empty((batch, width))
@@ -56,7 +56,7 @@ def forward(
         (cdiv(batch, rows), num_heads),
         configuration("cls_value", width, dtype, cls_default(width, head, dtype)),
         context_ptr=context,
-        partial_ptr=partial,
+        split_context_ptr=split_context,
         softmax_ptr=softmax,
         probs_ptr=probs if save else None,
         norm_weight_ptr=norm_weight,
@@ -122,25 +122,25 @@ def backward(
     tiles = cdiv(batch, ROWS)
     shape = {"batch": batch, "D": width, "PRECISION": dot_precision(dtype)}
     of_heads = {**shape, "HEAD": head, "HEAD_BLOCK": head_block(head)}
-    first = {"cls_ptr": cls, "mean_ptr": mean, "rstd_ptr": rstd, "cls_stride": cls.stride(0), "tokens": tokens}
+    cls_arguments = {"cls_ptr": cls, "mean_ptr": mean, "rstd_ptr": rstd, "cls_stride": cls.stride(0), "tokens": tokens}
 
     to_query_input = bool(need & {"cls", "norm_weight", "norm_bias"})
     to_query = to_query_input or bool(need & {"q_weight", "q_bias", "k_weight"})
-    weight_parts = bias_parts = grad_normalized = sums = grad_query = grad_input = None
-    weight_rows = bias_rows = 0
+    norm_weight_parts = norm_bias_parts = grad_normalized = grad_u = grad_query = grad_query_input = None
+    norm_weight_rows = norm_bias_rows = 0
     if to_query or "patches" in need:
         plan = plan_tokens(batch, tokens - 1, width, num_heads, dtype)
         splits = plan[1]
         rows = images_per_program(batch, num_heads, splits)
         # Rows whose sums are the norm's gradients: of every tile and head, from values and keys, and of every tile.
         from_values, from_keys = tiles * num_heads, cdiv(batch, rows) * num_heads
-        weight_rows, bias_rows = from_values + from_keys + tiles, from_values + tiles
+        norm_weight_rows, norm_bias_rows = from_values + from_keys + tiles, from_values + tiles
         if "norm_weight" in need:
-            weight_parts = probs.new_empty((weight_rows, width))
+            norm_weight_parts = probs.new_empty((norm_weight_rows, width))
         if "norm_bias" in need:
-            bias_parts = probs.new_empty((bias_rows, width))
-        pairs = q_weight.new_empty((batch, num_heads, 2, width))
-        means = probs.new_empty((batch, num_heads, 2))
+            norm_bias_parts = probs.new_empty((norm_bias_rows, width))
+        stacked = q_weight.new_empty((batch, num_heads, 2, width))
+        stacked_means = probs.new_empty((batch, num_heads, 2))
         delta = probs.new_empty((batch, num_heads))
         chosen = configuration("value_gradient", width, dtype, cls_default(width, head, dtype))
         launch(
@@ -152,33 +152,44 @@ def backward(
             v_weight_ptr=v_weight,
             key_query_ptr=key_query,
             context_ptr=context,
-            pairs_ptr=pairs,
-            means_ptr=means,
+            stacked_ptr=stacked,
+            stacked_means_ptr=stacked_means,
             delta_ptr=delta,
-            weight_parts_ptr=weight_parts,
-            bias_parts_ptr=bias_parts,
+            norm_weight_parts_ptr=norm_weight_parts,
+            norm_bias_parts_ptr=norm_bias_parts,
             STAGES=chosen["num_stages"],
             **of_heads,
         )
         if "cls" in need:
             grad_normalized = probs.new_empty((batch, width))
-        partial = differentiate_tokens(
-            cls, patches, pairs, means, delta, context, mean, rstd, probs, grads.get("patches"), grad_normalized, plan
+        split_grad_u = launch_token_gradient(
+            cls,
+            patches,
+            stacked,
+            stacked_means,
+            delta,
+            context,
+            mean,
+            rstd,
+            probs,
+            grads.get("patches"),
+            grad_normalized,
+            plan,
         )
     if to_query:
-        sums = partial if splits == 1 else probs.new_empty((batch, num_heads, width))
+        grad_u = split_grad_u if splits == 1 else probs.new_empty((batch, num_heads, width))
         grad_query = probs.new_empty((batch, width))
         launch(
             query_gradient,
             (cdiv(batch, rows), num_heads),
             configuration("query_gradient", width, dtype, cls_default(width, head, dtype)),
-            partial_ptr=partial,
-            sums_ptr=sums,
+            split_grad_u_ptr=split_grad_u,
+            grad_u_ptr=grad_u,
             norm_weight_ptr=norm_weight,
             k_weight_ptr=k_weight,
             key_query_ptr=key_query,
             grad_query_ptr=grad_query,
-            weight_parts_ptr=None if weight_parts is None else weight_parts[from_values:],
+            norm_weight_parts_ptr=None if norm_weight_parts is None else norm_weight_parts[from_values:],
             splits=splits,
             scale=scale,
             ROWS=rows,
@@ -186,7 +197,7 @@ def backward(
             **of_heads,
         )
     if to_query_input:
-        grad_input = probs.new_empty((batch, width))
+        grad_query_input = probs.new_empty((batch, width))
         chosen = configuration(
             "query_input_gradient", width, dtype, {"BLOCK_K": 64, "BLOCK_E": 64, "num_warps": 4, "num_stages": 4}
         )
@@ -196,25 +207,25 @@ def backward(
             chosen,
             grad_query_ptr=grad_query,
             q_weight_ptr=q_weight,
-            grad_input_ptr=grad_input,
-            weight_parts_ptr=None if weight_parts is None else weight_parts[from_values + from_keys :],
-            bias_parts_ptr=None if bias_parts is None else bias_parts[from_values:],
+            grad_query_input_ptr=grad_query_input,
+            norm_weight_parts_ptr=None if norm_weight_parts is None else norm_weight_parts[from_values + from_keys :],
+            norm_bias_parts_ptr=None if norm_bias_parts is None else norm_bias_parts[from_values:],
             **shape,
-            **first,
+            **cls_arguments,
         )
     if need & {"q_weight", "k_weight", "v_weight"}:
         narrow = dtype.itemsize == 2
         default = {"BLOCK_B": 32 if narrow else 16, "BLOCK_E": 64, "num_warps": 4 if narrow else 8, "num_stages": 3}
-        chosen = configuration("weight_gradients", width, dtype, default)
+        chosen = configuration("projection_gradients", width, dtype, default)
         blocks = num_heads * cdiv(head, head_block(head)) * cdiv(width, chosen["BLOCK_E"])
         launch(
-            weight_gradients,
+            projection_gradients,
             (blocks, 3),
             chosen,
             grad_out_ptr=grad_out,
             context_ptr=context,
             query_ptr=query,
-            sums_ptr=sums,
+            grad_u_ptr=grad_u,
             grad_query_ptr=grad_query,
             norm_weight_ptr=norm_weight,
             norm_bias_ptr=norm_bias,
@@ -224,7 +235,7 @@ def backward(
             scale=scale,
             DTYPE=DTYPES[dtype],
             **of_heads,
-            **first,
+            **cls_arguments,
         )
     if need & {"cls", "norm_weight", "norm_bias", "q_bias", "v_bias"}:
         default = {"BLOCK_R": 32, "BLOCK_E": 32, "BLOCK_K": block_of(width), "num_warps": 4, "num_stages": 3}
@@ -233,25 +244,25 @@ def backward(
             finish_gradients,
             (max(cdiv(width, chosen["BLOCK_E"]), cdiv(batch, 4) if "cls" in need else 0), 5),
             chosen,
-            weight_parts_ptr=weight_parts,
-            bias_parts_ptr=bias_parts,
+            norm_weight_parts_ptr=norm_weight_parts,
+            norm_bias_parts_ptr=norm_bias_parts,
             grad_query_ptr=grad_query,
             grad_out_ptr=grad_out,
             probs_ptr=probs,
             norm_weight_ptr=norm_weight,
             grad_normalized_ptr=grad_normalized,
-            grad_input_ptr=grad_input,
+            grad_query_input_ptr=grad_query_input,
             grad_norm_weight_ptr=grads.get("norm_weight"),
             grad_norm_bias_ptr=grads.get("norm_bias"),
             grad_q_bias_ptr=grads.get("q_bias"),
             grad_v_bias_ptr=grads.get("v_bias"),
             grad_cls_ptr=grads.get("cls"),
-            weight_rows=weight_rows,
-            bias_rows=bias_rows,
+            norm_weight_rows=norm_weight_rows,
+            norm_bias_rows=norm_bias_rows,
             batch=batch,
             D=width,
             HEAD=head,
-            **first,
+            **cls_arguments,
         )
     return [grads[name] for name in names if name in need]
 

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _linear_tiles
-from ._gradients import input_gradient, weight_gradients
+from ._gradients import input_gradient, parameter_gradients
 from ._launch import Configuration, cdiv, configuration, dot_precision, launch, multiprocessors
 from ._layer_norm_backward import norm_gradients
 from ._math import gelu, gelu_derivative, product
@@ -299,7 +299,7 @@ def backward_of_linear(
         )
         if y is not None:
             inputs, norm, gelu_in = rows_of(y), None, False
-    return result + weight_gradients(grad, UNSCALED, inputs, weight, needs[3], needs[4], norm=norm, gelu_in=gelu_in)
+    return result + parameter_gradients(grad, UNSCALED, inputs, weight, needs[3], needs[4], norm=norm, gelu_in=gelu_in)
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import layer_norm_linear, linear_residual
-from ._gradients import input_gradient, weight_gradients
+from ._gradients import input_gradient, parameter_gradients
 from ._rows import rows_of
 from ._scale import scale_of
 
@@ -59,7 +59,7 @@ def backward(
         result = layer_norm_linear.backward_of_linear(
             rows_of(grad_pre), x, norm_weight, norm_bias, w1, False, mean, rstd, needs, grad
         )
-    result += weight_gradients(grad, factor, rows_of(hidden), w2, needs[5], needs[6], gelu_in=gelu_in)
+    result += parameter_gradients(grad, factor, rows_of(hidden), w2, needs[5], needs[6], gelu_in=gelu_in)
     if needs[7]:
         assert scale is not None
         result.append(linear_residual.scale_gradient(grad, rows_of(hidden), w2, b2, scale, factor, gelu_in))

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _linear_tiles
-from ._gradients import input_gradient, weight_gradients
+from ._gradients import input_gradient, parameter_gradients
 from ._launch import Configuration, cdiv, configuration, dot_precision, launch, multiprocessors
 from ._math import gelu, product
 from ._rows import FEW_ROWS, Rows, block_of, row_offsets, rows_of
@@ -189,7 +189,7 @@ def backward(
     result = []
     if needs[0]:
         result.append(input_gradient(grad, factor, weight, weight.new_empty(x.shape)))
-    result += weight_gradients(grad, factor, rows, weight, needs[1], needs[2])
+    result += parameter_gradients(grad, factor, rows, weight, needs[1], needs[2])
     if needs[3]:
         assert scale is not None
         result.append(scale_gradient(grad, rows, weight, bias, scale, factor))
@@ -229,14 +229,14 @@ def scale_gradient(
 
 def _configuration(rows: int, features: int, width: int, dtype: torch.dtype) -> Configuration:
     """As large a tile as leaves no multiprocessor idle."""
-    wide = dtype.itemsize == 4
+    float32 = dtype.itemsize == 4
     if rows <= FEW_ROWS:
-        block_k = block_of(width, 32, 16) if wide else block_of(width)
+        block_k = block_of(width, 32, 16) if float32 else block_of(width)
         default = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": block_k, "num_warps": 4, "num_stages": 4}
         return configuration("linear_residual_few", width, dtype, default)
-    if wide or cdiv(rows, 128) * cdiv(features, 128) < multiprocessors():
-        block_k = block_of(width, 32, 16) if wide else block_of(width, 64)
-        num_warps = 8 if wide and dot_precision(dtype) == "ieee" else 4
+    if float32 or cdiv(rows, 128) * cdiv(features, 128) < multiprocessors():
+        block_k = block_of(width, 32, 16) if float32 else block_of(width, 64)
+        num_warps = 8 if float32 and dot_precision(dtype) == "ieee" else 4
         default = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": block_k, "num_warps": num_warps, "num_stages": 3}
         return configuration("linear_residual_small", width, dtype, default)
     default = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": block_of(width, 64), "num_warps": 8, "num_stages": 3}

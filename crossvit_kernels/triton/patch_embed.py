@@ -37,12 +37,12 @@ def zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def multiply(accs, tile, weight_ptr, first, pixel, inside, features, DEPTH: tl.constexpr, TILES: tl.constexpr,
+def multiply(accs, tile, weight_ptr, first_feature, pixel, inside, features, DEPTH: tl.constexpr, TILES: tl.constexpr,
              PRECISION: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """The sums, one tile of columns after the other, and tile @ weight[:, pixel].T."""
     sums = ()
     for t in tl.static_range(TILES):
-        feature = first + t * BLOCK_N + tl.arange(0, BLOCK_N)
+        feature = first_feature + t * BLOCK_N + tl.arange(0, BLOCK_N)
         wanted = (feature < features)[:, None] & inside[None, :]
         weight = tl.load(weight_ptr + feature[:, None] * DEPTH + pixel[None, :], mask=wanted, other=0.0)
         sums = sums + (product(tile, weight.T, accs[t], PRECISION),)
@@ -82,7 +82,7 @@ def patch_embed_forward(
     DEPTH: tl.constexpr = CHANNELS * PATCH * PATCH
     PY: tl.constexpr = BLOCK_K // PX
     line, exists, image, column = patch_rows(tl.program_id(0), rows, per_row, lines, BLOCK_M)
-    first = tl.program_id(1) * (TILES * BLOCK_N)
+    first_feature = tl.program_id(1) * (TILES * BLOCK_N)
     accs = zeros(TILES, BLOCK_M, BLOCK_N)
 
     if RESIZE:
@@ -99,7 +99,7 @@ def patch_embed_forward(
         for chunk in tl.range(0, CHUNKS):
             pixel, inside = resized_pixels(chunk, PATCH, PX, PY)
             accs = multiply(
-                accs, tile, weight_ptr, first, pixel, inside, features, DEPTH, TILES, PRECISION, BLOCK_N
+                accs, tile, weight_ptr, first_feature, pixel, inside, features, DEPTH, TILES, PRECISION, BLOCK_N
             )  # fmt: skip
             tile = resized_tile(
                 images_ptr, image_at, x_offsets, x_weights, tl.minimum(chunk + 1, CHUNKS - 1), line * PATCH,
@@ -114,14 +114,14 @@ def patch_embed_forward(
                 images_ptr, image_at, exists, pixel, line * PATCH, image_channel, image_row, image_column, PATCH, DEPTH
             )
             accs = multiply(
-                accs, tile.to(weight_ptr.dtype.element_ty), weight_ptr, first, pixel, pixel < DEPTH, features,
+                accs, tile.to(weight_ptr.dtype.element_ty), weight_ptr, first_feature, pixel, pixel < DEPTH, features,
                 DEPTH, TILES, PRECISION, BLOCK_N
             )  # fmt: skip
 
     token = 1 + line * per_row + column
     out_row = image * (1 + lines * per_row) * features
     for t in tl.static_range(TILES):
-        feature = first + t * BLOCK_N + tl.arange(0, BLOCK_N)
+        feature = first_feature + t * BLOCK_N + tl.arange(0, BLOCK_N)
         counts = feature < features
         value = accs[t]
         if bias_ptr is not None:
@@ -194,7 +194,7 @@ def patch_embed_weight_gradient(
     piece = tl.program_id(0) // CHUNKS
     begin = piece * tiles_per_piece
     end = tl.minimum(begin + tiles_per_piece, row_tiles)
-    first = tl.program_id(1) * (TILES * BLOCK_N)
+    first_feature = tl.program_id(1) * (TILES * BLOCK_N)
     accs = zeros(TILES, BLOCK_N, BLOCK_K)
     if RESIZE:
         pixel, inside = resized_pixels(chunk, PATCH, PX, PY)
@@ -215,7 +215,7 @@ def patch_embed_weight_gradient(
         grad_at = grad_ptr + image * grad_batch + (1 + line * per_row + column) * grad_row
         sums = ()
         for t in tl.static_range(TILES):
-            feature = first + t * BLOCK_N + tl.arange(0, BLOCK_N)
+            feature = first_feature + t * BLOCK_N + tl.arange(0, BLOCK_N)
             wanted = exists[:, None] & (feature < features)[None, :]
             grad = tl.load(grad_at[:, None] + feature[None, :], mask=wanted, other=0.0).to(COMPUTE)
             sums = sums + (product(grad.T, patches, accs[t], PRECISION),)
@@ -226,7 +226,7 @@ def patch_embed_weight_gradient(
                 in_height, in_width, y_scale, x_scale, rows, per_row, lines, CHANNELS, PATCH, BLOCK_M, PX, PY
             ).to(COMPUTE)  # fmt: skip
     for t in tl.static_range(TILES):
-        feature = first + t * BLOCK_N + tl.arange(0, BLOCK_N)
+        feature = first_feature + t * BLOCK_N + tl.arange(0, BLOCK_N)
         at = (piece.to(tl.int64) * features + feature)[:, None] * DEPTH + pixel[None, :]
         wanted = (feature < features)[:, None] & inside[None, :]
         tl.store(out_ptr + at, accs[t].to(out_ptr.dtype.element_ty), mask=wanted)
@@ -285,13 +285,13 @@ def patch_embed_batch_sum(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The sum of grad over the batch, (tokens, D), to pos_ptr, in float32 to sum_ptr, and its first row to cls_ptr."""
+    """The sum of grad over the batch, (tokens, D), to pos_ptr, in float32 to sum_ptr, and its row 0 to cls_ptr."""
     at = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = at < tokens * features
     grad_at = grad_ptr + at // features * grad_row + at % features
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for first in tl.range(0, batch, BLOCK_M):
-        image = first + tl.arange(0, BLOCK_M).to(tl.int64)
+    for start in tl.range(0, batch, BLOCK_M):
+        image = start + tl.arange(0, BLOCK_M).to(tl.int64)
         wanted = (image < batch)[:, None] & inside[None, :]
         total += tl.load(grad_at[None, :] + (image * grad_batch)[:, None], mask=wanted, other=0.0).to(tl.float32)
     result = tl.sum(total, 0)
@@ -404,8 +404,8 @@ def _images_gradient(grad_out: Tensor, images: Tensor, weight: Tensor, height: i
     cut = images_of(images, height, width, patch)
     dtype = torch.float32 if cut.resize else images.dtype
     grad = images.new_empty((images.shape[0], channels, height, width), dtype=dtype)
-    wide = weight.dtype.itemsize == 4
-    default = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16 if wide else 64, "num_warps": 4, "num_stages": 3}
+    float32 = weight.dtype.itemsize == 4
+    default = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16 if float32 else 64, "num_warps": 4, "num_stages": 3}
     config = configuration("patch_embed_images_gradient", features, weight.dtype, default)
     launch(
         patch_embed_images_gradient,
