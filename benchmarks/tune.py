@@ -4,8 +4,8 @@ python -m benchmarks.tune [--op all] [--batch 256] [--dtype bfloat16] [--mode al
 
 For each kernel configuration that an op's forward and backward take at CrossViT-15's sizes: in turn one parameter at a
 time is halved and doubled, the whole op timed as replays of a CUDA graph, and what is MARGIN faster kept, until
-nothing is. Results go to crossvit_kernels/triton/tuned.json with --save, under this GPU's architecture; nothing is
-tuned otherwise, so that results do not change from run to run.
+nothing is. Results go to crossvit_kernels/triton_kernels/tuned.json with --save, under this GPU's architecture;
+nothing is tuned otherwise, so that results do not change from run to run.
 """
 
 import argparse
@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from crossvit_kernels.triton import _launch
-from crossvit_kernels.triton._launch import Configuration
+from crossvit_kernels.triton_kernels import launch
+from crossvit_kernels.triton_kernels.launch import Configuration
 
 from . import devices, timing
 from .cases import BRANCHES, OPS, Cell, inputs
@@ -113,10 +113,10 @@ class Found:
         """A configuration that makes an op `gain` times as fast as before."""
         self.gains[key] = configuration, gain
         if self.save:
-            table = json.loads(json.dumps(_launch.table()))
-            table.setdefault(_launch.architecture(), {}).setdefault(key[0], {})[key[1]] = configuration
-            write_table(_launch.TABLE, table)
-        _launch.table.cache_clear()
+            table = json.loads(json.dumps(launch.table()))
+            table.setdefault(launch.architecture(), {}).setdefault(key[0], {})[key[1]] = configuration
+            write_table(launch.TABLE, table)
+        launch.table.cache_clear()
 
     def show(self) -> None:
         """Prints them."""
@@ -140,7 +140,7 @@ def write_table(path: Path, table: dict[str, Any]) -> None:
 
 def _tune(cell: Cell, wanted: Sequence[str] | None, found: Found, pool: ProcessPoolExecutor, end: float) -> None:
     op = Call(cell)
-    with _launch.requests() as taken:
+    with launch.requests() as taken:
         op()
     for (kernel, key), start in list(taken.items()):
         if (wanted is not None and kernel not in wanted) or (kernel, key) in found.gains:
@@ -155,7 +155,7 @@ def _tune(cell: Cell, wanted: Sequence[str] | None, found: Found, pool: ProcessP
             works = list(pool.map(_works, itertools.repeat(cell), itertools.repeat(kernel), candidates))
             better = best
             for candidate in itertools.compress(candidates, works):
-                with _launch.overriding(kernel, candidate):
+                with launch.overriding(kernel, candidate):
                     seconds = op.seconds()
                 if seconds * MARGIN < fastest:
                     fastest, better = seconds, candidate
@@ -225,7 +225,7 @@ def _works(cell: Cell, kernel: str, configuration: Configuration) -> bool:
             _calls.clear()
             _calls[cell] = Call(cell)
         expected = _calls[cell].results()
-        with _launch.overriding(kernel, configuration):
+        with launch.overriding(kernel, configuration):
             found = _calls[cell].results()
         return all(rms((a - b).double()) <= TOLERANCE * rms(b.double()) for a, b in zip(found, expected))
     return False

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from . import triton
+from . import triton_kernels
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 _CHOICES = "'auto' or one of " + ", ".join(map(repr, BACKENDS))
@@ -196,7 +196,7 @@ def serves(name: str, op: str) -> bool:
     if name == "reference":
         return True
     if name == "triton":
-        return available(name) and op in triton.SERVED
+        return available(name) and op in triton_kernels.SERVED
     return available(name) and hasattr(getattr(torch.ops, f"crossvit_kernels_{name}"), op)
 
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from benchmarks.compiled import SHARED_LIMIT
-from crossvit_kernels import triton as triton_kernels
-from crossvit_kernels.triton._launch import table
+from crossvit_kernels import triton_kernels
+from crossvit_kernels.triton_kernels.launch import table
 
 ROOT = Path(__file__).parents[1]
 

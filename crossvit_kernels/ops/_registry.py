@@ -26,7 +26,7 @@ from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import backends
-from ..triton import triton_kernel
+from ..triton_kernels import triton_kernel
 from ._autograd import AUTOCAST, VMAP, Differentiable, below_autograd, second_derivative
 from ._fit import Fitting, fit, fit_backward
 from ._native import native_kernel

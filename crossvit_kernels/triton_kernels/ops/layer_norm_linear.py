@@ -8,14 +8,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _linear_tiles
-from ._gradients import input_gradient, parameter_gradients
-from ._launch import Configuration, cdiv, configuration, dot_precision, launch, multiprocessors
-from ._layer_norm_backward import norm_gradients
-from ._math import gelu, gelu_derivative, product
-from ._norm_rows import norm_rows
-from ._rows import FEW_ROWS, Rows, block_of, row_offsets, rows_of
-from ._scale import UNSCALED
+from ..kernels import linear_tiles
+from ..kernels.arithmetic import gelu, gelu_derivative, product
+from ..kernels.layer_norm_backward import norm_gradients
+from ..kernels.layer_norm_rows import norm_rows
+from ..kernels.linear_gradients import input_gradient, parameter_gradients
+from ..kernels.rows import FEW_ROWS, Rows, block_of, row_offsets, rows_of
+from ..kernels.scale import UNSCALED
+from ..launch import Configuration, cdiv, configuration, dot_precision, launch, multiprocessors
 
 # Up to this width a 16-bit row tile stays on the multiprocessor beside two stages of the weight.
 WIDEST_HELD = 768
@@ -204,11 +204,11 @@ def launch_forward(
     features, width = weight.shape
     bias = None if bias is None else bias.contiguous()
     kept = (mean, rstd) if mean.shape[0] else (None, None)
-    if _linear_tiles.takes(x.count, weight, out):
+    if linear_tiles.takes(x.count, weight, out):
         # Where the copy engine feeds the product, normalising into memory beats doing so in front of it.
         y = rows_of(weight.new_empty((x.count, width)))
         norm_rows(x, norm_weight, norm_bias, eps, gelu_in, y.tensor, *kept)
-        _linear_tiles.linear(y, weight, bias, out, gelu=gelu_out, pre=pre if pre.shape[0] else None)
+        linear_tiles.linear(y, weight, bias, out, gelu=gelu_out, pre=pre if pre.shape[0] else None)
         return
     config = _configuration(x.count, width, weight.dtype)
     row_tiles, column_tiles = cdiv(x.count, config["BLOCK_M"]), cdiv(features, config["BLOCK_N"])

@@ -9,10 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._gradients import sum_partials
-from ._launch import DTYPES, Configuration, architecture, cdiv, configuration, dot_precision, launch, multiprocessors
-from ._math import product
-from ._patches import (
+from ..kernels.arithmetic import product
+from ..kernels.linear_gradients import sum_partials
+from ..kernels.patches import (
     Images,
     cubic_taps,
     images_of,
@@ -23,8 +22,9 @@ from ._patches import (
     resized_tile,
     row_blocks,
 )
-from ._resize import resize_gradient
-from ._rows import block_of
+from ..kernels.resize_gradient import resize_gradient
+from ..kernels.rows import block_of
+from ..launch import DTYPES, Configuration, architecture, cdiv, configuration, dot_precision, launch, multiprocessors
 
 
 @triton.jit

@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._cls_rows import load_tile, load_vector, power_of_two, row_statistics
-from ._launch import DTYPES, cdiv, configuration, dot_precision, launch, multiprocessors
-from ._math import product
-from ._rows import block_of
+from ..launch import DTYPES, cdiv, configuration, dot_precision, launch, multiprocessors
+from .arithmetic import product
+from .cls_rows import load_tile, load_vector, power_of_two, row_statistics
+from .rows import block_of
 
 MOST_SPLITS = 32
 

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import cdiv, configuration, dot_precision, launch
-from ._math import product
-from ._rows import block_of
+from ..launch import cdiv, configuration, dot_precision, launch
+from .arithmetic import product
+from .rows import block_of
 
 ROWS = 16  # of the batch in one program
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import cdiv
+from ..launch import cdiv
 
 FEW_ROWS = 256  # up to here tiles of 16 rows are better
 

@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._gradients import sum_partials
-from ._launch import Configuration, cdiv, configuration, launch, multiprocessors
-from ._math import gelu, gelu_derivative
-from ._rows import Rows, block_of, optional_arguments, row_offsets
+from ..launch import Configuration, cdiv, configuration, launch, multiprocessors
+from .arithmetic import gelu, gelu_derivative
+from .linear_gradients import sum_partials
+from .rows import Rows, block_of, optional_arguments, row_offsets
 
 
 @triton.jit

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from ._cls_rows import join_splits, load_tile, load_vector
-from ._math import product
+from .arithmetic import product
+from .cls_rows import join_splits, load_tile, load_vector
 
 
 @triton.jit

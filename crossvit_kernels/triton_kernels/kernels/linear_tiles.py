@@ -7,10 +7,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._launch import DTYPES, architecture, cdiv, configuration, launch, multiprocessors
-from ._math import gelu16
-from ._rows import FEW_ROWS, Rows, optional_arguments, row_offsets
-from ._scale import UNSCALED, Scale, scaled
+from ..launch import DTYPES, architecture, cdiv, configuration, launch, multiprocessors
+from .arithmetic import gelu16
+from .rows import FEW_ROWS, Rows, optional_arguments, row_offsets
+from .scale import UNSCALED, Scale, scaled
 
 _ALIGNMENT = 16  # bytes, of what the copy engine addresses
 

@@ -7,8 +7,8 @@ weight is small), or adds up the parts that every head left.
 import triton
 import triton.language as tl
 
-from ._cls_rows import affine, load_tile, load_vector, row_statistics, store_key_query
-from ._math import gelu, product
+from .arithmetic import gelu, product
+from .cls_rows import affine, load_tile, load_vector, row_statistics, store_key_query
 
 
 @triton.jit

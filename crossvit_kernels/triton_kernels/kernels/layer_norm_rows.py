@@ -4,9 +4,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import cdiv, configuration, launch
-from ._math import gelu
-from ._rows import Rows, block_of, row_offsets
+from ..launch import cdiv, configuration, launch
+from .arithmetic import gelu
+from .rows import Rows, block_of, row_offsets
 
 
 @triton.jit

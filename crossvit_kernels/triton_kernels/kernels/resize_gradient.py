@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import cdiv, launch
-from ._patches import cubic_taps
+from ..launch import cdiv, launch
+from .patches import cubic_taps
 
 
 @triton.jit

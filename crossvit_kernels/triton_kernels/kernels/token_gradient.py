@@ -5,11 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._cls_rows import load_tile, load_vector, power_of_two
-from ._launch import Configuration, architecture, cdiv, configuration, dot_precision, launch
-from ._math import product
-from ._rows import block_of
-from ._token_pass import split_tiles
+from ..launch import Configuration, architecture, cdiv, configuration, dot_precision, launch
+from .arithmetic import product
+from .cls_rows import load_tile, load_vector, power_of_two
+from .rows import block_of
+from .token_pass import split_tiles
 
 
 @triton.jit

@@ -25,7 +25,7 @@ def triton_kernel(name: str, function: str) -> Callable:
     def run(*args: Any) -> Any:
         nonlocal found
         if found is None:
-            found = getattr(importlib.import_module(f"{__name__}.{name}"), function)
+            found = getattr(importlib.import_module(f"{__name__}.ops.{name}"), function)
         tensor: Tensor = args[0]
         if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
             with torch.cuda.device(tensor.device):

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..kernels.linear_gradients import input_gradient, parameter_gradients
+from ..kernels.rows import rows_of
+from ..kernels.scale import scale_of
 from . import layer_norm_linear, linear_residual
-from ._gradients import input_gradient, parameter_gradients
-from ._rows import rows_of
-from ._scale import scale_of
 
 
 def forward(

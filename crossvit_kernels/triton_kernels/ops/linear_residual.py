@@ -7,12 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _linear_tiles
-from ._gradients import input_gradient, parameter_gradients
-from ._launch import Configuration, cdiv, configuration, dot_precision, launch, multiprocessors
-from ._math import gelu, product
-from ._rows import FEW_ROWS, Rows, block_of, row_offsets, rows_of
-from ._scale import SAMPLE, Scale, scale_of, scaled
+from ..kernels import linear_tiles
+from ..kernels.arithmetic import gelu, product
+from ..kernels.linear_gradients import input_gradient, parameter_gradients
+from ..kernels.rows import FEW_ROWS, Rows, block_of, row_offsets, rows_of
+from ..kernels.scale import SAMPLE, Scale, scale_of, scaled
+from ..launch import Configuration, cdiv, configuration, dot_precision, launch, multiprocessors
 
 
 @triton.jit
@@ -154,8 +154,8 @@ def launch_forward(x: Rows, weight: Tensor, bias: Tensor | None, residual: Rows,
     weight = weight.contiguous()
     features, width = weight.shape
     bias = None if bias is None else bias.contiguous()
-    if _linear_tiles.fits(x, weight, out):
-        _linear_tiles.linear(x, weight, bias, out, residual=residual, scale=scale)
+    if linear_tiles.fits(x, weight, out):
+        linear_tiles.linear(x, weight, bias, out, residual=residual, scale=scale)
         return
     config = _configuration(x.count, features, width, weight.dtype)
     launch(

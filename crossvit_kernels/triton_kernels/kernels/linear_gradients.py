@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import DTYPES, Configuration, cdiv, configuration, dot_precision, launch, multiprocessors
-from ._math import gelu, gelu_derivative, product
-from ._rows import FEW_ROWS, Rows, block_of, row_offsets
-from ._scale import Scale, scaled
+from ..launch import DTYPES, Configuration, cdiv, configuration, dot_precision, launch, multiprocessors
+from .arithmetic import gelu, gelu_derivative, product
+from .rows import FEW_ROWS, Rows, block_of, row_offsets
+from .scale import Scale, scaled
 
 
 @triton.jit

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Configuration, cdiv
+from ..launch import Configuration, cdiv
 
 
 @triton.jit

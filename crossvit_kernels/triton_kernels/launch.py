@@ -17,7 +17,7 @@ import torch
 import triton.language as tl
 
 from .. import backends
-from . import _direct
+from . import direct
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}  # as kernels take them
 
@@ -146,7 +146,7 @@ def launch(kernel: Any, grid: tuple[int, ...], configuration: Configuration, **a
     if _records:
         _records[-1].append(Launch(kernel, grid, arguments, num_warps, num_stages))
     else:
-        _direct.run(kernel, grid, arguments, num_warps, num_stages)
+        direct.run(kernel, grid, arguments, num_warps, num_stages)
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -3,18 +3,27 @@
 import torch
 from torch import Tensor
 
-from ._cls_gradients import (
+from ..kernels.cls_gradients import (
     finish_gradients,
     projection_gradients,
     query_gradient,
     query_input_gradient,
     value_gradient,
 )
-from ._cls_rows import ROWS, cls_default, cls_value, dense, dense_rows, head_block, launch_cls_query, power_of_two
-from ._launch import DTYPES, cdiv, configuration, dot_precision, launch, multiprocessors
-from ._rows import block_of
-from ._token_gradient import launch_token_gradient, plan_tokens
-from ._token_pass import pass_tokens
+from ..kernels.cls_rows import (
+    ROWS,
+    cls_default,
+    cls_value,
+    dense,
+    dense_rows,
+    head_block,
+    launch_cls_query,
+    power_of_two,
+)
+from ..kernels.rows import block_of
+from ..kernels.token_gradient import launch_token_gradient, plan_tokens
+from ..kernels.token_pass import pass_tokens
+from ..launch import DTYPES, cdiv, configuration, dot_precision, launch, multiprocessors
 
 
 def forward(

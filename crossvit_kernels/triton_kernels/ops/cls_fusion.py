@@ -7,11 +7,11 @@ the way back. Heads and columns are spread over programs, so that no weight stre
 import torch
 from torch import Tensor
 
-from ._cls_fusion import fusion_query, fusion_revert, fusion_value
-from ._cls_rows import ROWS, cls_default, dense, dense_rows, head_block, power_of_two
-from ._launch import cdiv, configuration, dot_precision, launch
-from ._rows import block_of
-from ._token_pass import pass_tokens
+from ..kernels.cls_rows import ROWS, cls_default, dense, dense_rows, head_block, power_of_two
+from ..kernels.fusion_rows import fusion_query, fusion_revert, fusion_value
+from ..kernels.rows import block_of
+from ..kernels.token_pass import pass_tokens
+from ..launch import cdiv, configuration, dot_precision, launch
 
 
 def forward(
