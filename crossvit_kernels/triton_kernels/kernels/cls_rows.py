@@ -1,51 +1,13 @@
-"""Pieces with one row per image: what cls_cross_attention and cls_fusion do before and after the pass over the tokens.
+"""Kernels with one row per image: cls_query before the pass over the tokens, cls_value behind it.
 
 The batch is walked in tiles of 16 rows, the least that a matrix instruction takes, while the weights stream past.
 """
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..launch import cdiv, configuration, dot_precision, launch
 from .arithmetic import product
-from .rows import block_of
-
-ROWS = 16  # of the batch in one program
-
-
-@triton.jit
-def load_tile(pointers, rows_valid, columns_valid, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr):
-    """A tile, zero where a mask that is needed is false."""
-    if MASK_ROWS and MASK_COLUMNS:
-        tile = tl.load(pointers, mask=rows_valid[:, None] & columns_valid[None, :], other=0.0)
-    elif MASK_ROWS:
-        tile = tl.load(pointers, mask=rows_valid[:, None], other=0.0)
-    elif MASK_COLUMNS:
-        tile = tl.load(pointers, mask=columns_valid[None, :], other=0.0)
-    else:
-        tile = tl.load(pointers)
-    return tile
-
-
-@triton.jit
-def load_vector(pointer, offsets, valid, DEFAULT: tl.constexpr):
-    """Elements of an optional vector in float32, DEFAULT where there is none."""
-    if pointer is None:
-        vector = tl.full(offsets.shape, DEFAULT, tl.float32)
-    else:
-        vector = tl.load(pointer + offsets, mask=valid, other=0.0).to(tl.float32)
-    return vector
-
-
-@triton.jit
-def affine(x, norm_weight_ptr, norm_bias_ptr, columns, valid):
-    """gamma x + beta, zero in columns that are not valid, where x has to be zero."""
-    gamma = load_vector(norm_weight_ptr, columns, valid, 1.0)
-    return x * gamma[None, :] + load_vector(norm_bias_ptr, columns, valid, 0.0)[None, :]
+from .tiles import affine, load_tile, load_vector
 
 
 @triton.jit
@@ -282,74 +244,3 @@ def cls_value(
             out.to(out_ptr.dtype.element_ty),
             mask=valid[:, None] & (j < HEAD)[None, :],
         )
-
-
-def launch_cls_query(
-    cls: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor | None,
-    q_weight: Tensor,
-    q_bias: Tensor | None,
-    k_weight: Tensor,
-    num_heads: int,
-    eps: float,
-    query: Tensor | None,
-) -> Tensor:
-    """Each head's W_k^T query / sqrt(d), (B, H, D); the query too, into `query` where that is given."""
-    batch, width = cls.shape
-    head = width // num_heads
-    key_query = cls.new_empty((batch, num_heads, width), dtype=torch.float32)
-    dtype = q_weight.dtype
-    launch(
-        cls_query,
-        (cdiv(batch, ROWS), num_heads),
-        configuration("cls_query", width, dtype, cls_default(width, head, dtype)),
-        cls_ptr=cls,
-        norm_weight_ptr=norm_weight,
-        norm_bias_ptr=norm_bias,
-        q_weight_ptr=q_weight,
-        q_bias_ptr=q_bias,
-        k_weight_ptr=k_weight,
-        query_ptr=query,
-        key_query_ptr=key_query,
-        batch=batch,
-        cls_stride=cls.stride(0),
-        scale=head**-0.5,
-        eps=eps,
-        D=width,
-        HEAD=head,
-        HEAD_BLOCK=head_block(head),
-        PRECISION=dot_precision(dtype),
-    )
-    return key_query
-
-
-def power_of_two(n: int) -> int:
-    """The least power of two that is not smaller."""
-    return 1 << (n - 1).bit_length()
-
-
-def head_block(head: int) -> int:
-    """In how many columns at once a head's own d are walked."""
-    return min(128, max(16, power_of_two(head)))
-
-
-def cls_default(width: int, head: int, dtype: torch.dtype) -> dict[str, int]:
-    """Of kernels that stream weights past 16 images."""
-    if head > 128:  # one head's weights in several pieces at once, too many to have more on their way
-        return {"BLOCK_K": block_of(width, 64), "num_warps": 8, "num_stages": 1}
-    block = block_of(width, 128 if dtype.itemsize == 2 else 64, 64)
-    # With a column of a vector per thread, 16 bits wide, its load would not be asynchronous.
-    # Of float32 numbers a thread's share of a product takes twice the registers; a mask takes some too.
-    more = dtype.itemsize == 4 and (width % block != 0 or (width <= 448 and dot_precision(dtype) == "ieee"))
-    return {"BLOCK_K": block, "num_warps": 8 if block == 128 or more else 4, "num_stages": 4}
-
-
-def dense_rows(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy if its last dimension is not contiguous."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def dense(*tensors: Any) -> list[Any]:
-    """Parameters, made contiguous where they are not."""
-    return [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors]

@@ -1,16 +1,10 @@
 """Backward of LayerNorm and of a gelu behind it, row by row."""
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..launch import Configuration, cdiv, configuration, launch, multiprocessors
 from .arithmetic import gelu, gelu_derivative
-from .linear_gradients import sum_partials
-from .rows import Rows, block_of, optional_arguments, row_offsets
+from .tiles import row_offsets
 
 
 @triton.jit
@@ -110,59 +104,3 @@ def layer_norm_backward(
             column = k * BLOCK_K + chunk
             tl.store(partial_at + column, tl.sum(weight_sums[k], 0), mask=column < WIDTH)
             tl.store(partial_at + WIDTH + column, tl.sum(bias_sums[k], 0), mask=column < WIDTH)
-
-
-def norm_gradients(
-    grad: Tensor,
-    x: Rows,
-    mean: Tensor,
-    rstd: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor | None,
-    needs: Sequence[bool],
-    *,
-    shape: Sequence[int],
-    gelu_in: bool = False,
-    add: Rows | None = None,
-    y: Tensor | None = None,
-) -> list[Tensor]:
-    """Those of the gradients of x, in this shape, norm_weight and norm_bias that `needs` names, from `grad`, that of
-    act(LayerNorm(x)), dense. `add` is added to x's; `y` becomes act(LayerNorm(x))."""
-    width = norm_weight.shape[0]
-    config = _configuration(width, norm_weight.dtype)
-    programs = min(cdiv(x.count, config["BLOCK_M"]), 3 * multiprocessors())
-    grad_x = x.tensor.new_empty(shape) if needs[0] else None
-    norm_weight, norm_bias = norm_weight.contiguous(), None if norm_bias is None else norm_bias.contiguous()
-    sums = [norm_weight.new_empty(width) if needed else None for needed in needs[1:3]]
-    partial = mean.new_empty((programs, 2 * width)) if needs[1] or needs[2] else None
-    launch(
-        layer_norm_backward,
-        (programs,),
-        config,
-        grad_ptr=grad,
-        **x.arguments("x"),
-        **optional_arguments(add, "add"),
-        mean_ptr=mean,
-        rstd_ptr=rstd,
-        norm_weight_ptr=norm_weight,
-        norm_bias_ptr=norm_bias,
-        grad_x_ptr=grad_x,
-        y_ptr=y,
-        partial_ptr=partial,
-        rows=x.count,
-        WIDTH=width,
-        GELU=gelu_in,
-    )
-    if partial is not None:
-        sum_partials(partial, width, *sums)
-    return [g for g in (grad_x, *sums) if g is not None]
-
-
-def _configuration(width: int, dtype: torch.dtype) -> Configuration:
-    """Rows for at most 24 elements a thread: the row, its gradient and the two sums are held at once."""
-    num_warps = 4 if width <= 768 else 8
-    block_k = block_of(width, 128)
-    held = num_warps * 32 * 24 // (cdiv(width, block_k) * block_k)
-    block_m = min(16, 1 << max(held.bit_length() - 1, 0))
-    default = {"BLOCK_M": block_m, "BLOCK_K": block_k, "num_warps": num_warps, "num_stages": 1}
-    return configuration("layer_norm_backward", width, dtype, default)

@@ -2,11 +2,9 @@
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..launch import cdiv, configuration, launch
 from .arithmetic import gelu
-from .rows import Rows, block_of, row_offsets
+from .tiles import row_offsets
 
 
 @triton.jit
@@ -64,34 +62,3 @@ def layer_norm_rows(
             y.to(y_ptr.dtype.element_ty),
             mask=exists[:, None] & counts[None, :],
         )
-
-
-def norm_rows(
-    x: Rows,
-    norm_weight: Tensor,
-    norm_bias: Tensor | None,
-    eps: float,
-    gelu: bool,
-    y: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-) -> None:
-    """Fills `y` (rows, D), and mean and rstd (rows,), float32, where they are given."""
-    width = x.tensor.shape[-1]
-    default = {"BLOCK_M": 8, "BLOCK_K": block_of(width), "num_warps": 4, "num_stages": 1}
-    config = configuration("layer_norm_rows", width, y.dtype, default)
-    launch(
-        layer_norm_rows,
-        (cdiv(x.count, config["BLOCK_M"]),),
-        config,
-        **x.arguments("x"),
-        norm_weight_ptr=norm_weight.contiguous(),
-        norm_bias_ptr=None if norm_bias is None else norm_bias.contiguous(),
-        y_ptr=y,
-        mean_ptr=mean,
-        rstd_ptr=rstd,
-        rows=x.count,
-        eps=eps,
-        WIDTH=width,
-        GELU=gelu,
-    )

@@ -8,14 +8,8 @@ scalar and what it knows about columns serves a whole tile:
                           PY rows of PX >= P columns, of one channel
 """
 
-import functools
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from ..launch import Configuration, cdiv
 
 
 @triton.jit
@@ -158,66 +152,3 @@ def patch_tile(
     at = images_ptr + y * image_row + image_at[:, None]
     at += pixel_offsets(pixel, image_channel, image_row, image_column, PATCH)[None, :]
     return tl.load(at, mask=exists[:, None] & (pixel < DEPTH)[None, :], other=0.0)
-
-
-class Images(NamedTuple):
-    """Images and the patches to cut from them: `columns` x `lines` of them, at the size (height, width)."""
-
-    tensor: Tensor
-    patch: int
-    lines: int
-    columns: int
-    resize: bool
-
-    @property
-    def rows(self) -> int:
-        """Patches at one height in all images."""
-        return self.tensor.shape[0] * self.columns
-
-    def arguments(self) -> dict[str, Tensor | int | float | bool]:
-        """What a kernel takes to find the pixels."""
-        _, channels, height, width = self.tensor.shape
-        batch, channel, row, column = self.tensor.stride()
-        return {
-            "images_ptr": self.tensor,
-            "image_batch": batch,
-            "image_channel": channel,
-            "image_row": row,
-            "image_column": column,
-            "in_height": height,
-            "in_width": width,
-            "y_scale": height / (self.lines * self.patch),
-            "x_scale": width / (self.columns * self.patch),
-            "rows": self.rows,
-            "per_row": self.columns,
-            "lines": self.lines,
-            "CHANNELS": channels,
-            "PATCH": self.patch,
-            "RESIZE": self.resize,
-        }
-
-    def blocks(self, config: Configuration) -> Configuration:
-        """A configuration fitted to the patches: no more rows than there are, BLOCK_K split into PX and PY."""
-        px, py = _pixel_block(self.patch, config["BLOCK_K"]) if self.resize else (config["BLOCK_K"], 1)
-        block_m = min(config["BLOCK_M"], max(16, triton.next_power_of_2(self.rows)))
-        return config | {"BLOCK_M": block_m, "BLOCK_K": px * py, "PX": px}
-
-
-@functools.cache
-def _pixel_block(patch: int, largest: int) -> tuple[int, int]:
-    """Columns and rows of pixels, powers of two, of a chunk of about `largest` pixels of a patch, at least 16."""
-    px = max(triton.next_power_of_2(patch), 4)
-    return px, max(16 // px, min(triton.next_power_of_2(patch), largest // px, 16), 1)
-
-
-def images_of(images: Tensor, height: int, width: int, patch: int) -> Images:
-    """The patches of `images` at the size (height, width); 32 bits count along a row of pixels."""
-    if images.shape[3] * images.stride(3) >= 2**31:
-        images = images.contiguous()
-    resize = tuple(images.shape[2:]) != (height, width)
-    return Images(images, patch, height // patch, width // patch, resize)
-
-
-def row_blocks(images: Images, config: Configuration) -> int:
-    """How many tiles hold the patches at one height."""
-    return cdiv(images.rows, config["BLOCK_M"])

@@ -1,15 +1,10 @@
 """The tokens' part of cls_cross_attention's gradient: one more pass over them."""
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..launch import Configuration, architecture, cdiv, configuration, dot_precision, launch
 from .arithmetic import product
-from .cls_rows import load_tile, load_vector, power_of_two
-from .rows import block_of
-from .token_pass import split_tiles
+from .tiles import load_tile, load_vector
 
 
 @triton.jit
@@ -292,93 +287,3 @@ def token_gradient(
             context = context_ptr + (image * HEADS + head)[:, None] * D + c[None, :]
             total -= rest * load_tile(context, kept, c < D, True, MASK_K)
         tl.store(at + c[None, :], total, mask=kept[:, None] & (c < D)[None, :])
-
-
-_EARLY = ("sm_80", "sm_86", "sm_87", "sm_89")
-Plan = tuple[Configuration, int, int]
-
-
-def plan_tokens(batch: int, patches: int, width: int, heads: int, dtype: torch.dtype) -> Plan:
-    """The pass's configuration, splits of an image's tokens, and tiles in each."""
-    chosen = configuration("token_gradient", width, dtype, gradient_default(width, heads, dtype))
-    return chosen, *split_tiles(batch, cdiv(patches, chosen["BLOCK_N"]))
-
-
-def launch_token_gradient(
-    cls: Tensor,
-    patches: Tensor,
-    stacked: Tensor,
-    stacked_means: Tensor,
-    delta: Tensor,
-    context: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    probs: Tensor,
-    grad_patches: Tensor | None,
-    grad_normalized: Tensor | None,
-    plan: Plan,
-) -> Tensor:
-    """Returns grad_u of every split, (B, splits, H, D), and fills the gradients' tensors that are given.
-
-    `grad_normalized` (B, D) gets the gradient of the normalized CLS token, as far as it is one of the tokens.
-    """
-    batch, heads, tokens = probs.shape
-    width, dtype = patches.shape[2], stacked.dtype
-    chosen, splits, tiles = plan
-    heads_block = max(8, power_of_two(heads))
-    again = reload(width, heads_block, dtype)
-    grad_u = probs.new_empty((batch, splits, heads, width))
-    launch(
-        token_gradient,
-        (batch, splits),
-        chosen,
-        cls_ptr=cls,
-        patches_ptr=patches,
-        stacked_ptr=stacked,
-        stacked_means_ptr=stacked_means,
-        delta_ptr=delta,
-        context_ptr=context,
-        mean_ptr=mean,
-        rstd_ptr=rstd,
-        probs_ptr=probs,
-        grad_patches_ptr=grad_patches,
-        grad_normalized_ptr=grad_normalized,
-        grad_u_ptr=grad_u,
-        patches=tokens - 1,
-        cls_stride=cls.stride(0),
-        patches_batch=patches.stride(0),
-        patches_token=patches.stride(1),
-        splits=splits,
-        tiles=tiles,
-        D=width,
-        HEADS=heads,
-        HEADS_BLOCK=heads_block,
-        HEADS_FIRST=again or architecture() in _EARLY,
-        RELOAD=again,
-        PRECISION=dot_precision(dtype),
-    )
-    return grad_u
-
-
-def reload(width: int, heads_block: int, dtype: torch.dtype) -> bool:
-    """Whether a tile of tokens and `stacked` are too much to be held from one product to the next."""
-    if dtype.itemsize == 4 and (width > 448 or dot_precision(dtype) == "ieee"):
-        return True  # of what IEEE products take, a thread holds whole rows and columns
-    return 2 * heads_block * width * dtype.itemsize > 100_000
-
-
-def gradient_default(width: int, heads: int, dtype: torch.dtype) -> dict[str, int]:
-    """Of token_gradient."""
-    block, early = block_of(width, 128, 64 if width > 128 else 32), architecture() in _EARLY
-    if dtype.itemsize == 4:
-        if dot_precision(dtype) == "tf32":
-            return {"BLOCK_N": 16, "BLOCK_K": block_of(width, 64), "num_warps": 8, "num_stages": 2}
-        block, warps = (block_of(width, 64), 4) if width <= 256 else (32, 8)
-        return {"BLOCK_N": 16, "BLOCK_K": block, "num_warps": warps, "num_stages": 1}
-    if width <= 256:
-        return {"BLOCK_N": 16 if early and width > 192 else 32, "BLOCK_K": block, "num_warps": 4, "num_stages": 2}
-    if width <= 448:
-        # Wider blocks leave no register for tokens of 32 bits, which come under autocast.
-        tokens = 16 if early or heads > 8 else 32
-        return {"BLOCK_N": tokens, "BLOCK_K": block_of(width, 64), "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_N": 16, "BLOCK_K": block, "num_warps": 8, "num_stages": 1 if early or width > 768 else 2}

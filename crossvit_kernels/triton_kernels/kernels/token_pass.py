@@ -4,17 +4,12 @@ Keys and values are never made (see ops/cls_cross_attention.py): every token is 
 scores and its share of the contexts z.
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..launch import DTYPES, cdiv, configuration, dot_precision, launch, multiprocessors
 from .arithmetic import product
-from .cls_rows import load_tile, load_vector, power_of_two, row_statistics
-from .rows import block_of
-
-MOST_SPLITS = 32
+from .cls_rows import row_statistics
+from .tiles import load_tile, load_vector
 
 
 @triton.jit
@@ -190,81 +185,3 @@ def token_pass(
             z.T,
             mask=(heads < HEADS)[:, None] & (c < D)[None, :],
         )
-
-
-def pass_tokens(
-    cls: Tensor,
-    patches: Tensor,
-    norm_weight: Tensor,
-    key_query: Tensor,
-    eps: float,
-    dtype: torch.dtype,
-    statistics: tuple[Tensor | None, Tensor | None, Tensor | None],
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    """The pass over the tokens: (contexts, contexts of the splits, softmax, splits); see `token_pass`.
-
-    `statistics`: mean, rstd and scores, where they are kept. With one split both contexts are the same tensor, with
-    more the first is yet to be filled.
-    """
-    (batch, heads, width), patch_count = key_query.shape, patches.shape[1]
-    chosen = configuration("token_pass", width, dtype, pass_default(width, dtype))
-    splits, tiles = split_tiles(batch, cdiv(patch_count, chosen["BLOCK_N"]))
-    context = torch.empty_like(key_query)
-    split_context = context if splits == 1 else key_query.new_empty((batch, splits, heads, width))
-    softmax = key_query.new_empty((batch, splits, 2, heads))
-    mean, rstd, scores = statistics
-    launch(
-        token_pass,
-        (batch, splits),
-        chosen,
-        cls_ptr=cls,
-        patches_ptr=patches,
-        norm_weight_ptr=norm_weight,
-        key_query_ptr=key_query,
-        mean_ptr=mean,
-        rstd_ptr=rstd,
-        scores_ptr=scores,
-        context_ptr=split_context,
-        softmax_ptr=softmax,
-        patches=patch_count,
-        cls_stride=cls.stride(0),
-        patches_batch=patches.stride(0),
-        patches_token=patches.stride(1),
-        splits=splits,
-        tiles=tiles,
-        eps=eps,
-        D=width,
-        HEADS=heads,
-        HEADS_BLOCK=heads_block(heads),
-        SPLIT=splits > 1,
-        SAVE=mean is not None,
-        DTYPE=DTYPES[dtype],
-        PRECISION=dot_precision(dtype),
-    )
-    return context, split_context, softmax, splits
-
-
-def split_tiles(batch: int, tiles: int) -> tuple[int, int]:
-    """(splits of an image's tokens, tiles in each): more than one where images alone leave multiprocessors idle."""
-    processors = multiprocessors()
-    if batch >= 0.8 * processors:
-        return 1, tiles
-    each = cdiv(tiles, min(cdiv(processors, batch), tiles, MOST_SPLITS))
-    return cdiv(tiles, each), each
-
-
-def heads_block(heads: int) -> int:
-    """The heads as a matrix instruction takes them."""
-    return max(16, power_of_two(heads))
-
-
-def pass_default(width: int, dtype: torch.dtype) -> dict[str, int]:
-    """Of token_pass: a tile stays in registers, next to a context of every head."""
-    stages = 2 if width <= 768 else 1
-    if dtype.itemsize == 4:
-        exact = dot_precision(dtype) == "ieee"
-        block = 32 if exact and width <= 448 else block_of(width, 64)
-        return {"BLOCK_N": 16, "BLOCK_K": block, "num_warps": 8, "num_stages": stages}
-    block = block_of(width, 128, 64 if width > 128 else 32)
-    tokens = 32 if width <= 768 else 16
-    return {"BLOCK_N": tokens, "BLOCK_K": block, "num_warps": 4 if width <= 448 else 8, "num_stages": stages}

@@ -1,29 +1,25 @@
-"""cls_cross_attention on Triton: three launches forward; see _token_pass.py."""
+"""cls_cross_attention on Triton: three launches forward."""
 
 import torch
 from torch import Tensor
 
-from ..kernels.cls_gradients import (
-    finish_gradients,
-    projection_gradients,
-    query_gradient,
-    query_input_gradient,
-    value_gradient,
-)
-from ..kernels.cls_rows import (
+from ..defaults import (
     ROWS,
     cls_default,
-    cls_value,
-    dense,
-    dense_rows,
     head_block,
-    launch_cls_query,
+    heads_block,
+    images_per_program,
+    pass_default,
     power_of_two,
+    split_tiles,
 )
-from ..kernels.rows import block_of
-from ..kernels.token_gradient import launch_token_gradient, plan_tokens
-from ..kernels.token_pass import pass_tokens
-from ..launch import DTYPES, cdiv, configuration, dot_precision, launch, multiprocessors
+from ..kernels.cls_rows import cls_query, cls_value
+from ..kernels.token_pass import token_pass
+from ..launch import DTYPES, cdiv, configuration, dot_precision, launch
+from ..views import dense, dense_rows
+from .cls_cross_attention_backward import backward
+
+__all__ = ["backward", "forward"]
 
 
 def forward(
@@ -89,193 +85,93 @@ def forward(
     return out, mean, rstd, probs, context, query, key_query
 
 
-def backward(
-    grad_out: Tensor,
+def launch_cls_query(
     cls: Tensor,
-    patches: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor | None,
     q_weight: Tensor,
     q_bias: Tensor | None,
     k_weight: Tensor,
-    k_bias: Tensor | None,
-    v_weight: Tensor,
-    v_bias: Tensor | None,
     num_heads: int,
     eps: float,
-    mean: Tensor,
-    rstd: Tensor,
-    probs: Tensor,
-    context: Tensor,
-    query: Tensor,
-    key_query: Tensor,
-    needs: list[bool],
-) -> list[Tensor]:
-    """The op's backward: the gradients that `needs` asks for, of cls to v_bias."""
-    names = ("cls", "patches", "norm_weight", "norm_bias")
-    names += ("q_weight", "q_bias", "k_weight", "k_bias", "v_weight", "v_bias")
-    need = {name for name, needed in zip(names, needs) if needed}
-    inputs = (cls, patches, norm_weight, norm_bias, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias)
-    grads = {n: t.new_empty(t.shape) for n, t in zip(names, inputs) if n in need and n != "k_bias" and t is not None}
-    if "k_bias" in need and k_bias is not None:
-        grads["k_bias"] = k_bias.new_zeros(k_bias.shape)
-
-    cls, patches = dense_rows(cls), dense_rows(patches)
-    grad_out, norm_weight, norm_bias, q_weight, k_weight, v_weight = dense(
-        grad_out, norm_weight, norm_bias, q_weight, k_weight, v_weight
+    query: Tensor | None,
+) -> Tensor:
+    """Each head's W_k^T query / sqrt(d), (B, H, D); the query too, into `query` where that is given."""
+    batch, width = cls.shape
+    head = width // num_heads
+    key_query = cls.new_empty((batch, num_heads, width), dtype=torch.float32)
+    dtype = q_weight.dtype
+    launch(
+        cls_query,
+        (cdiv(batch, ROWS), num_heads),
+        configuration("cls_query", width, dtype, cls_default(width, head, dtype)),
+        cls_ptr=cls,
+        norm_weight_ptr=norm_weight,
+        norm_bias_ptr=norm_bias,
+        q_weight_ptr=q_weight,
+        q_bias_ptr=q_bias,
+        k_weight_ptr=k_weight,
+        query_ptr=query,
+        key_query_ptr=key_query,
+        batch=batch,
+        cls_stride=cls.stride(0),
+        scale=head**-0.5,
+        eps=eps,
+        D=width,
+        HEAD=head,
+        HEAD_BLOCK=head_block(head),
+        PRECISION=dot_precision(dtype),
     )
-    (batch, width), tokens = cls.shape, probs.shape[2]
-    head, dtype = width // num_heads, q_weight.dtype
-    scale = head**-0.5
-    # Of the launches, which work on 16 images and all heads, or a few images where their tokens were split.
-    tiles = cdiv(batch, ROWS)
-    shape = {"batch": batch, "D": width, "PRECISION": dot_precision(dtype)}
-    of_heads = {**shape, "HEAD": head, "HEAD_BLOCK": head_block(head)}
-    cls_arguments = {"cls_ptr": cls, "mean_ptr": mean, "rstd_ptr": rstd, "cls_stride": cls.stride(0), "tokens": tokens}
-
-    to_query_input = bool(need & {"cls", "norm_weight", "norm_bias"})
-    to_query = to_query_input or bool(need & {"q_weight", "q_bias", "k_weight"})
-    norm_weight_parts = norm_bias_parts = grad_normalized = grad_u = grad_query = grad_query_input = None
-    norm_weight_rows = norm_bias_rows = 0
-    if to_query or "patches" in need:
-        plan = plan_tokens(batch, tokens - 1, width, num_heads, dtype)
-        splits = plan[1]
-        rows = images_per_program(batch, num_heads, splits)
-        # Rows whose sums are the norm's gradients: of every tile and head, from values and keys, and of every tile.
-        from_values, from_keys = tiles * num_heads, cdiv(batch, rows) * num_heads
-        norm_weight_rows, norm_bias_rows = from_values + from_keys + tiles, from_values + tiles
-        if "norm_weight" in need:
-            norm_weight_parts = probs.new_empty((norm_weight_rows, width))
-        if "norm_bias" in need:
-            norm_bias_parts = probs.new_empty((norm_bias_rows, width))
-        stacked = q_weight.new_empty((batch, num_heads, 2, width))
-        stacked_means = probs.new_empty((batch, num_heads, 2))
-        delta = probs.new_empty((batch, num_heads))
-        chosen = configuration("value_gradient", width, dtype, cls_default(width, head, dtype))
-        launch(
-            value_gradient,
-            (tiles, num_heads),
-            chosen,
-            grad_out_ptr=grad_out,
-            norm_weight_ptr=norm_weight,
-            v_weight_ptr=v_weight,
-            key_query_ptr=key_query,
-            context_ptr=context,
-            stacked_ptr=stacked,
-            stacked_means_ptr=stacked_means,
-            delta_ptr=delta,
-            norm_weight_parts_ptr=norm_weight_parts,
-            norm_bias_parts_ptr=norm_bias_parts,
-            STAGES=chosen["num_stages"],
-            **of_heads,
-        )
-        if "cls" in need:
-            grad_normalized = probs.new_empty((batch, width))
-        split_grad_u = launch_token_gradient(
-            cls,
-            patches,
-            stacked,
-            stacked_means,
-            delta,
-            context,
-            mean,
-            rstd,
-            probs,
-            grads.get("patches"),
-            grad_normalized,
-            plan,
-        )
-    if to_query:
-        grad_u = split_grad_u if splits == 1 else probs.new_empty((batch, num_heads, width))
-        grad_query = probs.new_empty((batch, width))
-        launch(
-            query_gradient,
-            (cdiv(batch, rows), num_heads),
-            configuration("query_gradient", width, dtype, cls_default(width, head, dtype)),
-            split_grad_u_ptr=split_grad_u,
-            grad_u_ptr=grad_u,
-            norm_weight_ptr=norm_weight,
-            k_weight_ptr=k_weight,
-            key_query_ptr=key_query,
-            grad_query_ptr=grad_query,
-            norm_weight_parts_ptr=None if norm_weight_parts is None else norm_weight_parts[from_values:],
-            splits=splits,
-            scale=scale,
-            ROWS=rows,
-            SPLITS_BLOCK=power_of_two(splits),
-            **of_heads,
-        )
-    if to_query_input:
-        grad_query_input = probs.new_empty((batch, width))
-        chosen = configuration(
-            "query_input_gradient", width, dtype, {"BLOCK_K": 64, "BLOCK_E": 64, "num_warps": 4, "num_stages": 4}
-        )
-        launch(
-            query_input_gradient,
-            (tiles, cdiv(width, chosen["BLOCK_E"])),
-            chosen,
-            grad_query_ptr=grad_query,
-            q_weight_ptr=q_weight,
-            grad_query_input_ptr=grad_query_input,
-            norm_weight_parts_ptr=None if norm_weight_parts is None else norm_weight_parts[from_values + from_keys :],
-            norm_bias_parts_ptr=None if norm_bias_parts is None else norm_bias_parts[from_values:],
-            **shape,
-            **cls_arguments,
-        )
-    if need & {"q_weight", "k_weight", "v_weight"}:
-        narrow = dtype.itemsize == 2
-        default = {"BLOCK_B": 32 if narrow else 16, "BLOCK_E": 64, "num_warps": 4 if narrow else 8, "num_stages": 3}
-        chosen = configuration("projection_gradients", width, dtype, default)
-        blocks = num_heads * cdiv(head, head_block(head)) * cdiv(width, chosen["BLOCK_E"])
-        launch(
-            projection_gradients,
-            (blocks, 3),
-            chosen,
-            grad_out_ptr=grad_out,
-            context_ptr=context,
-            query_ptr=query,
-            grad_u_ptr=grad_u,
-            grad_query_ptr=grad_query,
-            norm_weight_ptr=norm_weight,
-            norm_bias_ptr=norm_bias,
-            grad_q_ptr=grads.get("q_weight"),
-            grad_k_ptr=grads.get("k_weight"),
-            grad_v_ptr=grads.get("v_weight"),
-            scale=scale,
-            DTYPE=DTYPES[dtype],
-            **of_heads,
-            **cls_arguments,
-        )
-    if need & {"cls", "norm_weight", "norm_bias", "q_bias", "v_bias"}:
-        default = {"BLOCK_R": 32, "BLOCK_E": 32, "BLOCK_K": block_of(width), "num_warps": 4, "num_stages": 3}
-        chosen = configuration("finish_gradients", width, dtype, default)
-        launch(
-            finish_gradients,
-            (max(cdiv(width, chosen["BLOCK_E"]), cdiv(batch, 4) if "cls" in need else 0), 5),
-            chosen,
-            norm_weight_parts_ptr=norm_weight_parts,
-            norm_bias_parts_ptr=norm_bias_parts,
-            grad_query_ptr=grad_query,
-            grad_out_ptr=grad_out,
-            probs_ptr=probs,
-            norm_weight_ptr=norm_weight,
-            grad_normalized_ptr=grad_normalized,
-            grad_query_input_ptr=grad_query_input,
-            grad_norm_weight_ptr=grads.get("norm_weight"),
-            grad_norm_bias_ptr=grads.get("norm_bias"),
-            grad_q_bias_ptr=grads.get("q_bias"),
-            grad_v_bias_ptr=grads.get("v_bias"),
-            grad_cls_ptr=grads.get("cls"),
-            norm_weight_rows=norm_weight_rows,
-            norm_bias_rows=norm_bias_rows,
-            batch=batch,
-            D=width,
-            HEAD=head,
-            **cls_arguments,
-        )
-    return [grads[name] for name in names if name in need]
+    return key_query
 
 
-def images_per_program(batch: int, heads: int, splits: int) -> int:
-    """Of a head: a tile's; with few images, whose tokens were split, fewer, and all of the splits that it joins."""
-    return ROWS if splits == 1 else min(ROWS, power_of_two(cdiv(batch * heads, 2 * multiprocessors())))
+def pass_tokens(
+    cls: Tensor,
+    patches: Tensor,
+    norm_weight: Tensor,
+    key_query: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    statistics: tuple[Tensor | None, Tensor | None, Tensor | None],
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """The pass over the tokens: (contexts, contexts of the splits, softmax, splits); see `token_pass`.
+
+    `statistics`: mean, rstd and scores, where they are kept. With one split both contexts are the same tensor, with
+    more the first is yet to be filled.
+    """
+    (batch, heads, width), patch_count = key_query.shape, patches.shape[1]
+    chosen = configuration("token_pass", width, dtype, pass_default(width, dtype))
+    splits, tiles = split_tiles(batch, cdiv(patch_count, chosen["BLOCK_N"]))
+    context = torch.empty_like(key_query)
+    split_context = context if splits == 1 else key_query.new_empty((batch, splits, heads, width))
+    softmax = key_query.new_empty((batch, splits, 2, heads))
+    mean, rstd, scores = statistics
+    launch(
+        token_pass,
+        (batch, splits),
+        chosen,
+        cls_ptr=cls,
+        patches_ptr=patches,
+        norm_weight_ptr=norm_weight,
+        key_query_ptr=key_query,
+        mean_ptr=mean,
+        rstd_ptr=rstd,
+        scores_ptr=scores,
+        context_ptr=split_context,
+        softmax_ptr=softmax,
+        patches=patch_count,
+        cls_stride=cls.stride(0),
+        patches_batch=patches.stride(0),
+        patches_token=patches.stride(1),
+        splits=splits,
+        tiles=tiles,
+        eps=eps,
+        D=width,
+        HEADS=heads,
+        HEADS_BLOCK=heads_block(heads),
+        SPLIT=splits > 1,
+        SAVE=mean is not None,
+        DTYPE=DTYPES[dtype],
+        PRECISION=dot_precision(dtype),
+    )
+    return context, split_context, softmax, splits

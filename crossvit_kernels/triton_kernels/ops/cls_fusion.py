@@ -1,4 +1,4 @@
-"""cls_fusion on Triton: a direction of CrossViT's fusion in four launches; see _token_pass.py.
+"""cls_fusion on Triton: a direction of CrossViT's fusion in four launches; see kernels/token_pass.py.
 
 Projection, query and absorbed key; one pass over the tokens; every head's value and share of the output; their sum and
 the way back. Heads and columns are spread over programs, so that no weight streams through one alone.
@@ -7,11 +7,11 @@ the way back. Heads and columns are spread over programs, so that no weight stre
 import torch
 from torch import Tensor
 
-from ..kernels.cls_rows import ROWS, cls_default, dense, dense_rows, head_block, power_of_two
+from ..defaults import ROWS, head_block, power_of_two, query_default, revert_default, value_default
 from ..kernels.fusion_rows import fusion_query, fusion_revert, fusion_value
-from ..kernels.rows import block_of
-from ..kernels.token_pass import pass_tokens
 from ..launch import cdiv, configuration, dot_precision, launch
+from ..views import dense, dense_rows
+from .cls_cross_attention import pass_tokens
 
 
 def forward(
@@ -127,30 +127,3 @@ def forward(
         PRECISION=precision,
     )
     return out
-
-
-def query_default(own: int, width: int, head: int, dtype: torch.dtype) -> dict[str, int]:
-    """Of fusion_query; BLOCK_C columns of the CLS token's own width at once."""
-    default = {"BLOCK_C": block_of(own, 128 if dtype.itemsize == 2 else 64, 32), **cls_default(width, head, dtype)}
-    # The row lies in registers, twice: in float32 and as an operand.
-    if dtype.itemsize == 2:
-        return default
-    if width > 512 and dot_precision(dtype) == "ieee":
-        return {"BLOCK_C": 32, "BLOCK_K": 32, "num_warps": 16, "num_stages": 1}
-    return default | {"num_warps": 8, "num_stages": 2}
-
-
-def value_default(width: int, head: int, dtype: torch.dtype) -> dict[str, int]:
-    """Of fusion_value."""
-    return {"BLOCK_E": 64, **cls_default(width, head, dtype)}
-
-
-def revert_default(width: int, dtype: torch.dtype) -> dict[str, int]:
-    """Of fusion_revert: few columns a program, so that many share the weight."""
-    block = block_of(width, 128, 32) if dtype.itemsize == 2 else 32
-    return {
-        "BLOCK_E": 16,
-        "BLOCK_K": block,
-        "num_warps": 16 if dtype.itemsize == 4 else 4 if width <= 256 else 8,
-        "num_stages": 1,
-    }

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..kernels.linear_gradients import input_gradient, parameter_gradients
-from ..kernels.rows import rows_of
-from ..kernels.scale import scale_of
+from ..views import rows_of, scale_of
 from . import layer_norm_linear, linear_residual
+from .linear import input_gradient, parameter_gradients
 
 
 def forward(
