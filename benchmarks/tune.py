@@ -25,14 +25,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from crossvit_kernels.triton_kernels import launch
-from crossvit_kernels.triton_kernels.launch import Configuration
+from crossvit_kernels.triton_kernels import configs, target
 
 from . import devices, timing
 from .cases import BRANCHES, OPS, Cell, inputs
 from .ops import rms
 from .plan import served
 from .session import DTYPES, counts, names
+
+Configuration = dict[str, int]  # block sizes, num_warps and num_stages, as in the table
 
 MODES = ("forward", "backward")
 MARGIN = 1.015  # a configuration counts as faster from this ratio on
@@ -113,10 +114,10 @@ class Found:
         """A configuration that makes an op `gain` times as fast as before."""
         self.gains[key] = configuration, gain
         if self.save:
-            table = json.loads(json.dumps(launch.table()))
-            table.setdefault(launch.architecture(), {}).setdefault(key[0], {})[key[1]] = configuration
-            write_table(launch.TABLE, table)
-        launch.table.cache_clear()
+            table = json.loads(json.dumps(configs.table()))
+            table.setdefault(target.architecture(), {}).setdefault(key[0], {})[key[1]] = configuration
+            write_table(configs.TABLE, table)
+        configs.table.cache_clear()
 
     def show(self) -> None:
         """Prints them."""
@@ -140,13 +141,13 @@ def write_table(path: Path, table: dict[str, Any]) -> None:
 
 def _tune(cell: Cell, wanted: Sequence[str] | None, found: Found, pool: ProcessPoolExecutor, end: float) -> None:
     op = Call(cell)
-    with launch.requests() as taken:
+    with configs.requests() as taken:
         op()
     for (kernel, key), start in list(taken.items()):
         if (wanted is not None and kernel not in wanted) or (kernel, key) in found.gains:
             continue
-        best, before = dict(start), op.seconds()
-        fastest, tried = before, {_frozen(start)}
+        best, before = start.values(), op.seconds()
+        fastest, tried = before, {_frozen(start.values())}
         others = [c for name, starts in STARTS.items() if kernel.startswith(name) for c in starts]
         while time.monotonic() < end:
             candidates = [c for c in others or neighbours(best) if _frozen(c) not in tried]
@@ -155,7 +156,7 @@ def _tune(cell: Cell, wanted: Sequence[str] | None, found: Found, pool: ProcessP
             works = list(pool.map(_works, itertools.repeat(cell), itertools.repeat(kernel), candidates))
             better = best
             for candidate in itertools.compress(candidates, works):
-                with launch.overriding(kernel, candidate):
+                with configs.overriding(kernel, configs.Config.of(candidate)):
                     seconds = op.seconds()
                 if seconds * MARGIN < fastest:
                     fastest, better = seconds, candidate
@@ -225,7 +226,7 @@ def _works(cell: Cell, kernel: str, configuration: Configuration) -> bool:
             _calls.clear()
             _calls[cell] = Call(cell)
         expected = _calls[cell].results()
-        with launch.overriding(kernel, configuration):
+        with configs.overriding(kernel, configs.Config.of(configuration)):
             found = _calls[cell].results()
         return all(rms((a - b).double()) <= TOLERANCE * rms(b.double()) for a, b in zip(found, expected))
     return False

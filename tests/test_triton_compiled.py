@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks.compiled import SHARED_LIMIT
 from crossvit_kernels import triton_kernels
-from crossvit_kernels.triton_kernels.launch import table
+from crossvit_kernels.triton_kernels.configs import table
 
 ROOT = Path(__file__).parents[1]
 

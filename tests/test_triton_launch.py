@@ -23,6 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import crossvit_kernels
 from crossvit_kernels.triton_kernels import OPS, direct
+from crossvit_kernels.triton_kernels.configs import Config
 from crossvit_kernels.triton_kernels.launch import Launch, launch, recording
 from inputs import DIFFERENTIABLE, EXAMPLES, Random, layer_norm_linear
 
@@ -331,7 +332,7 @@ def test_launch_gives_blocks_and_options(device: Driver) -> None:
     kernel = JITFunction(add)
     rest = {name: value for name, value in GIVEN.items() if name != "BLOCK"}
     for _ in range(2):
-        launch(kernel, (1,), {"BLOCK": 64, "num_warps": 2, "num_stages": 1}, **rest)
+        launch(kernel, (1,), Config({"BLOCK": 64}, num_warps=2, num_stages=1), **rest)
     assert [launched[-1] for launched in device.launched] == [64, 64]
-    launch(kernel, (1, 0), {"BLOCK": 64, "num_warps": 2, "num_stages": 1}, **rest)
+    launch(kernel, (1, 0), Config({"BLOCK": 64}, num_warps=2, num_stages=1), **rest)
     assert len(device.launched) == 2

@@ -2,14 +2,13 @@
 patches."""
 
 import functools
+from dataclasses import replace
 from typing import Any, NamedTuple
 
-import triton
 from torch import Tensor
 
-from .launch import Configuration, cdiv
-
-FEW_ROWS = 256  # up to here tiles of 16 rows are better
+from .configs import Config
+from .tiling import cdiv, power_of_two
 
 
 class Rows(NamedTuple):
@@ -121,18 +120,20 @@ class Images(NamedTuple):
             "RESIZE": self.resize,
         }
 
-    def blocks(self, config: Configuration) -> Configuration:
-        """A configuration fitted to the patches: no more rows than there are, BLOCK_K split into PX and PY."""
+    def fitted(self, config: Config) -> Config:
+        """A configuration fitted to the patches: no more rows than there are, BLOCK_K split into PX and PY; BLOCK_D,
+        which is not the kernel's, is left out."""
         px, py = _pixel_block(self.patch, config["BLOCK_K"]) if self.resize else (config["BLOCK_K"], 1)
-        block_m = min(config["BLOCK_M"], max(16, triton.next_power_of_2(self.rows)))
-        return config | {"BLOCK_M": block_m, "BLOCK_K": px * py, "PX": px}
+        block_m = min(config["BLOCK_M"], max(16, power_of_two(self.rows)))
+        blocks = {name: value for name, value in config.blocks.items() if name != "BLOCK_D"}
+        return replace(config, blocks=blocks | {"BLOCK_M": block_m, "BLOCK_K": px * py, "PX": px})
 
 
 @functools.cache
 def _pixel_block(patch: int, largest: int) -> tuple[int, int]:
     """Columns and rows of pixels, powers of two, of a chunk of about `largest` pixels of a patch, at least 16."""
-    px = max(triton.next_power_of_2(patch), 4)
-    return px, max(16 // px, min(triton.next_power_of_2(patch), largest // px, 16), 1)
+    px = max(power_of_two(patch), 4)
+    return px, max(16 // px, min(power_of_two(patch), largest // px, 16), 1)
 
 
 def images_of(images: Tensor, height: int, width: int, patch: int) -> Images:
@@ -143,7 +144,7 @@ def images_of(images: Tensor, height: int, width: int, patch: int) -> Images:
     return Images(images, patch, height // patch, width // patch, resize)
 
 
-def row_blocks(images: Images, config: Configuration) -> int:
+def row_blocks(images: Images, config: Config) -> int:
     """How many tiles hold the patches at one height."""
     return cdiv(images.rows, config["BLOCK_M"])
 

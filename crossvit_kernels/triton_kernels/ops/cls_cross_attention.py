@@ -3,19 +3,13 @@
 import torch
 from torch import Tensor
 
-from ..defaults import (
-    ROWS,
-    cls_default,
-    head_block,
-    heads_block,
-    images_per_program,
-    pass_default,
-    power_of_two,
-    split_tiles,
-)
+from .. import defaults
+from ..configs import configuration
 from ..kernels.cls_rows import cls_query, cls_value
 from ..kernels.token_pass import token_pass
-from ..launch import DTYPES, cdiv, configuration, dot_precision, launch
+from ..launch import launch
+from ..target import DTYPES, dot_precision
+from ..tiling import ROWS, cdiv, head_block, heads_block, images_per_program, power_of_two, split_tiles
 from ..views import dense, dense_rows
 from .cls_cross_attention_backward import backward
 
@@ -44,6 +38,7 @@ def forward(
     )
     (batch, width), tokens = cls.shape, 1 + patches.shape[1]
     head, dtype = width // num_heads, q_weight.dtype
+    precision = dot_precision(dtype)
     kept = batch if save else 0
     query = cls.new_empty((kept, width), dtype=torch.float32)
     mean, rstd = query.new_empty((kept, tokens)), query.new_empty((kept, tokens))
@@ -59,7 +54,7 @@ def forward(
     launch(
         cls_value,
         (cdiv(batch, rows), num_heads),
-        configuration("cls_value", width, dtype, cls_default(width, head, dtype)),
+        configuration("cls_value", width, dtype, defaults.cls_rows(width, head, dtype, precision)),
         context_ptr=context,
         split_context_ptr=split_context,
         softmax_ptr=softmax,
@@ -78,7 +73,7 @@ def forward(
         ROWS=rows,
         SPLITS_BLOCK=power_of_two(splits),
         SAVE=save,
-        PRECISION=dot_precision(dtype),
+        PRECISION=precision,
     )
     if not save:
         context, key_query = context[:0], key_query[:0]
@@ -101,10 +96,11 @@ def launch_cls_query(
     head = width // num_heads
     key_query = cls.new_empty((batch, num_heads, width), dtype=torch.float32)
     dtype = q_weight.dtype
+    precision = dot_precision(dtype)
     launch(
         cls_query,
         (cdiv(batch, ROWS), num_heads),
-        configuration("cls_query", width, dtype, cls_default(width, head, dtype)),
+        configuration("cls_query", width, dtype, defaults.cls_rows(width, head, dtype, precision)),
         cls_ptr=cls,
         norm_weight_ptr=norm_weight,
         norm_bias_ptr=norm_bias,
@@ -120,7 +116,7 @@ def launch_cls_query(
         D=width,
         HEAD=head,
         HEAD_BLOCK=head_block(head),
-        PRECISION=dot_precision(dtype),
+        PRECISION=precision,
     )
     return key_query
 
@@ -140,7 +136,8 @@ def pass_tokens(
     more the first is yet to be filled.
     """
     (batch, heads, width), patch_count = key_query.shape, patches.shape[1]
-    chosen = configuration("token_pass", width, dtype, pass_default(width, dtype))
+    precision = dot_precision(dtype)
+    chosen = configuration("token_pass", width, dtype, defaults.token_pass(width, dtype, precision))
     splits, tiles = split_tiles(batch, cdiv(patch_count, chosen["BLOCK_N"]))
     context = torch.empty_like(key_query)
     split_context = context if splits == 1 else key_query.new_empty((batch, splits, heads, width))
@@ -172,6 +169,6 @@ def pass_tokens(
         SPLIT=splits > 1,
         SAVE=mean is not None,
         DTYPE=DTYPES[dtype],
-        PRECISION=dot_precision(dtype),
+        PRECISION=precision,
     )
     return context, split_context, softmax, splits

@@ -3,22 +3,14 @@
 import torch
 from torch import Tensor
 
-from ..defaults import (
-    EARLY,
-    ROWS,
-    block_of,
-    cls_default,
-    gradient_default,
-    head_block,
-    images_per_program,
-    power_of_two,
-    reload,
-    split_tiles,
-)
+from .. import defaults
+from ..configs import Config, configuration
 from ..kernels.cls_gradients import query_gradient, query_input_gradient, value_gradient
 from ..kernels.projection_gradients import finish_gradients, projection_gradients
 from ..kernels.token_gradient import token_gradient
-from ..launch import DTYPES, Configuration, architecture, cdiv, configuration, dot_precision, launch
+from ..launch import launch
+from ..target import DTYPES, architecture, dot_precision
+from ..tiling import ROWS, cdiv, head_block, images_per_program, power_of_two, reload, split_tiles
 from ..views import dense, dense_rows
 
 
@@ -59,10 +51,10 @@ def backward(
     )
     (batch, width), tokens = cls.shape, probs.shape[2]
     head, dtype = width // num_heads, q_weight.dtype
-    scale = head**-0.5
+    scale, precision = head**-0.5, dot_precision(dtype)
     # Of the launches, which work on 16 images and all heads, or a few images where their tokens were split.
     tiles = cdiv(batch, ROWS)
-    shape = {"batch": batch, "D": width, "PRECISION": dot_precision(dtype)}
+    shape = {"batch": batch, "D": width, "PRECISION": precision}
     of_heads = {**shape, "HEAD": head, "HEAD_BLOCK": head_block(head)}
     cls_arguments = {"cls_ptr": cls, "mean_ptr": mean, "rstd_ptr": rstd, "cls_stride": cls.stride(0), "tokens": tokens}
 
@@ -84,7 +76,7 @@ def backward(
         stacked = q_weight.new_empty((batch, num_heads, 2, width))
         stacked_means = probs.new_empty((batch, num_heads, 2))
         delta = probs.new_empty((batch, num_heads))
-        chosen = configuration("value_gradient", width, dtype, cls_default(width, head, dtype))
+        chosen = configuration("value_gradient", width, dtype, defaults.cls_rows(width, head, dtype, precision))
         launch(
             value_gradient,
             (tiles, num_heads),
@@ -99,7 +91,7 @@ def backward(
             delta_ptr=delta,
             norm_weight_parts_ptr=norm_weight_parts,
             norm_bias_parts_ptr=norm_bias_parts,
-            STAGES=chosen["num_stages"],
+            STAGES=chosen.num_stages,
             **of_heads,
         )
         if "cls" in need:
@@ -124,7 +116,7 @@ def backward(
         launch(
             query_gradient,
             (cdiv(batch, rows), num_heads),
-            configuration("query_gradient", width, dtype, cls_default(width, head, dtype)),
+            configuration("query_gradient", width, dtype, defaults.cls_rows(width, head, dtype, precision)),
             split_grad_u_ptr=split_grad_u,
             grad_u_ptr=grad_u,
             norm_weight_ptr=norm_weight,
@@ -140,9 +132,7 @@ def backward(
         )
     if to_query_input:
         grad_query_input = probs.new_empty((batch, width))
-        chosen = configuration(
-            "query_input_gradient", width, dtype, {"BLOCK_K": 64, "BLOCK_E": 64, "num_warps": 4, "num_stages": 4}
-        )
+        chosen = configuration("query_input_gradient", width, dtype, defaults.QUERY_INPUT_GRADIENT)
         launch(
             query_input_gradient,
             (tiles, cdiv(width, chosen["BLOCK_E"])),
@@ -156,9 +146,7 @@ def backward(
             **cls_arguments,
         )
     if need & {"q_weight", "k_weight", "v_weight"}:
-        narrow = dtype.itemsize == 2
-        default = {"BLOCK_B": 32 if narrow else 16, "BLOCK_E": 64, "num_warps": 4 if narrow else 8, "num_stages": 3}
-        chosen = configuration("projection_gradients", width, dtype, default)
+        chosen = configuration("projection_gradients", width, dtype, defaults.projection_gradients(dtype))
         blocks = num_heads * cdiv(head, head_block(head)) * cdiv(width, chosen["BLOCK_E"])
         launch(
             projection_gradients,
@@ -180,8 +168,7 @@ def backward(
             **cls_arguments,
         )
     if need & {"cls", "norm_weight", "norm_bias", "q_bias", "v_bias"}:
-        default = {"BLOCK_R": 32, "BLOCK_E": 32, "BLOCK_K": block_of(width), "num_warps": 4, "num_stages": 3}
-        chosen = configuration("finish_gradients", width, dtype, default)
+        chosen = configuration("finish_gradients", width, dtype, defaults.finish_gradients(width))
         launch(
             finish_gradients,
             (max(cdiv(width, chosen["BLOCK_E"]), cdiv(batch, 4) if "cls" in need else 0), 5),
@@ -209,12 +196,13 @@ def backward(
     return [grads[name] for name in names if name in need]
 
 
-Plan = tuple[Configuration, int, int]
+Plan = tuple[Config, int, int]
 
 
 def plan_tokens(batch: int, patches: int, width: int, heads: int, dtype: torch.dtype) -> Plan:
     """The pass's configuration, splits of an image's tokens, and tiles in each."""
-    chosen = configuration("token_gradient", width, dtype, gradient_default(width, heads, dtype))
+    default = defaults.token_gradient(width, heads, dtype, dot_precision(dtype), architecture())
+    chosen = configuration("token_gradient", width, dtype, default)
     return chosen, *split_tiles(batch, cdiv(patches, chosen["BLOCK_N"]))
 
 
@@ -267,7 +255,7 @@ def launch_token_gradient(
         D=width,
         HEADS=heads,
         HEADS_BLOCK=heads_block,
-        HEADS_FIRST=again or architecture() in EARLY,
+        HEADS_FIRST=again or architecture() in defaults.EARLY,
         RELOAD=again,
         PRECISION=dot_precision(dtype),
     )

@@ -7,9 +7,12 @@ the way back. Heads and columns are spread over programs, so that no weight stre
 import torch
 from torch import Tensor
 
-from ..defaults import ROWS, head_block, power_of_two, query_default, revert_default, value_default
+from .. import defaults
+from ..configs import configuration
 from ..kernels.fusion_rows import fusion_query, fusion_revert, fusion_value
-from ..launch import cdiv, configuration, dot_precision, launch
+from ..launch import launch
+from ..target import dot_precision
+from ..tiling import ROWS, cdiv, head_block, power_of_two
 from ..views import dense, dense_rows
 from .cls_cross_attention import pass_tokens
 
@@ -58,7 +61,7 @@ def forward(
     launch(
         fusion_query,
         (cdiv(batch, ROWS), num_heads),
-        configuration("fusion_query", width, dtype, query_default(own, width, head, dtype)),
+        configuration("fusion_query", width, dtype, defaults.fusion_query(own, width, head, dtype, precision)),
         cls_ptr=cls,
         proj_norm_weight_ptr=proj_norm_weight,
         proj_norm_bias_ptr=proj_norm_bias,
@@ -88,7 +91,7 @@ def forward(
     launch(
         fusion_value,
         (cdiv(batch, ROWS) if splits == 1 else batch, num_heads),
-        configuration("fusion_value", width, dtype, value_default(width, head, dtype)),
+        configuration("fusion_value", width, dtype, defaults.fusion_value(width, head, dtype, precision)),
         context_ptr=context,
         softmax_ptr=softmax,
         norm_weight_ptr=norm_weight,
@@ -106,7 +109,7 @@ def forward(
         PRECISION=precision,
     )
     out = revert_weight.new_empty((batch, own))
-    chosen = configuration("fusion_revert", width, dtype, revert_default(width, dtype))
+    chosen = configuration("fusion_revert", width, dtype, defaults.fusion_revert(width, dtype))
     launch(
         fusion_revert,
         (cdiv(batch, ROWS), cdiv(own, chosen["BLOCK_E"])),

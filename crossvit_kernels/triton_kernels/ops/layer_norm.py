@@ -4,10 +4,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..defaults import block_of, layer_norm_backward_configuration
+from .. import defaults
+from ..configs import configuration
 from ..kernels.layer_norm_backward import layer_norm_backward
 from ..kernels.layer_norm_rows import layer_norm_rows
-from ..launch import cdiv, configuration, launch, multiprocessors
+from ..launch import launch
+from ..target import multiprocessors
+from ..tiling import cdiv
 from ..views import Rows, optional_arguments
 from .linear import sum_partials
 
@@ -24,8 +27,7 @@ def norm_rows(
 ) -> None:
     """Fills `y` (rows, D), and mean and rstd (rows,), float32, where they are given."""
     width = x.tensor.shape[-1]
-    default = {"BLOCK_M": 8, "BLOCK_K": block_of(width), "num_warps": 4, "num_stages": 1}
-    config = configuration("layer_norm_rows", width, y.dtype, default)
+    config = configuration("layer_norm_rows", width, y.dtype, defaults.layer_norm_rows(width))
     launch(
         layer_norm_rows,
         (cdiv(x.count, config["BLOCK_M"]),),
@@ -60,7 +62,7 @@ def norm_gradients(
     """Those of the gradients of x, in this shape, norm_weight and norm_bias that `needs` names, from `grad`, that of
     act(LayerNorm(x)), dense. `add` is added to x's; `y` becomes act(LayerNorm(x))."""
     width = norm_weight.shape[0]
-    config = layer_norm_backward_configuration(width, norm_weight.dtype)
+    config = configuration("layer_norm_backward", width, norm_weight.dtype, defaults.layer_norm_backward(width))
     programs = min(cdiv(x.count, config["BLOCK_M"]), 3 * multiprocessors())
     grad_x = x.tensor.new_empty(shape) if needs[0] else None
     norm_weight, norm_bias = norm_weight.contiguous(), None if norm_bias is None else norm_bias.contiguous()

@@ -5,9 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..defaults import WIDEST_HELD, column_splits, layer_norm_linear_configuration
+from .. import defaults
+from ..configs import configuration
 from ..kernels.layer_norm_linear import gelu_backward, layer_norm_linear_forward
-from ..launch import cdiv, configuration, dot_precision, launch, multiprocessors
+from ..launch import launch
+from ..target import dot_precision, multiprocessors
+from ..tiling import WIDEST_HELD, cdiv, column_splits
 from ..views import UNSCALED, Rows, rows_of
 from . import linear
 from .layer_norm import norm_gradients, norm_rows
@@ -60,7 +63,9 @@ def launch_forward(
         norm_rows(x, norm_weight, norm_bias, eps, gelu_in, y.tensor, *kept)
         linear.linear(y, weight, bias, out, gelu=gelu_out, pre=pre if pre.shape[0] else None)
         return
-    config = layer_norm_linear_configuration(x.count, width, weight.dtype)
+    dtype, precision = weight.dtype, dot_precision(weight.dtype)
+    name, default = defaults.layer_norm_linear(x.count, width, dtype, precision)
+    config = configuration(name, width, dtype, default)
     row_tiles, column_tiles = cdiv(x.count, config["BLOCK_M"]), cdiv(features, config["BLOCK_N"])
     share = cdiv(column_tiles, column_splits(row_tiles, column_tiles, multiprocessors()))
     launch(
@@ -83,8 +88,8 @@ def launch_forward(
         WIDTH=width,
         GELU_IN=gelu_in,
         GELU_OUT=gelu_out,
-        PRECISION=dot_precision(weight.dtype),
-        HELD=weight.dtype.itemsize == 2 and width <= WIDEST_HELD,
+        PRECISION=precision,
+        HELD=dtype.itemsize == 2 and width <= WIDEST_HELD,
     )
 
 
@@ -107,7 +112,7 @@ def backward(
     grad = rows_of(grad_out)
     if gelu_out:
         out = torch.empty_like(pre)
-        config = configuration("gelu_backward", 0, pre.dtype, {"BLOCK": 1024, "num_warps": 4, "num_stages": 1})
+        config = configuration("gelu_backward", 0, pre.dtype, defaults.GELU_BACKWARD)
         launch(
             gelu_backward,
             (cdiv(pre.numel(), config["BLOCK"]),),

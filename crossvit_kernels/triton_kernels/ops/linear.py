@@ -1,15 +1,17 @@
 """What several ops launch for a Linear: the product on many rows, and its gradients."""
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..defaults import input_gradient_configuration, rows_per_piece, weight_gradient_configuration
+from .. import defaults
+from ..configs import configuration
 from ..kernels.linear_gradients import linear_input_gradient, linear_weight_gradient, sum_of_partials
 from ..kernels.linear_tiles import linear_tiles
-from ..launch import DTYPES, architecture, cdiv, configuration, dot_precision, launch, multiprocessors
-from ..views import FEW_ROWS, UNSCALED, Rows, Scale, optional_arguments
+from ..launch import launch
+from ..target import DTYPES, architecture, dot_precision, multiprocessors
+from ..tiling import FEW_ROWS, cdiv, rows_per_piece
+from ..views import UNSCALED, Rows, Scale, optional_arguments
 
 _ALIGNMENT = 16  # bytes, of what the copy engine addresses
 
@@ -54,8 +56,7 @@ def linear(
         last_step += "_saved"
     if out.dtype.itemsize == 4:  # as under autocast: a tile of the result takes twice the shared memory
         last_step += "_float32"
-    default = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "RESIDENT": 2, "num_warps": 4, "num_stages": 3}
-    config = configuration(f"linear_tiles_{last_step}", width, weight.dtype, default)
+    config = configuration(f"linear_tiles_{last_step}", width, weight.dtype, defaults.LINEAR_TILES)
     tile_m, tile_n, tile_k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
     programs = min(config["RESIDENT"] * multiprocessors(), cdiv(x.count, tile_m) * cdiv(features, tile_n))
     launch(
@@ -87,8 +88,7 @@ def sum_partials(partial: Tensor, leading_size: int, leading: Tensor | None, tra
     """The sum of the float32 partial (count, size) over its rows: what is before `leading_size` goes to
     `leading`, the rest to `trailing`."""
     count, size = partial.shape
-    block_m = min(triton.next_power_of_2(count), 64)
-    config = {"BLOCK_M": block_m, "BLOCK_N": 2048 // block_m, "num_warps": 4, "num_stages": 2}
+    config = defaults.sum_of_partials(count)
     launch(
         sum_of_partials,
         (cdiv(size, config["BLOCK_N"]),),
@@ -114,7 +114,11 @@ def input_gradient(
     pre, and `activated` becomes x."""
     weight = weight.contiguous()
     features, width = weight.shape
-    config = input_gradient_configuration(grad.count, width, features, weight.dtype, pre is not None)
+    dtype, precision = weight.dtype, dot_precision(weight.dtype)
+    name, default = defaults.linear_input_gradient(
+        grad.count, width, features, dtype, precision, multiprocessors(), pre is not None
+    )
+    config = configuration(name, width, dtype, default)
     launch(
         linear_input_gradient,
         (cdiv(grad.count, config["BLOCK_M"]) * cdiv(width, config["BLOCK_N"]),),
@@ -128,7 +132,7 @@ def input_gradient(
         rows=grad.count,
         width=width,
         features=features,
-        PRECISION=dot_precision(weight.dtype),
+        PRECISION=precision,
     )
     return out
 
@@ -152,7 +156,9 @@ def parameter_gradients(
     dtype = weight.dtype
     grad_weight = weight.new_empty((features, width)) if weight_needed else None
     grad_bias = weight.new_empty(features) if bias_needed else None
-    config = weight_gradient_configuration(features, width, dtype)
+    precision = dot_precision(dtype)
+    default = defaults.linear_weight_gradient(features, width, dtype, precision)
+    config = configuration("linear_weight_gradient", width, dtype, default)
     tiles = cdiv(features, config["BLOCK_M"]) * ((cdiv(width, config["BLOCK_N"]) if weight_needed else 0) + bias_needed)
     per_piece = rows_per_piece(grad.count, tiles, config["BLOCK_K"], multiprocessors())
     pieces = cdiv(grad.count, per_piece)
@@ -183,7 +189,7 @@ def parameter_gradients(
         features=features,
         GELU=gelu_in,
         COMPUTE=DTYPES[dtype],
-        PRECISION=dot_precision(dtype),
+        PRECISION=precision,
     )
     if pieces > 1:
         sum_partials(partial, size, grad_weight, grad_bias)

@@ -5,9 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..defaults import linear_residual_configuration
+from .. import defaults
+from ..configs import Config, configuration
 from ..kernels.linear_residual import linear_residual_forward, linear_scale_gradient
-from ..launch import cdiv, dot_precision, launch
+from ..launch import launch
+from ..target import dot_precision, multiprocessors
+from ..tiling import cdiv
 from ..views import SAMPLE, Rows, Scale, rows_of, scale_of
 from . import linear
 from .linear import input_gradient, parameter_gradients
@@ -36,7 +39,8 @@ def launch_forward(x: Rows, weight: Tensor, bias: Tensor | None, residual: Rows,
     if linear.fits(x, weight, out):
         linear.linear(x, weight, bias, out, residual=residual, scale=scale)
         return
-    config = linear_residual_configuration(x.count, features, width, weight.dtype)
+    precision = dot_precision(weight.dtype)
+    config = _configuration(x.count, weight, precision)
     launch(
         linear_residual_forward,
         (cdiv(x.count, config["BLOCK_M"]) * cdiv(features, config["BLOCK_N"]),),
@@ -50,7 +54,7 @@ def launch_forward(x: Rows, weight: Tensor, bias: Tensor | None, residual: Rows,
         rows=x.count,
         width=width,
         features=features,
-        PRECISION=dot_precision(weight.dtype),
+        PRECISION=precision,
     )
 
 
@@ -81,7 +85,8 @@ def scale_gradient(
     """The gradient of `scale` in residual + scale * Linear(x), or of gelu(x): the Linear is made again."""
     weight = weight.contiguous()
     features, width = weight.shape
-    config = linear_residual_configuration(x.count, features, width, weight.dtype)
+    precision = dot_precision(weight.dtype)
+    config = _configuration(x.count, weight, precision)
     row_tiles, column_tiles = cdiv(x.count, config["BLOCK_M"]), cdiv(features, config["BLOCK_N"])
     per_sample = factor.kind == SAMPLE
     shape = (x.count, column_tiles) if per_sample else (row_tiles, features)
@@ -100,7 +105,14 @@ def scale_gradient(
         features=features,
         GELU=gelu_in,
         PER_SAMPLE=per_sample,
-        PRECISION=dot_precision(weight.dtype),
+        PRECISION=precision,
     )
     total = partial.view(scale.numel(), -1).sum(1) if per_sample else partial.sum(0)
     return total.to(scale.dtype).view(scale.shape)
+
+
+def _configuration(rows: int, weight: Tensor, precision: str) -> Config:
+    """How a tile of the product is made, in the forward and again for the gradient of the scale."""
+    (features, width), dtype = weight.shape, weight.dtype
+    name, default = defaults.linear_residual(rows, features, width, dtype, precision, multiprocessors())
+    return configuration(name, width, dtype, default)

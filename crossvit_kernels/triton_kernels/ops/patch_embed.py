@@ -5,14 +5,16 @@ import math
 from collections.abc import Sequence
 
 import torch
-import triton
 from torch import Tensor
 
-from ..defaults import patch_embed_configuration, patch_weight_gradient_configuration, tiles_per_program
+from .. import defaults
+from ..configs import configuration
 from ..kernels.patch_embed import patch_embed_forward
 from ..kernels.patch_gradients import patch_embed_batch_sum, patch_embed_images_gradient, patch_embed_weight_gradient
 from ..kernels.resize_gradient import resize_axis_gradient
-from ..launch import DTYPES, cdiv, configuration, dot_precision, launch, multiprocessors
+from ..launch import launch
+from ..target import DTYPES, architecture, dot_precision, multiprocessors
+from ..tiling import cdiv, tiles_per_program
 from ..views import Images, images_of, row_blocks
 from .linear import sum_partials
 
@@ -32,8 +34,10 @@ def forward(
     cut = images_of(images, height, width, patch)
     dtype = torch.promote_types(torch.promote_types(weight.dtype, cls_token.dtype), pos_embed.dtype)
     out = images.new_empty((images.shape[0], *pos_embed.shape[1:]), dtype=dtype)
-    config = cut.blocks(patch_embed_configuration(features, weight.dtype, cut.resize))
-    most = max(config.pop("BLOCK_D") // config["BLOCK_N"], 1)
+    name = "patch_embed_forward_resized" if cut.resize else "patch_embed_forward"
+    default = defaults.patch_embed(features, weight.dtype, cut.resize, architecture())
+    chosen = configuration(name, features, weight.dtype, default)
+    config, most = cut.fitted(chosen), max(chosen["BLOCK_D"] // chosen["BLOCK_N"], 1)
     row_tiles, column_tiles = cut.lines * row_blocks(cut, config), cdiv(features, config["BLOCK_N"])
     tiles = tiles_per_program(row_tiles, column_tiles, most, multiprocessors())
     launch(
@@ -81,11 +85,14 @@ def backward(
 def _weight_gradient(grad_out: Tensor, cut: Images, weight: Tensor) -> Tensor:
     features, channels, patch, _ = weight.shape
     grad = weight.new_empty(weight.shape)
-    config = cut.blocks(patch_weight_gradient_configuration(features, weight.dtype, cut.resize))
+    name = "patch_embed_weight_gradient_resized" if cut.resize else "patch_embed_weight_gradient"
+    default = defaults.patch_embed_weight_gradient(features, weight.dtype, cut.resize, dot_precision(weight.dtype))
+    chosen = configuration(name, features, weight.dtype, default)
+    config = cut.fitted(chosen)
     chunks = channels * cdiv(patch, config["PX"]) * cdiv(patch, config["BLOCK_K"] // config["PX"])
     if not cut.resize:
         chunks = cdiv(channels * patch * patch, config["BLOCK_K"])
-    tiles = min(max(config.pop("BLOCK_D") // config["BLOCK_N"], 1), cdiv(features, config["BLOCK_N"]))
+    tiles = min(max(chosen["BLOCK_D"] // chosen["BLOCK_N"], 1), cdiv(features, config["BLOCK_N"]))
     columns = cdiv(features, tiles * config["BLOCK_N"])
     row_tiles = cut.lines * row_blocks(cut, config)
     per_piece = cdiv(row_tiles, max(1, min(2 * multiprocessors() // (chunks * columns), row_tiles // 4)))
@@ -118,8 +125,7 @@ def _images_gradient(grad_out: Tensor, images: Tensor, weight: Tensor, height: i
     cut = images_of(images, height, width, patch)
     dtype = torch.float32 if cut.resize else images.dtype
     grad = images.new_empty((images.shape[0], channels, height, width), dtype=dtype)
-    float32 = weight.dtype.itemsize == 4
-    default = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16 if float32 else 64, "num_warps": 4, "num_stages": 3}
+    default = defaults.patch_embed_images_gradient(weight.dtype)
     config = configuration("patch_embed_images_gradient", features, weight.dtype, default)
     launch(
         patch_embed_images_gradient,
@@ -151,9 +157,7 @@ def _batch_sums(
     if bias is None and pos_embed is None:
         tokens = 1
     sums = None if bias is None else grad_out.new_empty((tokens, features), dtype=torch.float32)
-    block_m = min(16, triton.next_power_of_2(batch))
-    default = {"BLOCK_M": block_m, "BLOCK_N": 2048 // block_m, "num_warps": 4, "num_stages": 2}
-    config = configuration("patch_embed_batch_sum", features, grad_out.dtype, default)
+    config = configuration("patch_embed_batch_sum", features, grad_out.dtype, defaults.patch_embed_batch_sum(batch))
     launch(
         patch_embed_batch_sum,
         (cdiv(tokens * features, config["BLOCK_N"]),),
@@ -185,7 +189,7 @@ def resize_gradient(grad: Tensor, images: Tensor) -> Tensor:
 
 def _resize_axis_gradient(grad: Tensor, out: Tensor, size: int, resized: int, inner: int) -> None:
     scale = size / resized
-    config = {"BLOCK": 512, "num_warps": 4, "num_stages": 2}
+    config = defaults.RESIZE_AXIS_GRADIENT
     launch(
         resize_axis_gradient,
         (cdiv(out.numel(), config["BLOCK"]),),
