@@ -1,17 +1,23 @@
-"""The backward of cls_cross_attention."""
+"""The backward of cls_cross_attention: at most six launches, a function each, in the order of
+docs/design/cls_cross_attention.md."""
 
-import torch
 from torch import Tensor
 
 from .. import defaults
-from ..configs import Config, configuration
+from ..configs import configuration
 from ..kernels.cls_gradients import query_gradient, query_input_gradient, value_gradient
 from ..kernels.projection_gradients import finish_gradients, projection_gradients
 from ..kernels.token_gradient import token_gradient
 from ..launch import launch
 from ..target import DTYPES, architecture, dot_precision
-from ..tiling import ROWS, cdiv, head_block, images_per_program, power_of_two, reload, split_tiles
+from ..tiling import cdiv, head_block, power_of_two, reload
 from ..views import dense, dense_rows
+from .cls_cross_attention_shared import NormParts, Plan, Shared
+
+NAMES = (
+    *("cls", "patches", "norm_weight", "norm_bias"),
+    *("q_weight", "q_bias", "k_weight", "k_bias", "v_weight", "v_bias"),
+)
 
 
 def backward(
@@ -37,11 +43,9 @@ def backward(
     needs: list[bool],
 ) -> list[Tensor]:
     """The op's backward: the gradients that `needs` asks for, of cls to v_bias."""
-    names = ("cls", "patches", "norm_weight", "norm_bias")
-    names += ("q_weight", "q_bias", "k_weight", "k_bias", "v_weight", "v_bias")
-    need = {name for name, needed in zip(names, needs) if needed}
+    need = {name for name, needed in zip(NAMES, needs) if needed}
     inputs = (cls, patches, norm_weight, norm_bias, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias)
-    grads = {n: t.new_empty(t.shape) for n, t in zip(names, inputs) if n in need and n != "k_bias" and t is not None}
+    grads = {n: t.new_empty(t.shape) for n, t in zip(NAMES, inputs) if n in need and n != "k_bias" and t is not None}
     if "k_bias" in need and k_bias is not None:
         grads["k_bias"] = k_bias.new_zeros(k_bias.shape)
 
@@ -49,214 +53,225 @@ def backward(
     grad_out, norm_weight, norm_bias, q_weight, k_weight, v_weight = dense(
         grad_out, norm_weight, norm_bias, q_weight, k_weight, v_weight
     )
-    (batch, width), tokens = cls.shape, probs.shape[2]
-    head, dtype = width // num_heads, q_weight.dtype
-    scale, precision = head**-0.5, dot_precision(dtype)
-    # Of the launches, which work on 16 images and all heads, or a few images where their tokens were split.
-    tiles = cdiv(batch, ROWS)
-    shape = {"batch": batch, "D": width, "PRECISION": precision}
-    of_heads = {**shape, "HEAD": head, "HEAD_BLOCK": head_block(head)}
-    cls_arguments = {"cls_ptr": cls, "mean_ptr": mean, "rstd_ptr": rstd, "cls_stride": cls.stride(0), "tokens": tokens}
-
+    (batch, width), dtype = cls.shape, q_weight.dtype
+    shared = Shared(
+        batch=batch,
+        tokens=probs.shape[2],
+        width=width,
+        heads=num_heads,
+        dtype=dtype,
+        precision=dot_precision(dtype),
+        grad_out=grad_out,
+        cls=cls,
+        patches=patches,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        mean=mean,
+        rstd=rstd,
+        probs=probs,
+        context=context,
+        key_query=key_query,
+        grads=grads,
+    )
     to_query_input = bool(need & {"cls", "norm_weight", "norm_bias"})
     to_query = to_query_input or bool(need & {"q_weight", "q_bias", "k_weight"})
-    norm_weight_parts = norm_bias_parts = grad_normalized = grad_u = grad_query = grad_query_input = None
-    norm_weight_rows = norm_bias_rows = 0
+    parts, grad_normalized, grad_u, grad_query, grad_query_input = NormParts(), None, None, None, None
     if to_query or "patches" in need:
-        plan = plan_tokens(batch, tokens - 1, width, num_heads, dtype)
-        splits = plan[1]
-        rows = images_per_program(batch, num_heads, splits)
-        # Rows whose sums are the norm's gradients: of every tile and head, from values and keys, and of every tile.
-        from_values, from_keys = tiles * num_heads, cdiv(batch, rows) * num_heads
-        norm_weight_rows, norm_bias_rows = from_values + from_keys + tiles, from_values + tiles
-        if "norm_weight" in need:
-            norm_weight_parts = probs.new_empty((norm_weight_rows, width))
-        if "norm_bias" in need:
-            norm_bias_parts = probs.new_empty((norm_bias_rows, width))
-        stacked = q_weight.new_empty((batch, num_heads, 2, width))
-        stacked_means = probs.new_empty((batch, num_heads, 2))
-        delta = probs.new_empty((batch, num_heads))
-        chosen = configuration("value_gradient", width, dtype, defaults.cls_rows(width, head, dtype, precision))
-        launch(
-            value_gradient,
-            (tiles, num_heads),
-            chosen,
-            grad_out_ptr=grad_out,
-            norm_weight_ptr=norm_weight,
-            v_weight_ptr=v_weight,
-            key_query_ptr=key_query,
-            context_ptr=context,
-            stacked_ptr=stacked,
-            stacked_means_ptr=stacked_means,
-            delta_ptr=delta,
-            norm_weight_parts_ptr=norm_weight_parts,
-            norm_bias_parts_ptr=norm_bias_parts,
-            STAGES=chosen.num_stages,
-            **of_heads,
-        )
+        plan = Plan.of(shared)
+        parts = NormParts.of(shared, plan)
+        stacked, stacked_means, delta = launch_value_gradient(shared, v_weight, parts)
         if "cls" in need:
             grad_normalized = probs.new_empty((batch, width))
-        split_grad_u = launch_token_gradient(
-            cls,
-            patches,
-            stacked,
-            stacked_means,
-            delta,
-            context,
-            mean,
-            rstd,
-            probs,
-            grads.get("patches"),
-            grad_normalized,
-            plan,
-        )
+        split_grad_u = launch_token_gradient(shared, plan, stacked, stacked_means, delta, grad_normalized)
     if to_query:
-        grad_u = split_grad_u if splits == 1 else probs.new_empty((batch, num_heads, width))
-        grad_query = probs.new_empty((batch, width))
-        launch(
-            query_gradient,
-            (cdiv(batch, rows), num_heads),
-            configuration("query_gradient", width, dtype, defaults.cls_rows(width, head, dtype, precision)),
-            split_grad_u_ptr=split_grad_u,
-            grad_u_ptr=grad_u,
-            norm_weight_ptr=norm_weight,
-            k_weight_ptr=k_weight,
-            key_query_ptr=key_query,
-            grad_query_ptr=grad_query,
-            norm_weight_parts_ptr=None if norm_weight_parts is None else norm_weight_parts[from_values:],
-            splits=splits,
-            scale=scale,
-            ROWS=rows,
-            SPLITS_BLOCK=power_of_two(splits),
-            **of_heads,
-        )
+        grad_query, grad_u = launch_query_gradient(shared, plan, k_weight, split_grad_u, parts)
     if to_query_input:
-        grad_query_input = probs.new_empty((batch, width))
-        chosen = configuration("query_input_gradient", width, dtype, defaults.QUERY_INPUT_GRADIENT)
-        launch(
-            query_input_gradient,
-            (tiles, cdiv(width, chosen["BLOCK_E"])),
-            chosen,
-            grad_query_ptr=grad_query,
-            q_weight_ptr=q_weight,
-            grad_query_input_ptr=grad_query_input,
-            norm_weight_parts_ptr=None if norm_weight_parts is None else norm_weight_parts[from_values + from_keys :],
-            norm_bias_parts_ptr=None if norm_bias_parts is None else norm_bias_parts[from_values:],
-            **shape,
-            **cls_arguments,
-        )
+        grad_query_input = launch_query_input_gradient(shared, q_weight, grad_query, parts)
     if need & {"q_weight", "k_weight", "v_weight"}:
-        chosen = configuration("projection_gradients", width, dtype, defaults.projection_gradients(dtype))
-        blocks = num_heads * cdiv(head, head_block(head)) * cdiv(width, chosen["BLOCK_E"])
-        launch(
-            projection_gradients,
-            (blocks, 3),
-            chosen,
-            grad_out_ptr=grad_out,
-            context_ptr=context,
-            query_ptr=query,
-            grad_u_ptr=grad_u,
-            grad_query_ptr=grad_query,
-            norm_weight_ptr=norm_weight,
-            norm_bias_ptr=norm_bias,
-            grad_q_ptr=grads.get("q_weight"),
-            grad_k_ptr=grads.get("k_weight"),
-            grad_v_ptr=grads.get("v_weight"),
-            scale=scale,
-            DTYPE=DTYPES[dtype],
-            **of_heads,
-            **cls_arguments,
-        )
+        launch_projection_gradients(shared, query, grad_u, grad_query)
     if need & {"cls", "norm_weight", "norm_bias", "q_bias", "v_bias"}:
-        chosen = configuration("finish_gradients", width, dtype, defaults.finish_gradients(width))
-        launch(
-            finish_gradients,
-            (max(cdiv(width, chosen["BLOCK_E"]), cdiv(batch, 4) if "cls" in need else 0), 5),
-            chosen,
-            norm_weight_parts_ptr=norm_weight_parts,
-            norm_bias_parts_ptr=norm_bias_parts,
-            grad_query_ptr=grad_query,
-            grad_out_ptr=grad_out,
-            probs_ptr=probs,
-            norm_weight_ptr=norm_weight,
-            grad_normalized_ptr=grad_normalized,
-            grad_query_input_ptr=grad_query_input,
-            grad_norm_weight_ptr=grads.get("norm_weight"),
-            grad_norm_bias_ptr=grads.get("norm_bias"),
-            grad_q_bias_ptr=grads.get("q_bias"),
-            grad_v_bias_ptr=grads.get("v_bias"),
-            grad_cls_ptr=grads.get("cls"),
-            norm_weight_rows=norm_weight_rows,
-            norm_bias_rows=norm_bias_rows,
-            batch=batch,
-            D=width,
-            HEAD=head,
-            **cls_arguments,
-        )
-    return [grads[name] for name in names if name in need]
+        launch_finish_gradients(shared, parts, grad_query, grad_normalized, grad_query_input)
+    return [grads[name] for name in NAMES if name in need]
 
 
-Plan = tuple[Config, int, int]
-
-
-def plan_tokens(batch: int, patches: int, width: int, heads: int, dtype: torch.dtype) -> Plan:
-    """The pass's configuration, splits of an image's tokens, and tiles in each."""
-    default = defaults.token_gradient(width, heads, dtype, dot_precision(dtype), architecture())
-    chosen = configuration("token_gradient", width, dtype, default)
-    return chosen, *split_tiles(batch, cdiv(patches, chosen["BLOCK_N"]))
+def launch_value_gradient(shared: Shared, v_weight: Tensor, parts: NormParts) -> tuple[Tensor, Tensor, Tensor]:
+    """(stacked, stacked_means, delta), see the kernel."""
+    batch, heads, width, dtype = shared.batch, shared.heads, shared.width, shared.dtype
+    stacked = v_weight.new_empty((batch, heads, 2, width))
+    stacked_means = shared.probs.new_empty((batch, heads, 2))
+    delta = shared.probs.new_empty((batch, heads))
+    default = defaults.cls_rows(width, shared.head, dtype, shared.precision)
+    config = configuration("value_gradient", width, dtype, default)
+    launch(
+        value_gradient,
+        (shared.tiles, heads),
+        config,
+        grad_out_ptr=shared.grad_out,
+        norm_weight_ptr=shared.norm_weight,
+        v_weight_ptr=v_weight,
+        key_query_ptr=shared.key_query,
+        context_ptr=shared.context,
+        stacked_ptr=stacked,
+        stacked_means_ptr=stacked_means,
+        delta_ptr=delta,
+        norm_weight_parts_ptr=parts.weight,
+        norm_bias_parts_ptr=parts.bias,
+        STAGES=config.num_stages,
+        **shared.head_sizes(),
+    )
+    return stacked, stacked_means, delta
 
 
 def launch_token_gradient(
-    cls: Tensor,
-    patches: Tensor,
-    stacked: Tensor,
-    stacked_means: Tensor,
-    delta: Tensor,
-    context: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    probs: Tensor,
-    grad_patches: Tensor | None,
-    grad_normalized: Tensor | None,
-    plan: Plan,
+    shared: Shared, plan: Plan, stacked: Tensor, stacked_means: Tensor, delta: Tensor, grad_normalized: Tensor | None
 ) -> Tensor:
-    """Returns grad_u of every split, (B, splits, H, D), and fills the gradients' tensors that are given.
+    """Returns grad_u of every split, (B, splits, H, D), and fills the patches' gradient where it is needed.
 
     `grad_normalized` (B, D) gets the gradient of the normalized CLS token, as far as it is one of the tokens.
     """
-    batch, heads, tokens = probs.shape
-    width, dtype = patches.shape[2], stacked.dtype
-    chosen, splits, tiles = plan
+    heads, width, patches = shared.heads, shared.width, shared.patches
     heads_block = max(8, power_of_two(heads))
-    again = reload(width, heads_block, dtype)
-    grad_u = probs.new_empty((batch, splits, heads, width))
+    again = reload(width, heads_block, shared.dtype)
+    grad_u = shared.probs.new_empty((shared.batch, plan.splits, heads, width))
     launch(
         token_gradient,
-        (batch, splits),
-        chosen,
-        cls_ptr=cls,
+        (shared.batch, plan.splits),
+        plan.config,
+        cls_ptr=shared.cls,
         patches_ptr=patches,
         stacked_ptr=stacked,
         stacked_means_ptr=stacked_means,
         delta_ptr=delta,
-        context_ptr=context,
-        mean_ptr=mean,
-        rstd_ptr=rstd,
-        probs_ptr=probs,
-        grad_patches_ptr=grad_patches,
+        context_ptr=shared.context,
+        mean_ptr=shared.mean,
+        rstd_ptr=shared.rstd,
+        probs_ptr=shared.probs,
+        grad_patches_ptr=shared.grads.get("patches"),
         grad_normalized_ptr=grad_normalized,
         grad_u_ptr=grad_u,
-        patches=tokens - 1,
-        cls_stride=cls.stride(0),
+        patches=shared.tokens - 1,
+        cls_stride=shared.cls.stride(0),
         patches_batch=patches.stride(0),
         patches_token=patches.stride(1),
-        splits=splits,
-        tiles=tiles,
+        splits=plan.splits,
+        tiles=plan.tiles,
         D=width,
         HEADS=heads,
         HEADS_BLOCK=heads_block,
         HEADS_FIRST=again or architecture() in defaults.EARLY,
         RELOAD=again,
-        PRECISION=dot_precision(dtype),
+        PRECISION=shared.precision,
     )
     return grad_u
+
+
+def launch_query_gradient(
+    shared: Shared, plan: Plan, k_weight: Tensor, split_grad_u: Tensor, parts: NormParts
+) -> tuple[Tensor, Tensor]:
+    """(grad_query, grad_u), the latter joined from the splits."""
+    batch, heads, width, dtype = shared.batch, shared.heads, shared.width, shared.dtype
+    grad_u = split_grad_u if plan.splits == 1 else shared.probs.new_empty((batch, heads, width))
+    grad_query = shared.probs.new_empty((batch, width))
+    default = defaults.cls_rows(width, shared.head, dtype, shared.precision)
+    launch(
+        query_gradient,
+        (cdiv(batch, plan.images), heads),
+        configuration("query_gradient", width, dtype, default),
+        split_grad_u_ptr=split_grad_u,
+        grad_u_ptr=grad_u,
+        norm_weight_ptr=shared.norm_weight,
+        k_weight_ptr=k_weight,
+        key_query_ptr=shared.key_query,
+        grad_query_ptr=grad_query,
+        norm_weight_parts_ptr=parts.weight_from_keys,
+        splits=plan.splits,
+        scale=shared.scale,
+        ROWS=plan.images,
+        SPLITS_BLOCK=power_of_two(plan.splits),
+        **shared.head_sizes(),
+    )
+    return grad_query, grad_u
+
+
+def launch_query_input_gradient(
+    shared: Shared, q_weight: Tensor, grad_query: Tensor | None, parts: NormParts
+) -> Tensor:
+    """grad_query_input (B, D)."""
+    grad_query_input = shared.probs.new_empty((shared.batch, shared.width))
+    config = configuration("query_input_gradient", shared.width, shared.dtype, defaults.QUERY_INPUT_GRADIENT)
+    launch(
+        query_input_gradient,
+        (shared.tiles, cdiv(shared.width, config["BLOCK_E"])),
+        config,
+        grad_query_ptr=grad_query,
+        q_weight_ptr=q_weight,
+        grad_query_input_ptr=grad_query_input,
+        norm_weight_parts_ptr=parts.weight_from_query,
+        norm_bias_parts_ptr=parts.bias_from_query,
+        **shared.sizes(),
+        **shared.cls_tokens(),
+    )
+    return grad_query_input
+
+
+def launch_projection_gradients(
+    shared: Shared, query: Tensor, grad_u: Tensor | None, grad_query: Tensor | None
+) -> None:
+    """Fills those gradients of the three projections' weights that are needed."""
+    width, head, dtype = shared.width, shared.head, shared.dtype
+    config = configuration("projection_gradients", width, dtype, defaults.projection_gradients(dtype))
+    launch(
+        projection_gradients,
+        (shared.heads * cdiv(head, head_block(head)) * cdiv(width, config["BLOCK_E"]), 3),
+        config,
+        grad_out_ptr=shared.grad_out,
+        context_ptr=shared.context,
+        query_ptr=query,
+        grad_u_ptr=grad_u,
+        grad_query_ptr=grad_query,
+        norm_weight_ptr=shared.norm_weight,
+        norm_bias_ptr=shared.norm_bias,
+        grad_q_ptr=shared.grads.get("q_weight"),
+        grad_k_ptr=shared.grads.get("k_weight"),
+        grad_v_ptr=shared.grads.get("v_weight"),
+        scale=shared.scale,
+        DTYPE=DTYPES[dtype],
+        **shared.head_sizes(),
+        **shared.cls_tokens(),
+    )
+
+
+def launch_finish_gradients(
+    shared: Shared,
+    parts: NormParts,
+    grad_query: Tensor | None,
+    grad_normalized: Tensor | None,
+    grad_query_input: Tensor | None,
+) -> None:
+    """Fills those gradients of the norm, of the biases and of cls that are needed."""
+    width, grads = shared.width, shared.grads
+    config = configuration("finish_gradients", width, shared.dtype, defaults.finish_gradients(width))
+    launch(
+        finish_gradients,
+        (max(cdiv(width, config["BLOCK_E"]), cdiv(shared.batch, 4) if "cls" in grads else 0), 5),
+        config,
+        norm_weight_parts_ptr=parts.weight,
+        norm_bias_parts_ptr=parts.bias,
+        grad_query_ptr=grad_query,
+        grad_out_ptr=shared.grad_out,
+        probs_ptr=shared.probs,
+        norm_weight_ptr=shared.norm_weight,
+        grad_normalized_ptr=grad_normalized,
+        grad_query_input_ptr=grad_query_input,
+        grad_norm_weight_ptr=grads.get("norm_weight"),
+        grad_norm_bias_ptr=grads.get("norm_bias"),
+        grad_q_bias_ptr=grads.get("q_bias"),
+        grad_v_bias_ptr=grads.get("v_bias"),
+        grad_cls_ptr=grads.get("cls"),
+        norm_weight_rows=0 if parts.weight is None else parts.weight.shape[0],
+        norm_bias_rows=0 if parts.bias is None else parts.bias.shape[0],
+        batch=shared.batch,
+        D=width,
+        HEAD=shared.head,
+        **shared.cls_tokens(),
+    )
