@@ -8,22 +8,9 @@ from .tiles import load_tile, load_vector
 
 
 @triton.jit
-def cls_share(
-    cls_ptr,
-    mean,
-    rstd,
-    probs_ptr,
-    delta,
-    stacked_ptr,
-    grad_normalized_ptr,
-    tokens,
-    here,
-    D: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEADS_BLOCK: tl.constexpr,
-    HEADS_FIRST: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+def cls_share(cls_ptr, mean, rstd, probs_ptr, delta, stacked_ptr, grad_normalized_ptr, tokens, here, D: tl.constexpr,
+              HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr, HEADS_FIRST: tl.constexpr,
+              BLOCK_K: tl.constexpr):  # fmt: skip
     """The CLS token's share of grad_u, in chunks, and its grad_scores, as the columns of grad_u lie; both are zero
     unless `here`. The gradient of the normalized CLS token goes to memory."""
     columns = tl.arange(0, BLOCK_K)
@@ -74,12 +61,62 @@ def normalize(x, mean, rstd, inside, MASK_K: tl.constexpr):
 
 
 @triton.jit
-def add_product(x, stacked_weights, acc, HEADS_FIRST: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + x^T stacked_weights; HEADS_FIRST: acc + stacked_weights^T x."""
+def normalized_chunk(starts, valid, mean, rstd, c, D: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The columns c of a tile of tokens, normalized; zero beyond the width."""
+    x = load_tile(starts + c[None, :], valid, c < D, True, D % BLOCK_K != 0)
+    return normalize(x, mean, rstd, c < D, D % BLOCK_K != 0)
+
+
+@triton.jit
+def stacked_chunk(
+    stacked, stacked_row, c, D: tl.constexpr, HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """The columns c of `stacked`, see `token_gradient`; zero beyond the heads and the width."""
+    at = stacked + stacked_row[:, None] * D + c[None, :]
+    return load_tile(at, stacked_row < 2 * HEADS, c < D, HEADS != HEADS_BLOCK, D % BLOCK_K != 0)
+
+
+@triton.jit
+def held_products(starts, valid, mean, rstd, stacked, stacked_row, columns, products, D: tl.constexpr,
+                  HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+                  BLOCK_K: tl.constexpr):  # fmt: skip
+    """products + normalized stacked^T, and the chunks of both operands, which later products take again."""
+    CHUNKS: tl.constexpr = (D + BLOCK_K - 1) // BLOCK_K
+    raw: tl.tuple = ()
+    normalized: tl.tuple = ()
+    stacks: tl.tuple = ()
+    for i in tl.static_range(CHUNKS):
+        c = i * BLOCK_K + columns
+        raw = raw + (load_tile(starts + c[None, :], valid, c < D, True, D % BLOCK_K != 0),)
+    for i in tl.static_range(CHUNKS):
+        c = i * BLOCK_K + columns
+        x = normalize(raw[i], mean, rstd, c < D, D % BLOCK_K != 0)
+        normalized = normalized + (x.to(stacked.dtype.element_ty),)
+        stacks = stacks + (stacked_chunk(stacked, stacked_row, c, D, HEADS, HEADS_BLOCK, BLOCK_K),)
+        products = product(normalized[i], stacks[i].T, products, PRECISION)
+    return products, normalized, stacks
+
+
+@triton.jit
+def reloaded_products(starts, valid, mean, rstd, stacked, stacked_row, columns, products, D: tl.constexpr,
+                      HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+                      BLOCK_K: tl.constexpr):  # fmt: skip
+    """products + normalized stacked^T, of which no operand is kept."""
+    for i in tl.range((D + BLOCK_K - 1) // BLOCK_K):
+        c = i * BLOCK_K + columns
+        x = normalized_chunk(starts, valid, mean, rstd, c, D, BLOCK_K)
+        stack = stacked_chunk(stacked, stacked_row, c, D, HEADS, HEADS_BLOCK, BLOCK_K)
+        products = product(x.to(stacked.dtype.element_ty), stack.T, products, PRECISION)
+    return products
+
+
+@triton.jit
+def add_product(x, weights, acc, HEADS_FIRST: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + x^T weights; with HEADS_FIRST acc + weights^T x."""
     if HEADS_FIRST:
-        acc = product(stacked_weights.T, x, acc, PRECISION)
+        acc = product(weights.T, x, acc, PRECISION)
     else:
-        acc = product(x.T, stacked_weights, acc, PRECISION)
+        acc = product(x.T, weights, acc, PRECISION)
     return acc
 
 
@@ -89,6 +126,20 @@ def store_gradient(at, inside, x, stack, stacked_weights, rstd, mean_grad, mean_
     grad = tl.dot(stacked_weights, stack, input_precision=PRECISION)
     grad = rstd[:, None] * ((grad - mean_grad[:, None]) - x.to(tl.float32) * mean_grad_x[:, None])
     tl.store(at, grad.to(at.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def store_grad_u(at, context_ptr, grad_u, rest, head, kept, columns, D: tl.constexpr, HEADS_FIRST: tl.constexpr,
+                 EXACT: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """Stores grad_u of the heads whose columns are `kept`; where EXACT, less rest context."""
+    at += head[:, None] * D
+    for i in tl.static_range(len(grad_u)):
+        c = i * BLOCK_K + columns
+        total = grad_u[i] if HEADS_FIRST else grad_u[i].T
+        if EXACT:
+            context = load_tile(context_ptr + head[:, None] * D + c[None, :], kept, c < D, True, D % BLOCK_K != 0)
+            total -= rest * context
+        tl.store(at + c[None, :], total, mask=kept[:, None] & (c < D)[None, :])
 
 
 @triton.jit
@@ -140,9 +191,6 @@ def token_gradient(
     heads = tl.arange(0, HEADS_BLOCK)
     stacked_row = tl.arange(0, 2 * HEADS_BLOCK)
     is_head = heads < HEADS
-    is_stacked = stacked_row < 2 * HEADS
-    MASK_K: tl.constexpr = D % BLOCK_K != 0
-    MASK_HEADS: tl.constexpr = HEADS != HEADS_BLOCK
     CHUNKS: tl.constexpr = (D + BLOCK_K - 1) // BLOCK_K
     dtype: tl.constexpr = stacked_ptr.dtype.element_ty
     EXACT: tl.constexpr = dtype == tl.float32 and PRECISION == "ieee"
@@ -150,27 +198,14 @@ def token_gradient(
     probs_ptr += image * HEADS * (patches + 1)
     stacked = stacked_ptr + image * 2 * HEADS * D
     delta = tl.load(delta_ptr + image * HEADS + heads, mask=is_head, other=0.0)
-    stacked_means = tl.load(
-        stacked_means_ptr + image * 2 * HEADS + stacked_row, mask=stacked_row < 2 * HEADS, other=0.0
-    )
+    is_stacked = stacked_row < 2 * HEADS
+    stacked_means = tl.load(stacked_means_ptr + image * 2 * HEADS + stacked_row, mask=is_stacked, other=0.0)
     if grad_normalized_ptr is not None:
         grad_normalized_ptr += image * D
     grad_u, cls_grad_scores = cls_share(
-        cls_ptr + image * cls_stride,
-        tl.load(mean_ptr + of_tokens),
-        tl.load(rstd_ptr + of_tokens),
-        probs_ptr,
-        delta,
-        stacked,
-        grad_normalized_ptr,
-        patches + 1,
-        split == 0,
-        D,
-        HEADS,
-        HEADS_BLOCK,
-        HEADS_FIRST,
-        BLOCK_K,
-    )
+        cls_ptr + image * cls_stride, tl.load(mean_ptr + of_tokens), tl.load(rstd_ptr + of_tokens), probs_ptr, delta,
+        stacked, grad_normalized_ptr, patches + 1, split == 0, D, HEADS, HEADS_BLOCK, HEADS_FIRST, BLOCK_K,
+    )  # fmt: skip
     if EXACT:
         rests = tl.zeros((BLOCK_N, cls_grad_scores.shape[0]), tl.float32)
 
@@ -189,31 +224,20 @@ def token_gradient(
             mask=valid[:, None] & is_head[None, :],
             other=0.0,
         )
-        normalized: tl.tuple = ()
-        stacks: tl.tuple = ()
         products = tl.zeros((BLOCK_N, 2 * HEADS_BLOCK), tl.float32)
         if RELOAD:
-            for i in tl.range(CHUNKS):
-                c = i * BLOCK_K + columns
-                x = normalize(load_tile(starts + c[None, :], valid, c < D, True, MASK_K), mean, rstd, c < D, MASK_K)
-                stack = load_tile(
-                    stacked + stacked_row[:, None] * D + c[None, :], is_stacked, c < D, MASK_HEADS, MASK_K
-                )
-                products = product(x.to(dtype), stack.T, products, PRECISION)
+            products = reloaded_products(
+                starts, valid, mean, rstd, stacked, stacked_row, columns, products,
+                D, HEADS, HEADS_BLOCK, PRECISION, BLOCK_K,
+            )  # fmt: skip
         else:
             # Zero, but in sight of the compiler no constant: `stacked` is to be loaded anew for every tile, since all
             # its layouts together would fill the registers.
             zero = tl.minimum(tile, 0) * D
-            raw: tl.tuple = ()
-            for i in tl.static_range(CHUNKS):
-                c = i * BLOCK_K + columns
-                raw = raw + (load_tile(starts + c[None, :], valid, c < D, True, MASK_K),)
-            for i in tl.static_range(CHUNKS):
-                c = i * BLOCK_K + columns
-                normalized = normalized + (normalize(raw[i], mean, rstd, c < D, MASK_K).to(dtype),)
-                stack = stacked + zero + stacked_row[:, None] * D + c[None, :]
-                stacks = stacks + (load_tile(stack, is_stacked, c < D, MASK_HEADS, MASK_K),)
-                products = product(normalized[i], stacks[i].T, products, PRECISION)
+            products, normalized, stacks = held_products(
+                starts, valid, mean, rstd, stacked + zero, stacked_row, columns, products,
+                D, HEADS, HEADS_BLOCK, PRECISION, BLOCK_K,
+            )  # fmt: skip
         _, grad_probs = tl.split(tl.reshape(products, (BLOCK_N, HEADS_BLOCK, 2)))
         grad_scores = probs * (grad_probs - delta[None, :])
         stacked_weights = tl.reshape(tl.join(grad_scores, probs), (BLOCK_N, 2 * HEADS_BLOCK))
@@ -238,12 +262,9 @@ def token_gradient(
             if RELOAD:
                 for i in tl.range(CHUNKS):
                     c = i * BLOCK_K + columns
-                    x = load_tile(starts + c[None, :], valid, c < D, True, MASK_K)
-                    x = normalize(x, mean, rstd, c < D, MASK_K).to(dtype)
-                    stack = load_tile(
-                        stacked + stacked_row[:, None] * D + c[None, :], is_stacked, c < D, MASK_HEADS, MASK_K
-                    )
                     inside = valid[:, None] & (c < D)[None, :]
+                    x = normalized_chunk(starts, valid, mean, rstd, c, D, BLOCK_K).to(dtype)
+                    stack = stacked_chunk(stacked, stacked_row, c, D, HEADS, HEADS_BLOCK, BLOCK_K)
                     store_gradient(
                         out + c[None, :], inside, x, stack, stacked_weights, rstd, mean_grad, mean_grad_x, PRECISION
                     )
@@ -251,39 +272,27 @@ def token_gradient(
                 for i in tl.static_range(CHUNKS):
                     c = i * BLOCK_K + columns
                     inside = valid[:, None] & (c < D)[None, :]
+                    x, stack = normalized[i], stacks[i]
                     store_gradient(
-                        out + c[None, :],
-                        inside,
-                        normalized[i],
-                        stacks[i],
-                        stacked_weights,
-                        rstd,
-                        mean_grad,
-                        mean_grad_x,
-                        PRECISION,
+                        out + c[None, :], inside, x, stack, stacked_weights, rstd, mean_grad, mean_grad_x, PRECISION
                     )
         if RELOAD:
             # Last: the compiler would put off these products until after a loop that followed, and keep all tokens.
             added = ()
             for i in tl.static_range(CHUNKS):
                 c = i * BLOCK_K + columns
-                x = normalize(load_tile(starts + c[None, :], valid, c < D, True, MASK_K), mean, rstd, c < D, MASK_K)
+                x = normalized_chunk(starts, valid, mean, rstd, c, D, BLOCK_K)
                 added = added + (add_product(x.to(dtype), grad_u_weights, grad_u[i], HEADS_FIRST, PRECISION),)
             grad_u = added
 
     if HEADS_BLOCK == 8:
-        kept = (stacked_row % 2 == 0) & (stacked_row < 2 * HEADS)
+        kept = (stacked_row % 2 == 0) & is_stacked
         head = stacked_row // 2
     else:
         kept = is_head
         head = heads
-    at = grad_u_ptr + ((image * splits + split) * HEADS + head)[:, None] * D
+    rest = cls_grad_scores
     if EXACT:
         rest = (tl.sum(rests, 0) + cls_grad_scores)[:, None]
-    for i in tl.static_range(CHUNKS):
-        c = i * BLOCK_K + columns
-        total = grad_u[i] if HEADS_FIRST else grad_u[i].T
-        if EXACT:
-            context = context_ptr + (image * HEADS + head)[:, None] * D + c[None, :]
-            total -= rest * load_tile(context, kept, c < D, True, MASK_K)
-        tl.store(at + c[None, :], total, mask=kept[:, None] & (c < D)[None, :])
+    at = grad_u_ptr + (image * splits + split) * HEADS * D
+    store_grad_u(at, context_ptr + image * HEADS * D, grad_u, rest, head, kept, columns, D, HEADS_FIRST, EXACT, BLOCK_K)
