@@ -44,12 +44,6 @@ def gelu16(x):
 
 
 @triton.jit
-def gelu_derivative16(x):
-    """Phi(x) + x phi(x) for results of 16 bits; x float32."""
-    return tl.fma(0.5, erf16(x), 0.5) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
-
-
-@triton.jit
 def product(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b. Of float32 numbers a tile's products are summed apart before they are added, as errors of short sums
     are smaller than those of one long one; Triton would otherwise go on summing in `acc`."""

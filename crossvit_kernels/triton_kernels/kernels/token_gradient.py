@@ -129,16 +129,17 @@ def store_gradient(at, inside, x, stack, stacked_weights, rstd, mean_grad, mean_
 
 
 @triton.jit
-def store_grad_u(at, context_ptr, grad_u, rest, head, kept, columns, D: tl.constexpr, HEADS_FIRST: tl.constexpr,
-                 EXACT: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+def store_grad_u(grad_u_ptr, context_ptr, grad_u, rest, part, image, head, kept, columns,
+                 D: tl.constexpr, HEADS: tl.constexpr, HEADS_FIRST: tl.constexpr, EXACT: tl.constexpr,
+                 BLOCK_K: tl.constexpr):  # fmt: skip
     """Stores grad_u of the heads whose columns are `kept`; where EXACT, less rest context."""
-    at += head[:, None] * D
+    at = grad_u_ptr + (part * HEADS + head)[:, None] * D
     for i in tl.static_range(len(grad_u)):
         c = i * BLOCK_K + columns
         total = grad_u[i] if HEADS_FIRST else grad_u[i].T
         if EXACT:
-            context = load_tile(context_ptr + head[:, None] * D + c[None, :], kept, c < D, True, D % BLOCK_K != 0)
-            total -= rest * context
+            context = context_ptr + (image * HEADS + head)[:, None] * D + c[None, :]
+            total -= rest * load_tile(context, kept, c < D, True, D % BLOCK_K != 0)
         tl.store(at + c[None, :], total, mask=kept[:, None] & (c < D)[None, :])
 
 
@@ -191,6 +192,7 @@ def token_gradient(
     heads = tl.arange(0, HEADS_BLOCK)
     stacked_row = tl.arange(0, 2 * HEADS_BLOCK)
     is_head = heads < HEADS
+    is_stacked = stacked_row < 2 * HEADS
     CHUNKS: tl.constexpr = (D + BLOCK_K - 1) // BLOCK_K
     dtype: tl.constexpr = stacked_ptr.dtype.element_ty
     EXACT: tl.constexpr = dtype == tl.float32 and PRECISION == "ieee"
@@ -198,7 +200,6 @@ def token_gradient(
     probs_ptr += image * HEADS * (patches + 1)
     stacked = stacked_ptr + image * 2 * HEADS * D
     delta = tl.load(delta_ptr + image * HEADS + heads, mask=is_head, other=0.0)
-    is_stacked = stacked_row < 2 * HEADS
     stacked_means = tl.load(stacked_means_ptr + image * 2 * HEADS + stacked_row, mask=is_stacked, other=0.0)
     if grad_normalized_ptr is not None:
         grad_normalized_ptr += image * D
@@ -262,9 +263,9 @@ def token_gradient(
             if RELOAD:
                 for i in tl.range(CHUNKS):
                     c = i * BLOCK_K + columns
-                    inside = valid[:, None] & (c < D)[None, :]
                     x = normalized_chunk(starts, valid, mean, rstd, c, D, BLOCK_K).to(dtype)
                     stack = stacked_chunk(stacked, stacked_row, c, D, HEADS, HEADS_BLOCK, BLOCK_K)
+                    inside = valid[:, None] & (c < D)[None, :]
                     store_gradient(
                         out + c[None, :], inside, x, stack, stacked_weights, rstd, mean_grad, mean_grad_x, PRECISION
                     )
@@ -294,5 +295,7 @@ def token_gradient(
     rest = cls_grad_scores
     if EXACT:
         rest = (tl.sum(rests, 0) + cls_grad_scores)[:, None]
-    at = grad_u_ptr + (image * splits + split) * HEADS * D
-    store_grad_u(at, context_ptr + image * HEADS * D, grad_u, rest, head, kept, columns, D, HEADS_FIRST, EXACT, BLOCK_K)
+    store_grad_u(
+        grad_u_ptr, context_ptr, grad_u, rest, image * splits + split, image, head, kept, columns,
+        D, HEADS, HEADS_FIRST, EXACT, BLOCK_K,
+    )  # fmt: skip
