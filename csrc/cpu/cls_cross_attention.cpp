@@ -1,5 +1,5 @@
-// cls_cross_attention on the CPU: the absorbed form over one pass of the tokens (cross_attention.h), its gradient in one
-// more, and cls_fusion, which strings a direction of CrossViT's fusion together for inference.
+// cls_cross_attention on the CPU: the absorbed form over one pass of the tokens (token_pass.h), its gradient in one
+// more (token_gradient.h), and cls_fusion, which strings a direction of CrossViT's fusion together for inference.
 #include "launch.h"
 #include "ops.h"
 

@@ -1,10 +1,12 @@
 // The kernels for one instruction set: setup.py compiles this file once per set, with CROSSVIT_ISA naming it.
 #include "attention.h"
 #include "attention_grad.h"
-#include "cross_attention.h"
 #include "grad.h"
+#include "heads.h"
 #include "mlp.h"
 #include "patch.h"
+#include "token_gradient.h"
+#include "token_pass.h"
 #include "weight_grad.h"
 
 #define CROSSVIT_STRING_(x) #x

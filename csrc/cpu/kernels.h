@@ -141,7 +141,7 @@ struct AttentionGradArgs {
   const float* lse;
 };
 
-// Single-query cross-attention in the absorbed form; cross_attention.h has the formula that the names come from.
+// Single-query cross-attention in the absorbed form; token_pass.h has the formula that the names come from.
 // result (batch, heads, width) = scale * W_h^T rows[b][h], rows (batch, heads * head_width).
 struct AbsorbArgs {
   const float* rows;
