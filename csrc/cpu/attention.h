@@ -23,7 +23,8 @@ inline void exponentials(float* scores, int64_t keys, const Vec* shift, float sc
   for (int64_t first = 0; first < keys; first += kSumChain) {
     const int64_t last = smaller(first + kSumChain, keys);
     Vec chain[NV] = {};
-    for (int64_t n = first; n < last; n += step) CROSSVIT_UNROLL
+    for (int64_t n = first; n < last; n += step)
+#pragma GCC unroll 16
       for (int v = 0; v < NV; v++) {
         const float* from = scores + n * lanes + v * VL;
         const Vec p = exponential2_of_nonpositive<pairs>(load(from) * scale2 - shift2[v]);
@@ -37,7 +38,7 @@ inline void exponentials(float* scores, int64_t keys, const Vec* shift, float sc
           store(scores + n * lanes + v * VL, p);
         }
       }
-    CROSSVIT_UNROLL
+#pragma GCC unroll 16
     for (int v = 0; v < NV; v++) sum[v] += chain[v];
   }
 }
@@ -110,7 +111,7 @@ inline void attention_panel(const AttentionArgs& a, int64_t image, int64_t head,
     multiply_block<NV>(keys, n, a.tokens - n, a.width, query, scores, lanes, s.widened);
     // Rows past the last key repeat it, which the maximum does not mind.
     for (int e = 0; e < kBlock; e++)
-      CROSSVIT_UNROLL
+#pragma GCC unroll 16
       for (int v = 0; v < NV; v++) highest[v] = maximum(highest[v], load(scores + e * lanes + v * VL));
   }
   const bool pairs = values.dtype == DType::bf16 && kDotBf16;
@@ -176,7 +177,8 @@ inline void attention_run(const AttentionArgs& a, int64_t task, char* scratch) {
   const PanelSplit split(a.tokens);
   for (int64_t p = piece * split.panels / a.splits; p < (piece + 1) * split.panels / a.splits; p++) {
     const int64_t m = split.first(p), count = smaller(split.first(p + 1), a.tokens) - m;
-    with_vectors(split.vectors_of(p), [&]<int NV>() { attention_panel<NV>(a, image, head, m, count, keys, values, s); });
+    with_vectors(split.vectors_of(p),
+                 [&]<int NV>() { attention_panel<NV>(a, image, head, m, count, keys, values, s); });
   }
 }
 

@@ -120,7 +120,8 @@ CROSSVIT_INLINE void score_gradients(const AttentionGradArgs& a, const Attention
   constexpr int64_t lanes = NV * VL;
   const float *scores = s.scores, *grads = s.scores + kBlock * lanes;
   const int64_t count = smaller(a.tokens - n, kBlock);
-  for (int64_t e = 0; e < count; e += pairs ? 2 : 1) CROSSVIT_UNROLL
+  for (int64_t e = 0; e < count; e += pairs ? 2 : 1)
+#pragma GCC unroll 16
     for (int v = 0; v < NV; v++) {
       const int64_t at = e * lanes + v * VL, to = (n + e) * s.group + column + v * VL;
       const Vec p = exponential2_of_nonpositive<pairs>(load(scores + at) * scale2 - lse2[v]);
@@ -187,9 +188,8 @@ inline void attention_grad_panel(const AttentionGradArgs& a, int64_t image, int6
   grad_query.row_stride = 3 * a.heads * a.width;
   const PanelRows to(grad_query, m, count);
   for (int64_t j = 0; j < a.width; j += VL)
-    for_each_row<NV>(s.out + j * lanes, lanes, count, [&](int64_t r, Vec g) {
-      to.store(r, j, g * scale, static_cast<int>(smaller(a.width - j, VL)));
-    });
+    for_each_row<NV>(s.out + j * lanes, lanes, count,
+                     [&](int64_t r, Vec g) { to.store(r, j, g * scale, static_cast<int>(smaller(a.width - j, VL))); });
 }
 
 // A group's part of the keys' and values' gradients.

@@ -77,7 +77,7 @@ struct ScatteredRows {
   const char* row[kBlock];
   CROSSVIT_INLINE const char* operator[](int e) const { return row[e]; }
   CROSSVIT_INLINE void advance(int64_t bytes) {
-    CROSSVIT_UNROLL
+#pragma GCC unroll 16
     for (int e = 0; e < kBlock; e++) row[e] += bytes;
   }
 };
@@ -102,19 +102,19 @@ template <class Multiply, int NV, bool accumulate, class V = Vec, class ARows, c
 CROSSVIT_INLINE void tile(ARows a, const float* b, int64_t ldb, int64_t steps, float* c, int64_t ldc,
                           Meanwhile& ahead) {
   V sum[kBlock][NV];
-  CROSSVIT_UNROLL
+#pragma GCC unroll 16
   for (int e = 0; e < kBlock; e++)
-    CROSSVIT_UNROLL
+#pragma GCC unroll 16
     for (int v = 0; v < NV; v++) sum[e][v] = V{};
   auto step = [&](int64_t i) __attribute__((always_inline)) {
     V lanes[NV];
-    CROSSVIT_UNROLL
+#pragma GCC unroll 16
     for (int v = 0; v < NV; v++) __builtin_memcpy(&lanes[v], b + v * VL, sizeof(V));
-    CROSSVIT_UNROLL
+#pragma GCC unroll 16
     for (int e = 0; e < kBlock; e++) {
       typename Multiply::Element s;
       __builtin_memcpy(&s, a[e] + 4 * i, 4);
-      CROSSVIT_UNROLL
+#pragma GCC unroll 16
       for (int v = 0; v < NV; v++) sum[e][v] = Multiply::fma(sum[e][v], s, lanes[v]);
     }
     b += ldb;
@@ -124,7 +124,7 @@ CROSSVIT_INLINE void tile(ARows a, const float* b, int64_t ldb, int64_t steps, f
     Meanwhile local = ahead;
     for (; k + kAheadSteps <= steps; k += kAheadSteps) {
       local.step();
-      CROSSVIT_UNROLL
+#pragma GCC unroll 16
       for (int i = 0; i < kAheadSteps; i++) step(i);
       a.advance(4 * kAheadSteps);
     }
@@ -136,9 +136,9 @@ CROSSVIT_INLINE void tile(ARows a, const float* b, int64_t ldb, int64_t steps, f
   } else {
     for (; k < steps; k++) step(k);
   }
-  CROSSVIT_UNROLL
+#pragma GCC unroll 16
   for (int e = 0; e < kBlock; e++)
-    CROSSVIT_UNROLL
+#pragma GCC unroll 16
     for (int v = 0; v < NV; v++) {
       float* at = c + e * ldc + v * VL;
       if constexpr (accumulate) {

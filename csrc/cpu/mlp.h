@@ -43,7 +43,8 @@ inline void mlp_panel(const MlpArgs& a, int64_t m, int64_t count, const MlpScrat
       for_each_row<NV>(c, lanes, count, [&](int64_t r, Vec y) { pre.store(r, h, y + bias, n); });
     }
     if (hidden.pairs) {
-      for (int e = 0; e < n; e += 2) CROSSVIT_UNROLL
+      for (int e = 0; e < n; e += 2)
+#pragma GCC unroll 16
         for (int v = 0; v < NV; v++) {
           const float* at = c + e * lanes + v * VL;
           store(s.hidden + (h + e) / 2 * lanes + v * VL,
@@ -51,7 +52,7 @@ inline void mlp_panel(const MlpArgs& a, int64_t m, int64_t count, const MlpScrat
         }
     } else {
       for (int e = 0; e < n; e++)
-        CROSSVIT_UNROLL
+#pragma GCC unroll 16
         for (int v = 0; v < NV; v++) {
           float* at = c + e * lanes + v * VL;
           store(at, gelu(load(at) + s.b1[h + e]));

@@ -105,13 +105,14 @@ inline Panel gather_panel(const PatchImages& a, int64_t m, int64_t count, DType 
     else
       gather_channel(a, m, count, channel, s.gathered, stride, s.source);
     float* to = s.panel + channel * depth * lanes;
-    for (int64_t k = 0; k < depth; k += VL) CROSSVIT_UNROLL
+    for (int64_t k = 0; k < depth; k += VL)
+#pragma GCC unroll 16
       for (int v = 0; v < NV; v++) {
         Vec block[VL];
-        CROSSVIT_UNROLL
+#pragma GCC unroll 16
         for (int r = 0; r < VL; r++) block[r] = load(s.gathered + (v * VL + r) * stride + k);
         transpose(block);
-        CROSSVIT_UNROLL
+#pragma GCC unroll 16
         for (int r = 0; r < VL; r++) store(to + (k + r) * lanes + v * VL, block[r]);
       }
   }
@@ -196,8 +197,9 @@ inline void patch_grad_images_run(const PatchGradImagesArgs& a, int64_t task, ch
   const PlaneGradScratch s(images, images.resize, scratch);
   const int64_t patch = images.patch, image = task / images.channels, channel = task % images.channels;
   const auto fill = [&](int64_t y, float* line) {
-    const float* from = a.rows + ((image * images.per_image + y / patch * images.per_row) * images.channels + channel) *
-                                     patch * patch + y % patch * patch;
+    const float* from =
+        a.rows + ((image * images.per_image + y / patch * images.per_row) * images.channels + channel) * patch * patch +
+        y % patch * patch;
     for (int64_t p = 0; p < images.per_row; p++, from += images.channels * patch * patch)
       for (int64_t x = 0; x < patch; x += VL)
         store(line + p * patch + x, load_n(from + x, static_cast<int>(smaller(patch - x, VL))));

@@ -56,7 +56,7 @@ inline void resize_vertically(const Images& a, const Pixel* plane, int64_t y, in
     for (int64_t x = left; x < right; x += VL) {
       const int64_t at = smaller(x, right - VL);
       Vec v = load(from[0] + at) * weight[0];
-  CROSSVIT_UNROLL
+#pragma GCC unroll 16
       for (int t = 1; t < 4; t++) v += load(from[t] + at) * weight[t];
       store(line + kBorder + at, v);
     }
@@ -75,16 +75,15 @@ struct ColumnTaps {
   int32_t base;
   IVec index;
   Vec weight[4];
-  CROSSVIT_INLINE ColumnTaps(const Taps& taps, int64_t x)
-      : base(taps.first[x]), index(load(taps.first + x) - base) {
-    CROSSVIT_UNROLL
+  CROSSVIT_INLINE ColumnTaps(const Taps& taps, int64_t x) : base(taps.first[x]), index(load(taps.first + x) - base) {
+#pragma GCC unroll 16
     for (int t = 0; t < 4; t++) weight[t] = load(taps.weight[t] + x);
   }
   template <bool near>
   CROSSVIT_INLINE Vec apply(const float* line) const {
     line += base;
     Vec v = lookup<near>(line, index) * weight[0];
-    CROSSVIT_UNROLL
+#pragma GCC unroll 16
     for (int t = 1; t < 4; t++) v += lookup<near>(line, index + t) * weight[t];
     return v;
   }
@@ -97,7 +96,7 @@ inline Rows plane_rows(const Images& a, int64_t image, int64_t channel) {
 
 // --- bicubic_resize --------------------------------------------------------------------------------------------------
 
-constexpr int64_t kResizeRows = 4;  // at a time, which share their columns' taps
+constexpr int64_t kResizeRows = 4;   // at a time, which share their columns' taps
 constexpr int64_t kResizeBand = 32;  // of a task
 
 inline int64_t resize_bands(const ResizeArgs& a) { return ceil_div(a.images.rows.out, kResizeBand); }
@@ -126,8 +125,8 @@ inline void resize_band(const ResizeArgs& a, int64_t task, float* source) {
   const int64_t plane = task / resize_bands(a), first = task % resize_bands(a) * kResizeBand;
   const int64_t last = smaller(first + kResizeBand, a.images.rows.out);
   const bool near = taps_are_near(a.images.columns);
-  const auto* from = static_cast<const Pixel*>(
-      plane_rows(a.images, plane / a.images.channels, plane % a.images.channels).data);
+  const auto* from =
+      static_cast<const Pixel*>(plane_rows(a.images, plane / a.images.channels, plane % a.images.channels).data);
   Pixel* out = static_cast<Pixel*>(a.out) + plane * a.images.rows.out * a.images.columns.out;
   for (int64_t y = first; y < last; y += kResizeRows) {
     const int64_t count = smaller(last - y, kResizeRows);
@@ -197,7 +196,7 @@ inline void resize_plane_back(const Images& a, const Rows& out, const PlaneGradS
     for (int64_t x = 0; x < s.width; x++) {
       const Vec g = load(s.before + x * VL);
       float* to = s.after + a.columns.first[x] * VL;
-      CROSSVIT_UNROLL
+#pragma GCC unroll 16
       for (int t = 0; t < 4; t++) store(to + t * VL, load(to + t * VL) + g * a.columns.weight[t][x]);
     }
     fold_border(s.after, a.columns.in, VL);

@@ -26,19 +26,19 @@ inline void load_transposed_as(const Rows& rows, int64_t m, int64_t count, int64
       // So many rows at once are more streams than the hardware follows.
       for (int64_t r = 0; r < here; r++) __builtin_prefetch(from[r] + i + kPrefetchBlocks * VL);
       if (here == VL && n == VL) {
-  CROSSVIT_UNROLL
+#pragma GCC unroll 16
         for (int r = 0; r < VL; r++) block[r] = load(from[r] + i);
       } else {
-        CROSSVIT_UNROLL
+#pragma GCC unroll 16
         for (int r = 0; r < VL; r++) block[r] = r < here ? load_n(from[r] + i, static_cast<int>(n)) : Vec{};
       }
       transpose(block);
       if (n == VL) {
-        CROSSVIT_UNROLL
+#pragma GCC unroll 16
         for (int j = 0; j < VL; j++) store(to + (i + j) * lanes + r0, block[j]);
       } else {
         float corner[VL * VL];
-        CROSSVIT_UNROLL
+#pragma GCC unroll 16
         for (int j = 0; j < VL; j++) store(corner + j * VL, block[j]);
         for (int64_t j = 0; j < n; j++) store(to + (i + j) * lanes + r0, load(corner + j * VL));
       }
@@ -56,15 +56,15 @@ inline void load_transposed(const Rows& rows, int64_t m, int64_t count, int64_t 
 // Hands every row of c (columns x lanes, at most VL columns) to use(row, values of the columns).
 template <int NV, class Use>
 CROSSVIT_INLINE void for_each_row(const float* c, int64_t ldc, int64_t count, Use use) {
-  CROSSVIT_UNROLL
+#pragma GCC unroll 16
   for (int v = 0; v < NV; v++) {
     if (v * VL >= count) break;
     Vec block[VL];
-    CROSSVIT_UNROLL
+#pragma GCC unroll 16
     for (int e = 0; e < VL; e++) block[e] = load(c + e * ldc + v * VL);
     transpose(block);
     float row[VL * VL];
-    CROSSVIT_UNROLL
+#pragma GCC unroll 16
     for (int r = 0; r < VL; r++) store(row + r * VL, block[r]);
     const int64_t here = smaller(count - v * VL, VL);
     for (int64_t r = 0; r < here; r++) use(v * VL + r, load(row + r * VL));
@@ -109,14 +109,14 @@ CROSSVIT_INLINE void store_pairs(const float* c, int64_t ldc, int64_t count, con
                                  int64_t column) {
   for (int64_t v = 0; v * VL < count; v++) {
     Vec both[VL / 2];
-    CROSSVIT_UNROLL
+#pragma GCC unroll 16
     for (int e = 0; e < VL / 2; e++) {
       const float* at = c + 2 * e * ldc + v * VL;
       both[e] = pair(CROSSVIT_ISA::load(at) + bias[2 * e], CROSSVIT_ISA::load(at + ldc) + bias[2 * e + 1]);
     }
     transpose_halves(both);
     float rows[VL / 2 * VL];
-    CROSSVIT_UNROLL
+#pragma GCC unroll 16
     for (int r = 0; r < VL / 2; r++) CROSSVIT_ISA::store(rows + r * VL, both[r]);
     const int64_t here = smaller(count - v * VL, VL);
     for (int64_t r = 0; r < here; r++)

@@ -47,7 +47,8 @@ inline void cross_grad_panel(const CrossGradArgs& a, const CrossGradScratch& s, 
   Vec mean[NV], rstd[NV];
   load_statistics<NV>(saved, m, count, mean, rstd);
   load_transposed(patches, m, count, 0, a.width, s.panel, lanes);
-  for (int64_t k = 0; k < a.width; k++) CROSSVIT_UNROLL
+  for (int64_t k = 0; k < a.width; k++)
+#pragma GCC unroll 16
     for (int v = 0; v < NV; v++) {
       float* at = s.panel + k * lanes + v * VL;
       store(at, (load(at) - mean[v]) * rstd[v]);
@@ -64,7 +65,8 @@ inline void cross_grad_panel(const CrossGradArgs& a, const CrossGradScratch& s, 
   const float* grad_context = a.grad_context + image * a.heads * a.width;
   const Matrix dz{grad_context, DType::f32, a.width};
   for (int64_t h = 0; h < a.heads; h += kBlock)
-    multiply_block<NV>(dz, h, a.heads - h, a.width, Panel{s.panel, lanes, false}, ds + h * lanes, lanes, nullptr, kScoreChunk);
+    multiply_block<NV>(dz, h, a.heads - h, a.width, Panel{s.panel, lanes, false}, ds + h * lanes, lanes, nullptr,
+                       kScoreChunk);
   for (int64_t h = 0; h < a.heads; h++)
     for (int v = 0; v < NV; v++) {
       const int n = static_cast<int>(smaller(larger(count - v * VL, 0), VL));
@@ -83,7 +85,7 @@ inline void cross_grad_panel(const CrossGradArgs& a, const CrossGradScratch& s, 
                        nullptr);
   Vec total[NV] = {}, along[NV] = {};
   for (int64_t k = 0; k < a.width; k++)
-    CROSSVIT_UNROLL
+#pragma GCC unroll 16
     for (int v = 0; v < NV; v++) {
       const Vec g = load(s.grad + k * lanes + v * VL);
       total[v] += g;
@@ -91,7 +93,7 @@ inline void cross_grad_panel(const CrossGradArgs& a, const CrossGradScratch& s, 
     }
   const float inverse = 1.0f / static_cast<float>(a.width);
   for (int64_t k = 0; k < a.width; k++)
-    CROSSVIT_UNROLL
+#pragma GCC unroll 16
     for (int v = 0; v < NV; v++) {
       float* at = s.grad + k * lanes + v * VL;
       store(at, rstd[v] * (load(at) - total[v] * inverse - load(s.panel + k * lanes + v * VL) * (along[v] * inverse)));

@@ -87,7 +87,8 @@ inline void normalize_tokens(const Rows& patches, int64_t m, int64_t count, int6
   load_transposed(patches, m, count, 0, width, panel, lanes);
   Vec first[NV], rest[NV], factor[NV];
   panel_statistics<NV>(panel, width, eps, first, rest, factor);
-  for (int64_t k = 0; k < width; k++) CROSSVIT_UNROLL
+  for (int64_t k = 0; k < width; k++)
+#pragma GCC unroll 16
     for (int v = 0; v < NV; v++) {
       float* at = panel + k * lanes + v * VL;
       store(at, ((load(at) - first[v]) - rest[v]) * factor[v]);
@@ -238,9 +239,11 @@ inline void cross_combine_run(const CrossArgs& a, int64_t task, char*) {
   const int64_t image = task / a.heads, head = task % a.heads, stride = a.heads * (a.width + 2);
   const float* piece = a.partial + (image * a.splits * a.heads + head) * (a.width + 2);
   float highest = piece[a.width], total = 0.0f;
-  for (int64_t i = 1; i < a.splits; i++) highest = piece[i * stride + a.width] > highest ? piece[i * stride + a.width] : highest;
+  for (int64_t i = 1; i < a.splits; i++)
+    highest = piece[i * stride + a.width] > highest ? piece[i * stride + a.width] : highest;
   float* context = a.context + task * a.width;
-  for (int64_t i = 0; i < a.splits; i++) total += piece[i * stride + a.width + 1] * exponential_of(piece[i * stride + a.width] - highest);
+  for (int64_t i = 0; i < a.splits; i++)
+    total += piece[i * stride + a.width + 1] * exponential_of(piece[i * stride + a.width] - highest);
   for (int64_t k = 0; k < a.width; k++) context[k] = 0.0f;
   for (int64_t i = 0; i < a.splits; i++) {
     const float factor = exponential_of(piece[i * stride + a.width] - highest) / total;

@@ -15,7 +15,6 @@
 #include "kernels.h"
 
 #define CROSSVIT_INLINE inline __attribute__((always_inline))
-#define CROSSVIT_UNROLL _Pragma("GCC unroll 16")
 
 namespace crossvit::CROSSVIT_ISA {
 
@@ -346,7 +345,7 @@ CROSSVIT_INLINE void exchange(Vec& a, Vec& b, __attribute__((unused)) Lanes<L...
 template <int S, int N>
 CROSSVIT_INLINE void transpose_step(Vec* rows) {
   if constexpr (S < N) {
-  CROSSVIT_UNROLL
+#pragma GCC unroll 16
     for (int i = 0; i < N; i++)
       if ((i & S) == 0) exchange<S>(rows[i], rows[i + S], AllLanes{});
     transpose_step<2 * S, N>(rows);
