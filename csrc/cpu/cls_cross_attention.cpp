@@ -79,8 +79,8 @@ Rows token_rows(const Tensor& patches) {
 
 // What the pass over the tokens and its gradient are both told.
 template <class Args>
-Args cross_shape(const RowTensor& cls, const Tensor& patches, int64_t num_heads, const Norm& norm, const Tensor& mean,
-                 const Tensor& rstd, const Tensor& key_query) {
+Args token_args(const RowTensor& cls, const Tensor& patches, int64_t num_heads, const Norm& norm, const Tensor& mean,
+                const Tensor& rstd, const Tensor& key_query) {
   Args args{};
   args.cls = cls.rows;
   args.patches = token_rows(patches);
@@ -110,17 +110,17 @@ CrossAttentionResult attend(const Tensor& cls, const Tensor& patches, const Tens
   const int64_t saved = save ? batch : 0;
   const Tensor mean = empty_f32({saved, 1 + tokens}), rstd = empty_f32({saved, 1 + tokens});
   const Tensor probs = empty_f32({saved, num_heads, 1 + tokens}), context = empty_f32({batch, num_heads, width});
-  auto args = cross_shape<CrossArgs>(first, dense, num_heads, norm, mean, rstd, key_query);
+  auto args = token_args<TokenPassArgs>(first, dense, num_heads, norm, mean, rstd, key_query);
   args.probs = float_data(probs);
   args.context = float_data(context);
-  const int64_t tasks = active().cross.tasks(args, threads_here());
+  const int64_t tasks = active().token_pass.tasks(args, threads_here());
   Tensor partial;
   if (args.splits > 1) {
     partial = empty_f32({tasks, num_heads, width + 2});
     args.partial = float_data(partial);
   }
-  launch(active().cross, args);
-  if (args.splits > 1) launch(active().cross_combine, args);
+  launch(active().token_pass, args);
+  if (args.splits > 1) launch(active().join_splits, args);
 
   const Tensor out =
       project_heads(context, v_weight, norm.weight, norm.bias, vector_of(v_bias), 1.0, q_weight.scalar_type());
@@ -160,45 +160,45 @@ std::vector<Tensor> cls_cross_attention_backward(const Tensor& grad_out, const T
   const Norm norm = norm_of(norm_weight, norm_bias, 0);
 
   // Values: g_h = W_v,h^T dout_h is the gradient of y_h = gamma . z_h + beta.
-  const Tensor grad_values = absorb(grad, v_weight, num_heads, 1.0);
-  const Tensor grad_context = grad_values.mul(gamma);
+  const Tensor grad_value = absorb(grad, v_weight, num_heads, 1.0);
+  const Tensor grad_context = grad_value.mul(gamma);
 
   const Tensor dense = dense_tokens(patches);
   const RowTensor first(cls);
   const Tensor grad_patches = needs.get(1) ? at::empty({batch, tokens, width}, patches.options()) : Tensor();
-  const Tensor grad_cls_normalized = empty_f32({batch, width}), grad_u = empty_f32({batch, num_heads, width});
-  auto args = cross_shape<CrossGradArgs>(first, dense, num_heads, norm, mean, rstd, key_query);
+  const Tensor grad_normalized = empty_f32({batch, width}), grad_u = empty_f32({batch, num_heads, width});
+  auto args = token_args<TokenGradientArgs>(first, dense, num_heads, norm, mean, rstd, key_query);
   if (needs.get(1)) args.grad_patches = token_rows(grad_patches);
   args.probs = float_data(probs);
   args.context = float_data(context);
   args.grad_context = float_data(grad_context);
-  args.grad_cls_normalized = float_data(grad_cls_normalized);
-  args.grad_scores_tokens = float_data(grad_u);
-  launch(active().cross_grad, args);
+  args.grad_normalized = float_data(grad_normalized);
+  args.grad_u = float_data(grad_u);
+  launch(active().token_gradient, args);
 
   // Keys and query: u_h = gamma . a_h, a_h = W_k,h^T q_h scale. What follows has one row per image.
   const Tensor grad_key_query = grad_u.mul(gamma);
   const Tensor grad_query = project_heads(grad_key_query, k_weight, {}, {}, {}, scale, at::kFloat);
   const Tensor normalized = cls.to(at::kFloat).sub(mean.select(1, 0).unsqueeze(1)).mul(rstd.select(1, 0).unsqueeze(1));
-  const Tensor grad_y = at::mm(grad_query, q_weight.to(at::kFloat));
+  const Tensor grad_query_input = at::mm(grad_query, q_weight.to(at::kFloat));
 
   std::vector<Tensor> result;
   if (needs.get(0)) {
-    const Tensor g = grad_cls_normalized.add(grad_y.mul(gamma));
+    const Tensor g = grad_normalized.add(grad_query_input.mul(gamma));
     const Tensor along = g.mul(normalized).mean(1, true);
     result.push_back(
         g.sub(g.mean(1, true)).sub(normalized.mul(along)).mul(rstd.select(1, 0).unsqueeze(1)).to(cls.scalar_type()));
   }
   if (needs.get(1)) result.push_back(grad_patches);
   if (needs.get(2))
-    result.push_back(grad_values.to(at::kDouble)
+    result.push_back(grad_value.to(at::kDouble)
                          .mul(context)
                          .add(grad_u.to(at::kDouble).mul(key_query))
                          .sum(at::IntArrayRef{0, 1})
-                         .add(grad_y.mul(normalized).sum(0))
+                         .add(grad_query_input.mul(normalized).sum(0))
                          .to(norm_weight.scalar_type()));
   if (needs.get(3))
-    result.push_back(grad_values.sum(at::IntArrayRef{0, 1}).add(grad_y.sum(0)).to(norm_bias->scalar_type()));
+    result.push_back(grad_value.sum(at::IntArrayRef{0, 1}).add(grad_query_input.sum(0)).to(norm_bias->scalar_type()));
   const auto weight_dtype = wide ? at::kFloat : q_weight.scalar_type();
   if (needs.get(4)) result.push_back(at::mm(grad_query.t(), normalized.mul(gamma).add(beta)).to(weight_dtype));
   if (needs.get(5)) result.push_back(grad_query.sum(0).to(weight_dtype));

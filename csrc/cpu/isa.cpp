@@ -34,9 +34,9 @@ const Kernels kernels = {
     .patch_grad_images = {patch_grad_images_tasks, patch_grad_images_scratch, patch_grad_images_run},
     .absorb = {absorb_tasks, absorb_scratch, absorb_run},
     .project_heads = {project_heads_tasks, project_heads_scratch, project_heads_run},
-    .cross = {cross_tasks, cross_scratch, cross_run},
-    .cross_combine = {cross_combine_tasks, cross_combine_scratch, cross_combine_run},
-    .cross_grad = {cross_grad_tasks, cross_grad_scratch, cross_grad_run},
+    .token_pass = {token_pass_tasks, token_pass_scratch, token_pass_run},
+    .join_splits = {join_splits_tasks, join_splits_scratch, join_splits_run},
+    .token_gradient = {token_gradient_tasks, token_gradient_scratch, token_gradient_run},
 };
 
 }  // namespace crossvit::CROSSVIT_ISA

@@ -159,7 +159,7 @@ struct ProjectHeadsArgs {
   int64_t batch, heads, head_width, width;
   float scale;
 };
-struct CrossArgs {
+struct TokenPassArgs {
   Rows cls, patches;  // patches: batch_stride and row_stride; one image is `tokens` rows
   int64_t batch, tokens, width, heads;
   Norm norm;                 // gamma alone enters; mean and rstd (batch, 1 + tokens), or null
@@ -169,13 +169,13 @@ struct CrossArgs {
   float* partial = nullptr;  // (batch * splits, heads, width + 2): context, maximum and sum of a piece
   int64_t splits = 1;        // of the tokens, chosen by tasks()
 };
-struct CrossGradArgs {
+struct TokenGradientArgs {
   Rows cls, patches, grad_patches;
   int64_t batch, tokens, width, heads;
   Norm norm;
   const float *key_query, *probs, *context, *grad_context;
-  float* grad_cls_normalized;  // (batch, width): of the CLS's x-hat, by way of keys and values
-  float* grad_scores_tokens;   // (batch, heads, width): w_h, the gradient of u_h
+  float* grad_normalized;  // (batch, width): of the CLS token, by way of keys and values
+  float* grad_u;           // (batch, heads, width)
 };
 
 // Bicubic interpolation along one axis: result i is the sum over t < 4 of weight[t][i] * pixel(first[i] + t - kBorder),
@@ -269,8 +269,8 @@ struct Kernels {
   Kernel<PatchGradImagesArgs> patch_grad_images;
   Kernel<AbsorbArgs> absorb;
   Kernel<ProjectHeadsArgs> project_heads;
-  Kernel<CrossArgs> cross, cross_combine;
-  Kernel<CrossGradArgs> cross_grad;
+  Kernel<TokenPassArgs> token_pass, join_splits;
+  Kernel<TokenGradientArgs> token_gradient;
 };
 
 }  // namespace crossvit

@@ -1,44 +1,49 @@
+// The token_gradient step of cls_cross_attention's backward: the second pass over the tokens. The names are those of
+// docs/design/cls_cross_attention.md.
+//
+//   delta_h = dz_h . z_h                                   delta
+//   ds_hn = p_hn (dz_h . xhat_n - delta_h)                 grad_scores
+//   r_h = sum_n ds_hn                                      rest
+//   du_h = sum_n ds_hn xhat_n - r_h z_h                    grad_u
+//   dxhat_n = sum_h p_hn dz_h + ds_hn u_h                  grad_normalized
+//
+// The gradient of a patch goes on through the normalisation to grad_patches; that of the CLS token is handed back as it is.
 #pragma once
 
 #include "token_pass.h"
 
 namespace crossvit::CROSSVIT_ISA {
 
-// --- gradient: one more pass over the tokens ---------------------------------------------------------------------------
-//
-//   t_h = dz_h . z_h,  ds_hn = p_hn (dz_h . xhat_n - t_h),  w_h = sum_n ds_hn xhat_n
-//   dxhat_n = sum_h p_hn dz_h + ds_hn u_h, then back through the normalisation.
-//
-// By mathematics sum_n ds_hn = 0. What rounding in t_h leaves of it, e_h, is taken out again: w_h - e_h z_h.
-
-struct CrossGradScratch {
-  float *u, *both, *panel, *rows, *scores, *w, *t, *rest, *grad, *cls;
+// In a panel's scratch, probs holds a row of p for every head and behind them a row of ds for every head; coefficients holds,
+// for every column, the dz of all heads and behind them their u, which these rows meet in the gradient of the tokens.
+struct TokenGradientScratch {
+  float *u, *coefficients, *panel, *rows, *probs, *grad_u, *delta, *rest, *grad_normalized, *cls;
   int64_t width_padded, row_stride, heads_padded, bytes;
-  CrossGradScratch(const CrossGradArgs& a, char* base) {
+  TokenGradientScratch(const TokenGradientArgs& a, char* base) {
     Arena arena{base};
     const int64_t lanes = kPanelVectors * VL;
     width_padded = round_up(a.width, VL);
     row_stride = spread(width_padded);
     heads_padded = round_up(a.heads, kBlock);
     u = arena.floats(a.heads * a.width);
-    both = arena.floats(a.width * 2 * a.heads);
+    coefficients = arena.floats(a.width * 2 * a.heads);
     panel = arena.floats(width_padded * lanes);
     rows = arena.floats(lanes * row_stride);
-    scores = arena.floats((a.heads + heads_padded) * lanes);
-    w = arena.floats(heads_padded * width_padded);
-    t = arena.floats(heads_padded);
+    probs = arena.floats((a.heads + heads_padded) * lanes);
+    grad_u = arena.floats(heads_padded * width_padded);
+    delta = arena.floats(heads_padded);
     rest = arena.floats(heads_padded);
-    grad = arena.floats(width_padded * lanes);
+    grad_normalized = arena.floats(width_padded * lanes);
     cls = arena.floats(width_padded * VL);
     bytes = arena.used;
   }
 };
-inline int64_t cross_grad_tasks(CrossGradArgs& a, int64_t) { return a.batch; }
-inline int64_t cross_grad_scratch(const CrossGradArgs& a) { return CrossGradScratch(a, nullptr).bytes; }
+inline int64_t token_gradient_tasks(TokenGradientArgs& a, int64_t) { return a.batch; }
+inline int64_t token_gradient_scratch(const TokenGradientArgs& a) { return TokenGradientScratch(a, nullptr).bytes; }
 
 template <int NV>
-inline void cross_grad_panel(const CrossGradArgs& a, const CrossGradScratch& s, const Rows& patches, int64_t image,
-                             int64_t m, int64_t count) {
+inline void token_gradient_panel(const TokenGradientArgs& a, const TokenGradientScratch& s, const Rows& patches,
+                                 int64_t image, int64_t m, int64_t count) {
   constexpr int64_t lanes = NV * VL;
   const int64_t all = a.tokens + 1;
   Norm saved = a.norm;
@@ -60,8 +65,7 @@ inline void cross_grad_panel(const CrossGradArgs& a, const CrossGradScratch& s, 
       store(s.rows + r * s.row_stride + k, (x - saved.mean[m + r]) * saved.rstd[m + r]);
     }
 
-  // Rows of scores: p of every head, then ds of every head.
-  float* ds = s.scores + a.heads * lanes;
+  float* const ds = s.probs + a.heads * lanes;
   const float* grad_context = a.grad_context + image * a.heads * a.width;
   const Matrix dz{grad_context, DType::f32, a.width};
   for (int64_t h = 0; h < a.heads; h += kBlock)
@@ -71,23 +75,23 @@ inline void cross_grad_panel(const CrossGradArgs& a, const CrossGradScratch& s, 
     for (int v = 0; v < NV; v++) {
       const int n = static_cast<int>(smaller(larger(count - v * VL, 0), VL));
       const Vec p = n ? load_n(a.probs + (image * a.heads + h) * all + 1 + m + v * VL, n) : Vec{};
-      store(s.scores + h * lanes + v * VL, p);
-      const Vec gradient = p * (load(ds + h * lanes + v * VL) - s.t[h]);
+      store(s.probs + h * lanes + v * VL, p);
+      const Vec gradient = p * (load(ds + h * lanes + v * VL) - s.delta[h]);
       store(ds + h * lanes + v * VL, gradient);
       s.rest[h] += sum(gradient);
     }
-  add_weighted_rows(ds, lanes, a.heads, s.rows, s.row_stride, count, a.width, s.w, s.width_padded);
+  add_weighted_rows(ds, lanes, a.heads, s.rows, s.row_stride, count, a.width, s.grad_u, s.width_padded);
   if (!a.grad_patches.data) return;
 
-  const Matrix both{s.both, DType::f32, 2 * a.heads};
+  const Matrix coefficients{s.coefficients, DType::f32, 2 * a.heads};
   for (int64_t k = 0; k < a.width; k += kBlock)
-    multiply_block<NV>(both, k, a.width - k, 2 * a.heads, Panel{s.scores, lanes, false}, s.grad + k * lanes, lanes,
-                       nullptr);
+    multiply_block<NV>(coefficients, k, a.width - k, 2 * a.heads, Panel{s.probs, lanes, false},
+                       s.grad_normalized + k * lanes, lanes, nullptr);
   Vec total[NV] = {}, along[NV] = {};
   for (int64_t k = 0; k < a.width; k++)
 #pragma GCC unroll 16
     for (int v = 0; v < NV; v++) {
-      const Vec g = load(s.grad + k * lanes + v * VL);
+      const Vec g = load(s.grad_normalized + k * lanes + v * VL);
       total[v] += g;
       along[v] += g * load(s.panel + k * lanes + v * VL);
     }
@@ -95,59 +99,59 @@ inline void cross_grad_panel(const CrossGradArgs& a, const CrossGradScratch& s, 
   for (int64_t k = 0; k < a.width; k++)
 #pragma GCC unroll 16
     for (int v = 0; v < NV; v++) {
-      float* at = s.grad + k * lanes + v * VL;
+      float* at = s.grad_normalized + k * lanes + v * VL;
       store(at, rstd[v] * (load(at) - total[v] * inverse - load(s.panel + k * lanes + v * VL) * (along[v] * inverse)));
     }
   const PanelRows out(tokens_of(a.grad_patches, image), m, count);
   for (int64_t k = 0; k < a.width; k += VL)
-    for_each_row<NV>(s.grad + k * lanes, lanes, count,
+    for_each_row<NV>(s.grad_normalized + k * lanes, lanes, count,
                      [&](int64_t r, Vec g) { out.store(r, k, g, static_cast<int>(smaller(a.width - k, VL))); });
 }
 
-inline void cross_grad_run(const CrossGradArgs& a, int64_t task, char* scratch) {
-  const CrossGradScratch s(a, scratch);
+inline void token_gradient_run(const TokenGradientArgs& a, int64_t task, char* scratch) {
+  const TokenGradientScratch s(a, scratch);
   const int64_t image = task, all = a.tokens + 1;
   const float* grad_context = a.grad_context + image * a.heads * a.width;
   load_u(a, image, s.u);
   for (int64_t k = 0; k < a.width; k++) {
     for (int64_t h = 0; h < a.heads; h++) {
-      s.both[k * 2 * a.heads + h] = grad_context[h * a.width + k];
-      s.both[k * 2 * a.heads + a.heads + h] = s.u[h * a.width + k];
+      s.coefficients[k * 2 * a.heads + h] = grad_context[h * a.width + k];
+      s.coefficients[k * 2 * a.heads + a.heads + h] = s.u[h * a.width + k];
     }
   }
-  // The CLS token: its x-hat's gradient goes on to the query's, so it is handed back unfinished.
+  // The query's gradient adds to that of the CLS token, so this one does not go through the normalisation yet.
   const float mean = a.norm.mean[image * all], rstd = a.norm.rstd[image * all];
   const PanelRows cls(a.cls, image, 1);
   for (int64_t k = 0; k < a.width; k += VL) {
     const int n = static_cast<int>(smaller(a.width - k, VL));
     store(s.cls + k, (cls.load(0, k, n) - mean) * rstd);
   }
-  float* grad_cls = a.grad_cls_normalized + image * a.width;
-  for (int64_t k = 0; k < a.width; k++) grad_cls[k] = 0.0f;
+  float* grad_normalized_cls = a.grad_normalized + image * a.width;
+  for (int64_t k = 0; k < a.width; k++) grad_normalized_cls[k] = 0.0f;
   for (int64_t h = 0; h < a.heads; h++) {
     const float* dz = grad_context + h * a.width;
-    s.t[h] = dot(dz, a.context + (image * a.heads + h) * a.width, a.width);
-    const float p = a.probs[(image * a.heads + h) * all], ds = p * (dot(dz, s.cls, a.width) - s.t[h]);
+    s.delta[h] = dot(dz, a.context + (image * a.heads + h) * a.width, a.width);
+    const float p = a.probs[(image * a.heads + h) * all], ds = p * (dot(dz, s.cls, a.width) - s.delta[h]);
     s.rest[h] = ds;
     for (int64_t k = 0; k < a.width; k++) {
-      grad_cls[k] += p * dz[k] + ds * s.u[h * a.width + k];
-      s.w[h * s.width_padded + k] = ds * s.cls[k];
+      grad_normalized_cls[k] += p * dz[k] + ds * s.u[h * a.width + k];
+      s.grad_u[h * s.width_padded + k] = ds * s.cls[k];
     }
-    for (int64_t k = a.width; k < s.width_padded; k++) s.w[h * s.width_padded + k] = 0.0f;
+    for (int64_t k = a.width; k < s.width_padded; k++) s.grad_u[h * s.width_padded + k] = 0.0f;
   }
 
   const Rows patches = tokens_of(a.patches, image);
   const PanelSplit split(a.tokens);
   for (int64_t p = 0; p < split.panels; p++) {
     const int64_t m = split.first(p), count = smaller(split.first(p + 1), a.tokens) - m;
-    with_vectors(split.vectors_of(p), [&]<int NV>() { cross_grad_panel<NV>(a, s, patches, image, m, count); });
+    with_vectors(split.vectors_of(p), [&]<int NV>() { token_gradient_panel<NV>(a, s, patches, image, m, count); });
   }
   for (int64_t h = 0; h < a.heads; h++) {
-    const float rest = s.rest[h], of_cls = rest * a.probs[(image * a.heads + h) * all];
+    const float rest = s.rest[h], rest_of_cls = rest * a.probs[(image * a.heads + h) * all];
     const float* z = a.context + (image * a.heads + h) * a.width;
     for (int64_t k = 0; k < a.width; k++) {
-      a.grad_scores_tokens[(image * a.heads + h) * a.width + k] = s.w[h * s.width_padded + k] - rest * z[k];
-      grad_cls[k] -= of_cls * s.u[h * a.width + k];
+      a.grad_u[(image * a.heads + h) * a.width + k] = s.grad_u[h * s.width_padded + k] - rest * z[k];
+      grad_normalized_cls[k] -= rest_of_cls * s.u[h * a.width + k];
     }
   }
 }

@@ -1,21 +1,19 @@
-// Single-query cross-attention in the absorbed form: keys and values are never made. Names are those of the formula:
+// The token_pass step of cls_cross_attention: single-query attention in the absorbed form, in which keys and values are never
+// made. The names are those of docs/design/cls_cross_attention.md.
 //
-//   q_h = W_q,h (gamma . xhat_0 + beta) + b_q,h        query
-//   a_h = W_k,h^T q_h / sqrt(d)                        key_query;  u_h = gamma . a_h
-//   p_h = softmax_n(u_h . xhat_n)                      probs
-//   z_h = sum_n p_hn xhat_n                            context
-//   out_h = W_v,h (gamma . z_h + beta) + b_v,h
+//   u_h = gamma . a_h                                      u, from key_query
+//   s_hn = u_h . xhat_n                                    scores
+//   p_h = softmax_n(s_h)                                   probs
+//   z_h = sum_n p_hn xhat_n                                context
 //
-// The tokens are read once: a panel of them is normalised, scored against all heads and added to all contexts while it
-// is in cache, under a running softmax.
+// The tokens are read once: a panel of them is normalized, scored against all heads and added to all contexts while it is in
+// cache, under a running softmax.
 #pragma once
 
 #include "attention.h"
 #include "norm.h"
 
 namespace crossvit::CROSSVIT_ISA {
-
-// --- the pass over the tokens ------------------------------------------------------------------------------------------
 
 // The tokens of one image.
 inline Rows tokens_of(const Rows& rows, int64_t image) {
@@ -36,18 +34,18 @@ inline void load_u(const Args& a, int64_t image, float* u) {
 // Row m of rows, normalised without the affine part, zero-padded; returns its mean and rstd.
 inline void normalize_row(const Rows& rows, int64_t m, int64_t width, float eps, float* to, float* mean, float* rstd) {
   load_transposed(rows, m, 1, 0, width, to, VL);  // lane 0 is the row: the very arithmetic of the panels
-  Vec first[1], rest[1], factor[1];
-  panel_statistics<1>(to, width, eps, first, rest, factor);
-  *mean = first[0][0] + rest[0][0];
-  *rstd = factor[0][0];
-  for (int64_t k = 0; k < width; k++) to[k] = ((to[k * VL] - first[0][0]) - rest[0][0]) * factor[0][0];
+  Vec origin[1], shift[1], rstd_of[1];
+  panel_statistics<1>(to, width, eps, origin, shift, rstd_of);
+  *mean = origin[0][0] + shift[0][0];
+  *rstd = rstd_of[0][0];
+  for (int64_t k = 0; k < width; k++) to[k] = ((to[k * VL] - origin[0][0]) - shift[0][0]) * rstd_of[0][0];
   for (int64_t k = width; k < round_up(width, VL); k++) to[k] = 0.0f;
 }
 
-struct CrossScratch {
+struct TokenPassScratch {
   float *u, *panel, *rows, *scores, *context, *highest, *sum, *cls;
   int64_t width_padded, row_stride, heads_padded, bytes;
-  CrossScratch(const CrossArgs& a, char* base) {
+  TokenPassScratch(const TokenPassArgs& a, char* base) {
     Arena arena{base};
     const int64_t lanes = kPanelVectors * VL;
     width_padded = round_up(a.width, VL);
@@ -85,28 +83,28 @@ inline void normalize_tokens(const Rows& patches, int64_t m, int64_t count, int6
                              float* rstd, float* panel, float* rows, int64_t ldr) {
   constexpr int64_t lanes = NV * VL;
   load_transposed(patches, m, count, 0, width, panel, lanes);
-  Vec first[NV], rest[NV], factor[NV];
-  panel_statistics<NV>(panel, width, eps, first, rest, factor);
+  Vec origin[NV], shift[NV], rstd_of[NV];
+  panel_statistics<NV>(panel, width, eps, origin, shift, rstd_of);
   for (int64_t k = 0; k < width; k++)
 #pragma GCC unroll 16
     for (int v = 0; v < NV; v++) {
       float* at = panel + k * lanes + v * VL;
-      store(at, ((load(at) - first[v]) - rest[v]) * factor[v]);
+      store(at, ((load(at) - origin[v]) - shift[v]) * rstd_of[v]);
     }
   const PanelRows from(patches, m, count);
   for (int64_t r = 0; r < count; r++) {
-    const float x0 = first[r / VL][r % VL], shift = rest[r / VL][r % VL], scale = factor[r / VL][r % VL];
+    const float x0 = origin[r / VL][r % VL], offset = shift[r / VL][r % VL], scale = rstd_of[r / VL][r % VL];
     for (int64_t k = 0; k < width; k += VL) {
       const int n = static_cast<int>(smaller(width - k, VL));
       const Vec x = from.load(r, k, n);
-      store(rows + r * ldr + k, ((x - x0) - shift) * scale);
+      store(rows + r * ldr + k, ((x - x0) - offset) * scale);
     }
   }
   if (!mean) return;
   for (int v = 0; v < NV && v * VL < count; v++) {
     const int n = static_cast<int>(smaller(count - v * VL, VL));
-    store_n(mean + m + v * VL, first[v] + rest[v], n);
-    store_n(rstd + m + v * VL, factor[v], n);
+    store_n(mean + m + v * VL, origin[v] + shift[v], n);
+    store_n(rstd + m + v * VL, rstd_of[v], n);
   }
 }
 
@@ -126,7 +124,8 @@ inline void add_weighted_rows(const float* weights, int64_t ldw, int64_t heads, 
 
 // One panel of tokens under the running softmax. score_to: where the scores of head h, token m go (h * stride + m), or null.
 template <int NV>
-inline void attend_panel(const CrossArgs& a, const CrossScratch& s, int64_t count, float* score_to, int64_t stride) {
+inline void attend_panel(const TokenPassArgs& a, const TokenPassScratch& s, int64_t count, float* score_to,
+                         int64_t stride) {
   constexpr int64_t lanes = NV * VL;
   const Matrix u{s.u, DType::f32, a.width};
   const Panel panel{s.panel, lanes, false};
@@ -161,12 +160,12 @@ inline void attend_panel(const CrossArgs& a, const CrossScratch& s, int64_t coun
   add_weighted_rows(s.scores, lanes, a.heads, s.rows, s.row_stride, count, a.width, s.context, s.width_padded);
 }
 
-inline int64_t cross_tasks(CrossArgs& a, int64_t threads) {
+inline int64_t token_pass_tasks(TokenPassArgs& a, int64_t threads) {
   const int64_t panels = PanelSplit(a.tokens).panels;
   a.splits = a.batch >= 2 * threads || a.batch == 0 ? 1 : larger(1, smaller(ceil_div(2 * threads, a.batch), panels));
   return a.batch * a.splits;
 }
-inline int64_t cross_scratch(const CrossArgs& a) { return CrossScratch(a, nullptr).bytes; }
+inline int64_t token_pass_scratch(const TokenPassArgs& a) { return TokenPassScratch(a, nullptr).bytes; }
 
 // probs := exp(score - highest) / sum, in place.
 inline void finish_probabilities(float* probs, int64_t tokens, float highest, float total) {
@@ -177,8 +176,8 @@ inline void finish_probabilities(float* probs, int64_t tokens, float highest, fl
   }
 }
 
-inline void cross_run(const CrossArgs& a, int64_t task, char* scratch) {
-  const CrossScratch s(a, scratch);
+inline void token_pass_run(const TokenPassArgs& a, int64_t task, char* scratch) {
+  const TokenPassScratch s(a, scratch);
   const int64_t image = task / a.splits, piece = task % a.splits, all = a.tokens + 1;
   load_u(a, image, s.u);
   float* probs = a.probs ? a.probs + image * a.heads * all : nullptr;
@@ -233,9 +232,9 @@ inline void cross_run(const CrossArgs& a, int64_t task, char* scratch) {
 }
 
 // Joins the pieces of an image whose tokens were split over tasks, in the order of the tokens.
-inline int64_t cross_combine_tasks(CrossArgs& a, int64_t) { return a.splits == 1 ? 0 : a.batch * a.heads; }
-inline int64_t cross_combine_scratch(const CrossArgs&) { return 64; }
-inline void cross_combine_run(const CrossArgs& a, int64_t task, char*) {
+inline int64_t join_splits_tasks(TokenPassArgs& a, int64_t) { return a.splits == 1 ? 0 : a.batch * a.heads; }
+inline int64_t join_splits_scratch(const TokenPassArgs&) { return 64; }
+inline void join_splits_run(const TokenPassArgs& a, int64_t task, char*) {
   const int64_t image = task / a.heads, head = task % a.heads, stride = a.heads * (a.width + 2);
   const float* piece = a.partial + (image * a.splits * a.heads + head) * (a.width + 2);
   float highest = piece[a.width], total = 0.0f;
