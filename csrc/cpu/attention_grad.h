@@ -12,11 +12,11 @@ constexpr int64_t kGroupSteps = 128;  // steps of the products dK and dV that a 
 
 // The queries are cut into groups, whose P^T and dS^T stay in L2 until K and V's gradients take them, and these into panels.
 struct QueryGroups {
-  int64_t vectors, groups;
+  int64_t vectors, count;
   QueryGroups(int64_t tokens, bool pairs)
-      : vectors(ceil_div(tokens, VL)), groups(ceil_div(vectors, kGroupSteps * (pairs ? 2 : 1) / VL)) {}
-  int64_t first(int64_t group) const { return group * vectors / groups * VL; }
-  int64_t most() const { return ceil_div(vectors, groups) * VL; }
+      : vectors(ceil_div(tokens, VL)), count(ceil_div(vectors, kGroupSteps * (pairs ? 2 : 1) / VL)) {}
+  int64_t first(int64_t group) const { return group * vectors / count * VL; }
+  int64_t most() const { return ceil_div(vectors, count) * VL; }
 };
 
 struct AttentionGradScratch {
@@ -229,7 +229,7 @@ inline void attention_grad_run(const AttentionGradArgs& a, int64_t task, char* s
   const Matrix keys_t{s.keys_t, s.pairs ? DType::bf16 : DType::f32, s.keys_padded};
 
   const QueryGroups groups(a.tokens, s.pairs);
-  for (int64_t g = 0; g < groups.groups; g++) {
+  for (int64_t g = 0; g < groups.count; g++) {
     const int64_t m0 = groups.first(g), count = smaller(groups.first(g + 1), a.tokens) - m0;
     load_row_panel(query_rows, m0, count, a.width, s.pairs, s.query_rows, s.width_padded);
     load_row_panel(grad_rows, m0, count, a.width, s.pairs, s.grad_rows, s.width_padded);

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <ATen/Parallel.h>
-#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/ScalarType.h>
 
@@ -18,7 +17,6 @@ namespace crossvit {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-using Needs = c10::List<bool>;  // which gradients are wanted, in the order of the op's schema
 
 // The tensors that the kernels take.
 inline constexpr Taken kTaken{c10::DeviceType::CPU, /*float16=*/false};
@@ -37,9 +35,9 @@ template <class Args>
 void launch(const Kernel<Args>& kernel, Args* calls, int64_t count) {
   const int64_t threads = threads_here();
   int64_t tasks = 0, bytes = 0;
-  std::vector<int64_t> first{0};  // task of each call, and behind the last
+  std::vector<int64_t> first_task{0};  // of each call, and behind the last
   for (int64_t i = 0; i < count; i++) {
-    first.push_back(tasks += kernel.tasks(calls[i], threads));
+    first_task.push_back(tasks += kernel.tasks(calls[i], threads));
     bytes = std::max(bytes, kernel.scratch(calls[i]));
   }
   std::atomic<int64_t> next{0};
@@ -47,8 +45,8 @@ void launch(const Kernel<Args>& kernel, Args* calls, int64_t count) {
     char* scratch = thread_scratch(bytes);
     int64_t call = 0;
     for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-      while (task >= first[call + 1]) call++;
-      kernel.run(calls[call], task - first[call], scratch);
+      while (task >= first_task[call + 1]) call++;
+      kernel.run(calls[call], task - first_task[call], scratch);
     }
   });
 }

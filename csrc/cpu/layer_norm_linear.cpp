@@ -49,9 +49,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_linear(const Tensor& x, co
 std::vector<Tensor> layer_norm_linear_backward(const Tensor& grad_out, const Tensor& x, const Tensor& norm_weight,
                                                const OptionalTensor& norm_bias, const Tensor& weight,
                                                const Tensor& mean, const Tensor& rstd, const Tensor& pre, bool gelu_in,
-                                               bool gelu_out, Needs needs, bool wide) {
-  arguments::layer_norm_linear_backward(kTaken, grad_out, x, norm_weight, norm_bias, weight, mean, rstd, pre, gelu_out,
-                                        needs);
+                                               bool gelu_out, NeedsList list, bool wide) {
+  const auto needs = arguments::layer_norm_linear_backward(kTaken, grad_out, x, norm_weight, norm_bias, weight, mean,
+                                                           rstd, pre, gelu_out, list);
   const RowTensor grad(grad_out), in(x);
   LinearGradArgs args{};
   args.grad = grad.rows;
@@ -63,8 +63,7 @@ std::vector<Tensor> layer_norm_linear_backward(const Tensor& grad_out, const Ten
   args.norm.rstd = float_data(rstd);
   args.gelu_in = gelu_in;
   args.gelu_out = gelu_out;
-  return linear_gradients(args, x, weight, norm_weight, norm_bias, weight.scalar_type(), wide,
-                          {needs.get(0), needs.get(1), needs.get(2), needs.get(3), needs.get(4)});
+  return linear_gradients(args, x, weight, norm_weight, norm_bias, weight.scalar_type(), wide, needs);
 }
 
 }  // namespace crossvit

@@ -66,17 +66,17 @@ inline void add_right_rows(const char* right, const OperandShape& shape, int64_t
 // c[e][column] (+)= left right over one block of rows, for kBlock rows of left and one strip of right.
 template <int NV>
 inline void weight_grad_tile(const char* left, int64_t stride, int64_t count, const float* right, int64_t steps,
-                             __attribute__((unused)) bool pairs, bool first, float* c) {
+                             __attribute__((unused)) bool pairs, bool overwrite, float* c) {
   ScatteredRows row;
   NothingAhead nothing;
   for (int e = 0; e < kBlock; e++) row.row[e] = left + smaller(e, count - 1) * stride;
 #if defined(__AVX512BF16__)
   if (pairs) {
-    if (first) return tile<MultiplyBf16, NV, false>(row, right, kStrip, steps, c, kStrip, nothing);
+    if (overwrite) return tile<MultiplyBf16, NV, false>(row, right, kStrip, steps, c, kStrip, nothing);
     return tile<MultiplyBf16, NV, true>(row, right, kStrip, steps, c, kStrip, nothing);
   }
 #endif
-  if (first) return tile<MultiplyF32, NV, false>(row, right, kStrip, steps, c, kStrip, nothing);
+  if (overwrite) return tile<MultiplyF32, NV, false>(row, right, kStrip, steps, c, kStrip, nothing);
   tile<MultiplyF32, NV, true>(row, right, kStrip, steps, c, kStrip, nothing);
 }
 

@@ -18,9 +18,9 @@ WeightOperands::WeightOperands(const Tensor& weight, int64_t rows, int64_t out, 
   if (right_wanted) right = operand(in);
 }
 
-WeightGradArgs weight_gradients(const WeightOperands& operands, int64_t rows, const Tensor& weight,
-                                at::ScalarType bias_dtype, bool wide, bool transposed, bool weight_wanted,
-                                bool bias_wanted, std::vector<Tensor>& result) {
+WeightGradArgs weight_gradient_call(const WeightOperands& operands, int64_t rows, const Tensor& weight,
+                                    at::ScalarType bias_dtype, bool wide, bool transposed, bool weight_wanted,
+                                    bool bias_wanted, std::vector<Tensor>& result) {
   WeightGradArgs args{};
   args.left = operands.left_data();
   args.right = operands.right_data();
@@ -43,7 +43,7 @@ WeightGradArgs weight_gradients(const WeightOperands& operands, int64_t rows, co
 
 std::vector<Tensor> linear_gradients(LinearGradArgs& args, const Tensor& x, const Tensor& weight,
                                      const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
-                                     at::ScalarType bias_dtype, bool wide, LinearNeeds needs) {
+                                     at::ScalarType bias_dtype, bool wide, const LayerNormLinearNeeds& needs) {
   args.in = weight.size(1);
   args.out_features = weight.size(0);
   args.products = products_of(weight) == at::kFloat ? DType::f32 : DType::bf16;
@@ -70,7 +70,7 @@ std::vector<Tensor> linear_gradients(LinearGradArgs& args, const Tensor& x, cons
   if (needs.norm_bias) result.push_back(total(partial.bias, norm_bias ? *norm_bias : *norm_weight));
   if (needs.weight || needs.bias) {
     auto call =
-        weight_gradients(operands, args.rows, weight, bias_dtype, wide, false, needs.weight, needs.bias, result);
+        weight_gradient_call(operands, args.rows, weight, bias_dtype, wide, false, needs.weight, needs.bias, result);
     launch(active().weight_grad, call);
   }
   return result;

@@ -3,7 +3,6 @@
 // tensors in the emulation.
 #pragma once
 
-#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/ScalarType.h>
@@ -11,6 +10,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
 
 #include "arguments.h"
 #include "cuda/device.h"
@@ -23,7 +23,6 @@ namespace crossvit::cuda {
 using at::Tensor;
 using c10::DeviceGuard;  // DeviceGuard guard(x.device()); while it lives that device is the current one
 using OptionalTensor = std::optional<Tensor>;
-using Needs = c10::List<bool>;  // which gradients are wanted, in the order of the op's schema
 
 // The tensors that the kernels take: on a GPU, or on the CPU in the emulation.
 inline Taken taken() { return {runs_on_gpu() ? c10::DeviceType::CUDA : c10::DeviceType::CPU, /*float16=*/true}; }
@@ -74,8 +73,8 @@ struct RowTensor {
 //     crossvit::cuda::define(m, crossvit::schema::patch_embed, TORCH_FN(crossvit::cuda::patch_embed));
 //   }
 template <class Function>
-void define(torch::Library& library, const char* schema, Function function) {
-  library.def(schema, torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, function));
+void define(torch::Library& library, const std::string& schema, Function function) {
+  library.def(schema.c_str(), torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, function));
 }
 
 }  // namespace crossvit::cuda

@@ -23,15 +23,15 @@ struct Tokens {
 
 // How a pass over the tokens is cut up.
 struct TokenPlan {
-  int columns;    // the width, rounded up to 16
-  int row_bytes;  // from one token in shared memory to the next
-  int lanes;      // of a warp, to normalise a token
-  int groups;     // of 8 heads at once: 1 or 2
-  int sets;       // blocks that share an image's heads
-  int parts;      // warps that share a step's columns
-  int stages;     // buffers of a group's ring
-  int splits;     // blocks that share an image's tokens
-  int steps;      // of 16 tokens in each
+  int columns;      // the width, rounded up to 16
+  int row_bytes;    // from one token in shared memory to the next
+  int lanes;        // of a warp, to normalise a token
+  int head_groups;  // of 8 heads, at once: 1 or 2
+  int sets;         // blocks that share an image's heads
+  int parts;        // warps of a warp group, which share a step's columns
+  int stages;       // buffers of a warp group's ring
+  int splits;       // blocks that share an image's tokens
+  int steps;        // of 16 tokens in each
   std::int64_t shared;
 };
 

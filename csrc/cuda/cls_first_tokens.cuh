@@ -14,9 +14,9 @@ __device__ __forceinline__ float sum_warp(float value) {
   return value;
 }
 
-__device__ __forceinline__ float first_token(const FirstTokens& first, std::int64_t image, int c) {
-  const float x = load(first.cls, first.type, image * first.stride + c);
-  return (x - first.mean[image * first.tokens]) * first.rstd[image * first.tokens];
+__device__ __forceinline__ float normalized_cls(const NormalizedCls& from, std::int64_t image, int c) {
+  const float x = load(from.cls, from.type, image * from.stride + c);
+  return (x - from.mean[image * from.tokens]) * from.rstd[image * from.tokens];
 }
 
 }  // namespace crossvit::cuda

@@ -18,11 +18,11 @@ template <class T, bool kTf32>
 struct QueryMemory {
   std::int64_t q, projected, tiles, tile, total;
   __host__ __device__ QueryMemory(int own, int width, int heads, const Tiles& sizes, int own_rows, int buffers) {
-    const int d = width / heads, wide = odd_stride<T>(round_up(width, 16)), narrow = odd_stride<T>(round_up(own, 16));
-    q = kImages * (wide > narrow ? wide : narrow) * sizeof(T);
+    const int d = width / heads, row = odd_stride<T>(round_up(width, 16)), own_row = odd_stride<T>(round_up(own, 16));
+    q = kImages * (row > own_row ? row : own_row) * sizeof(T);
     projected = q + query_parts<T> * kImages * odd_stride<T>(round_up(d, 16)) * sizeof(T);
     tiles = projected + kImages * (round_up(width, 16) + 4) * sizeof(float);
-    const int of_query = HeadQuery<T, kTf32>::tile_elements(width, d, sizes), of_own = own_rows * narrow;
+    const int of_query = HeadQuery<T, kTf32>::tile_elements(width, d, sizes), of_own = own_rows * own_row;
     tile = of_query > of_own ? of_query : of_own;
     total = tiles + buffers * tile * sizeof(T);
   }
@@ -181,15 +181,15 @@ Error fusion_query(const FusionQuery& args, Stream stream) {
   const ClsQuery& query = args.query;
   return with_math(query.type, query.tf32, [&]<class T, bool kTf32>() -> Error {
     const int d = round_up(query.width / query.heads, 16), columns = round_up(query.width, 16);
-    const std::int64_t wide = odd_stride<T>(columns) * sizeof(T);
-    const std::int64_t narrow = odd_stride<T>(round_up(args.own_width, 16)) * sizeof(T);
+    const std::int64_t row = odd_stride<T>(columns) * sizeof(T);
+    const std::int64_t own_row = odd_stride<T>(round_up(args.own_width, 16)) * sizeof(T);
     const auto memory = [&](const Tiles& tiles, int own_rows, int buffers) {
       return QueryMemory<T, kTf32>(args.own_width, query.width, query.heads, tiles, own_rows, buffers);
     };
     for (int buffers = 2; buffers > 0; buffers--) {
       const std::int64_t room = (kSharedMemory - memory(Tiles{0, 0}, 0, 0).tiles) / buffers;
-      const Tiles tiles{tile_size(d, wide, room), tile_size(columns, d * sizeof(T), room - 16 * d)};
-      const int own_rows = tile_size(std::min(columns, 64), narrow, room);
+      const Tiles tiles{tile_size(d, row, room), tile_size(columns, d * sizeof(T), room - 16 * d)};
+      const int own_rows = tile_size(std::min(columns, 64), own_row, room);
       const std::int64_t shared = memory(tiles, own_rows, buffers).total;
       if (shared > kSharedMemory && buffers > 1) continue;
       return launch(fusion_query_kernel<T, kTf32>, dim3(blocks_of(query.batch) * query.heads), kRowThreads, shared,

@@ -23,9 +23,10 @@ template <class T, bool kTf32>
 __global__ void __launch_bounds__(kRowThreads, 1) value_gradient_kernel(const ValueGradient a, const int tile_columns) {
   const Place at(a.heads, a.batch);
   const int lane = threadIdx.x % 32, d = a.width / a.heads, padded_d = round_up(d, 16), columns = round_up(a.width, 16);
-  const int out_stride = odd_stride<T>(padded_d), v_stride = odd_stride<T>(tile_columns), g_stride = columns + 4;
-  float* const g = reinterpret_cast<float*>(ptx::shared_memory());
-  T* const out = reinterpret_cast<T*>(g + kImages * g_stride);
+  const int out_stride = odd_stride<T>(padded_d), v_stride = odd_stride<T>(tile_columns),
+            grad_value_stride = columns + 4;
+  float* const grad_value = reinterpret_cast<float*>(ptx::shared_memory());
+  T* const out = reinterpret_cast<T*>(grad_value + kImages * grad_value_stride);
   T* const buffers = out + kImages * out_stride;
 
   const MatrixView weight{a.v_weight, a.width, a.aligned};
@@ -46,22 +47,22 @@ __global__ void __launch_bounds__(kRowThreads, 1) value_gradient_kernel(const Va
     rows_by_columns<kTf32>(out, out_stride, 1, buffers + stage * padded_d * v_stride, v_stride,
                            round_up(min(a.width - first, tile_columns), 16), padded_d,
                            [&](int row, int column, float v0, float v1) {
-                             g[row * g_stride + first + column] = v0;
-                             g[row * g_stride + first + column + 1] = v1;
+                             grad_value[row * grad_value_stride + first + column] = v0;
+                             grad_value[row * grad_value_stride + first + column + 1] = v1;
                            });
   });
 
   for (int r = threadIdx.x / 32; r < at.rows; r += kRowWarps) {
     const std::int64_t row = (at.image + r) * a.heads + at.head;
-    T* const pairs = static_cast<T*>(a.pairs) + row * 2 * a.width;
+    T* const u_grad_context = static_cast<T*>(a.u_grad_context) + row * 2 * a.width;
     float sum_u = 0, sum_dz = 0, delta = 0;
 #pragma unroll 4
     for (int c = lane; c < a.width; c += 32) {
       const float gamma = load(a.norm_weight.data, a.norm_weight.type, c);
       const T u = from_float<T>(a.key_query[row * a.width + c] * gamma);
-      const T dz = from_float<T>(g[r * g_stride + c] * gamma);
-      pairs[c] = u;
-      pairs[a.width + c] = dz;
+      const T dz = from_float<T>(grad_value[r * grad_value_stride + c] * gamma);
+      u_grad_context[c] = u;
+      u_grad_context[a.width + c] = dz;
       sum_u += to_float(u);
       sum_dz += to_float(dz);
       delta = fmaf(to_float(dz), a.context[row * a.width + c], delta);
@@ -69,15 +70,15 @@ __global__ void __launch_bounds__(kRowThreads, 1) value_gradient_kernel(const Va
     sum_u = sum_warp(sum_u), sum_dz = sum_warp(sum_dz), delta = sum_warp(delta);
     if (lane == 0) {
       a.delta[row] = delta;
-      a.means[row * 2] = sum_u / a.width;
-      a.means[row * 2 + 1] = sum_dz / a.width;
+      a.row_means[row * 2] = sum_u / a.width;
+      a.row_means[row * 2 + 1] = sum_dz / a.width;
     }
   }
   for (int c = threadIdx.x; c < a.width; c += kRowThreads) {
     float along = 0, sum = 0;
 #pragma unroll 4
     for (int r = 0; r < at.rows; r++) {
-      const float value = g[r * g_stride + c];
+      const float value = grad_value[r * grad_value_stride + c];
       sum += value;
       if (a.parts.weight) along = fmaf(value, a.context[((at.image + r) * a.heads + at.head) * a.width + c], along);
     }
@@ -90,9 +91,9 @@ template <class T, bool kTf32>
 __global__ void __launch_bounds__(kRowThreads, 1) query_gradient_kernel(const QueryGradient a, const int tile_rows) {
   const Place at(a.heads, a.batch);
   const int d = a.width / a.heads, columns = round_up(a.width, 16), stride = odd_stride<T>(columns);
-  T* const t = reinterpret_cast<T*>(ptx::shared_memory());
-  T* const buffers = t + kImages * stride;
-  float* const rests = reinterpret_cast<float*>(buffers + 2 * tile_rows * stride);
+  T* const gamma_grad_u = reinterpret_cast<T*>(ptx::shared_memory());
+  T* const buffers = gamma_grad_u + kImages * stride;
+  float* const rest_of_rows = reinterpret_cast<float*>(buffers + 2 * tile_rows * stride);
   const float scale = 1 / sqrtf(static_cast<float>(d));
 
   const MatrixView weight{a.k_weight, a.width, a.aligned};
@@ -103,8 +104,8 @@ __global__ void __launch_bounds__(kRowThreads, 1) query_gradient_kernel(const Qu
   const auto join = [&] {
     if (static_cast<int>(threadIdx.x) < at.rows) {
       float rest = 0;
-      for (int s = 0; s < a.splits; s++) rest += a.rests[((at.image + threadIdx.x) * a.splits + s) * a.heads + at.head];
-      rests[threadIdx.x] = rest;
+      for (int s = 0; s < a.splits; s++) rest += a.rest[((at.image + threadIdx.x) * a.splits + s) * a.heads + at.head];
+      rest_of_rows[threadIdx.x] = rest;
     }
     __syncthreads();
     for (int c = threadIdx.x; c < columns; c += kRowThreads) {
@@ -113,24 +114,24 @@ __global__ void __launch_bounds__(kRowThreads, 1) query_gradient_kernel(const Qu
       for (int r = 0; r < kImages; r++) {
         float value = 0;
         if (r < at.rows && c < a.width) {
-          const float* from = a.partial + ((at.image + r) * a.splits * a.heads + at.head) * a.width + c;
+          const float* from = a.grad_u_of_splits + ((at.image + r) * a.splits * a.heads + at.head) * a.width + c;
           const std::int64_t row = ((at.image + r) * a.heads + at.head) * a.width + c;
           const float z = a.context[row], key_query = a.parts.weight ? a.key_query[row] : 0;
           float sum = 0;
           for (int s = 0; s < a.splits; s++) sum += from[static_cast<std::int64_t>(s) * a.heads * a.width];
-          sum -= rests[r] * z;
-          a.sums[row] = sum;
+          sum -= rest_of_rows[r] * z;
+          a.grad_u[row] = sum;
           along = fmaf(sum, key_query, along);
           value = sum * load(a.norm_weight.data, a.norm_weight.type, c);
         }
-        t[r * stride + c] = from_float<T>(value);
+        gamma_grad_u[r * stride + c] = from_float<T>(value);
       }
       if (a.parts.weight && c < a.width) a.parts.weight[at.part * a.width + c] = along;
     }
   };
   stream_tiles((d + tile_rows - 1) / tile_rows, 2, fill, join, [&](int step, int stage) {
     const int first = step * tile_rows;
-    rows_by_rows<kTf32>(t, stride, buffers + stage * tile_rows * stride, stride,
+    rows_by_rows<kTf32>(gamma_grad_u, stride, buffers + stage * tile_rows * stride, stride,
                         min(round_up(d, 16) - first, tile_rows), columns, [&](int row, int column, float v) {
                           const int j = first + column;
                           if (row < at.rows && j < d)
@@ -183,9 +184,9 @@ __global__ void __launch_bounds__(kRowThreads, 1) query_input_gradient_kernel(co
         const int r = lane / 4 + 8 * i;
         if (r >= rows || c >= a.width) continue;
         const float value = d[j][2 * i + q];
-        a.grad_input[(image + r) * a.width + c] = value;
+        a.grad_query_input[(image + r) * a.width + c] = value;
         sum += value;
-        if (a.parts.weight) along = fmaf(value, first_token(a.first, image + r, c), along);
+        if (a.parts.weight) along = fmaf(value, normalized_cls(a.normalized_cls, image + r, c), along);
       }
 #pragma unroll
       for (int distance = 4; distance < 32; distance *= 2) {

@@ -10,7 +10,7 @@ struct NormParts {
   float *weight, *bias;
 };
 
-// g = W_v,h^T dout_h, and of it pairs, means and delta as TokenGradient takes them. Parts: g z and g.
+// grad_value g_h = W_v,h^T dout_h, and of it what TokenGradient takes. The parts are g z and g.
 struct ValueGradient {
   const void *grad_out, *v_weight;  // (batch, width) of `type`
   const float *key_query, *context;
@@ -19,16 +19,16 @@ struct ValueGradient {
   bool tf32, aligned;
   std::int64_t batch;
   int width, heads;
-  void* pairs;
-  float *means, *delta;
+  void* u_grad_context;
+  float *row_means, *delta;
   NormParts parts;
 };
 Error value_gradient(const ValueGradient& args, Stream stream);
 
-// t_h, joined from the splits and freed of what rounding left of sum_n ds_n, and the query's gradient W_k,h (gamma t_h)
-// scale. Parts: t_h key_query_h.
+// grad_u, joined from the splits and freed of what rounding left of sum_n ds_n, and the query's gradient
+// W_k,h (gamma du_h) / sqrt(d). The parts are du_h key_query_h.
 struct QueryGradient {
-  const float *partial, *rests;  // (batch, splits, heads, width), (batch, splits, heads)
+  const float *grad_u_of_splits, *rest;  // (batch, splits, heads, width), (batch, splits, heads)
   const float *key_query, *context;
   int splits;
   Vector norm_weight;
@@ -37,14 +37,14 @@ struct QueryGradient {
   bool tf32, aligned;
   std::int64_t batch;
   int width, heads;
-  float* sums;        // (batch, heads, width); may be `partial` where splits == 1
+  float* grad_u;      // (batch, heads, width); may be `grad_u_of_splits` where splits == 1
   float* grad_query;  // (batch, width)
   NormParts parts;
 };
 Error query_gradient(const QueryGradient& args, Stream stream);
 
-// The normalised CLS tokens x^_0.
-struct FirstTokens {
+// The normalized CLS tokens x^_0, as what they are made of.
+struct NormalizedCls {
   const void* cls;
   Type type;
   std::int64_t stride;
@@ -52,49 +52,54 @@ struct FirstTokens {
   int tokens;
 };
 
-// dy_0 = W_q^T dquery. Parts: dy_0 x^_0 and dy_0.
+// grad_query_input dy_0 = W_q^T dq. The parts are dy_0 x^_0 and dy_0.
 struct QueryInputGradient {
   const float* grad_query;
   const void* q_weight;
-  FirstTokens first;
+  NormalizedCls normalized_cls;
   Type type;
   bool tf32, aligned;
   std::int64_t batch;
   int width;
-  float* grad_input;
+  float* grad_query_input;
   NormParts parts;
 };
 Error query_input_gradient(const QueryInputGradient& args, Stream stream);
 
-// dW_q = sum_b dq y_0^T, dW_k,h = sum_b q_h scale (gamma t_h)^T, dW_v,h = sum_b dout_h (gamma z_h + beta)^T, of `type`; null
+// dW_q = sum_b dq y_0^T, dW_k,h = sum_b q_h scale (gamma du_h)^T, dW_v,h = sum_b dout_h (gamma z_h + beta)^T, of `type`; null
 // where not needed.
-struct WeightGradients {
+struct ProjectionGradients {
   const void* grad_out;
-  const float *context, *query, *sums, *grad_query;
-  FirstTokens first;
+  const float *context, *query, *grad_u, *grad_query;
+  NormalizedCls normalized_cls;
   Vector norm_weight, norm_bias;
   Type type;
   bool tf32;
   std::int64_t batch;
   int width, heads;
-  void *q_weight, *k_weight, *v_weight;
+  void *grad_q_weight, *grad_k_weight, *grad_v_weight;
 };
-Error weight_gradients(const WeightGradients& args, Stream stream);
+Error projection_gradients(const ProjectionGradients& args, Stream stream);
 
-// What is left: sums over rows, and the gradient of cls. Null where not needed.
+// A gradient to be written, of any type; null where it is not needed.
+struct Target {
+  void* data = nullptr;
+  Type type = Type::float32;
+};
+
+// What is left: sums over rows, and the gradient of cls.
 struct FinishGradients {
   NormParts parts;
   std::int64_t weight_rows, bias_rows;
-  const float *grad_query, *probs, *rests, *key_query, *grad_normalized, *grad_input;
+  const float *grad_query, *probs, *rest, *key_query, *grad_normalized, *grad_query_input;
   const void* grad_out;
   Type type;  // of grad_out
   int splits;
-  FirstTokens first;
+  NormalizedCls normalized_cls;
   Vector norm_weight;
   std::int64_t batch;
   int width, heads;
-  void *norm_weight_out, *norm_bias_out, *q_bias, *v_bias, *cls;
-  Type norm_weight_type, norm_bias_type, q_bias_type, v_bias_type, cls_type;
+  Target grad_cls, grad_norm_weight, grad_norm_bias, grad_q_bias, grad_v_bias;
 };
 Error finish_gradients(const FinishGradients& args, Stream stream);
 

@@ -137,13 +137,13 @@ __device__ __forceinline__ void layer_norm_row(const void* from, Type type, int 
     for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(~0u, value, distance);
     return value;
   };
-  const float first = load(from, type, 0);
+  const float origin = load(from, type, 0);
   float x[kHeld];
   float sum = 0, squares = 0;
   read_row(x, from, type, lane, width);
 #pragma unroll
-  for (int j = 0; j < kHeld; j++) sum += lane + 32 * j < width ? x[j] -= first : 0;
-  for (int c = lane + 32 * kHeld; c < width; c += 32) sum += load(from, type, c) - first;
+  for (int j = 0; j < kHeld; j++) sum += lane + 32 * j < width ? x[j] -= origin : 0;
+  for (int c = lane + 32 * kHeld; c < width; c += 32) sum += load(from, type, c) - origin;
   const float shift = sum_lanes(sum) / width;
 #pragma unroll
   for (int j = 0; j < kHeld; j++) {
@@ -151,7 +151,7 @@ __device__ __forceinline__ void layer_norm_row(const void* from, Type type, int 
     squares += lane + 32 * j < width ? x[j] * x[j] : 0;
   }
   for (int c = lane + 32 * kHeld; c < width; c += 32) {
-    const float rest = (load(from, type, c) - first) - shift;
+    const float rest = (load(from, type, c) - origin) - shift;
     squares = fmaf(rest, rest, squares);
   }
   const float rstd = rsqrtf(sum_lanes(squares) / width + eps);
@@ -163,7 +163,7 @@ __device__ __forceinline__ void layer_norm_row(const void* from, Type type, int 
     read_row(again, from, type, c, width);
 #pragma unroll
     for (int j = 0; j < kAtOnce; j++)
-      if (c + 32 * j < width) f(c + 32 * j, ((again[j] - first) - shift) * rstd);
+      if (c + 32 * j < width) f(c + 32 * j, ((again[j] - origin) - shift) * rstd);
   }
 }
 

@@ -1,41 +1,17 @@
 // Arguments of cls_cross_attention and cls_fusion as their kernels take them; each owns the copies that it had to make.
 #pragma once
 
-#include <initializer_list>
-#include <vector>
-
 #include "cuda/check.h"
 #include "cuda/cls_cross_attention.h"
 
 namespace crossvit::cuda {
 
-// 1-D parameters, contiguous.
-class Parameters {
- public:
-  Parameters(std::initializer_list<OptionalTensor> tensors) {
-    for (const OptionalTensor& t : tensors) tensors_.push_back(t ? OptionalTensor(t->contiguous()) : t);
-  }
-  Vector operator[](std::size_t i) const { return vector_of(tensors_[i]); }
-
- private:
-  std::vector<OptionalTensor> tensors_;
-};
-
-// Weights of Linears, contiguous.
-class Weights {
- public:
-  Weights(std::initializer_list<Tensor> tensors) {
-    for (const Tensor& t : tensors) tensors_.push_back(t.contiguous());
-  }
-  const void* operator[](std::size_t i) const { return tensors_[i].const_data_ptr(); }
-  bool aligned() const {
-    for (const Tensor& t : tensors_)
-      if (!aligned_to_16(t)) return false;
-    return true;
-  }
-
- private:
-  std::vector<Tensor> tensors_;
+// The weights of the query, the key and the value, contiguous.
+struct ProjectionWeights {
+  Tensor q, k, v;
+  ProjectionWeights(const Tensor& q_weight, const Tensor& k_weight, const Tensor& v_weight)
+      : q(q_weight.contiguous()), k(k_weight.contiguous()), v(v_weight.contiguous()) {}
+  bool aligned() const { return aligned_to_16(q) && aligned_to_16(k) && aligned_to_16(v); }
 };
 
 // [cls || patches] with dense rows.
@@ -73,16 +49,16 @@ struct DenseTokens {
 };
 
 // The query's arguments, but for where its results go and, of cls_fusion, the CLS tokens.
-inline ClsQuery query_of(const DenseTokens& dense, const Parameters& vectors, std::size_t norm, std::size_t q_bias,
-                         const void* q_weight, const void* k_weight, Type type, bool aligned, double eps) {
+inline ClsQuery query_of(const DenseTokens& dense, const Tensor& norm_weight, const OptionalTensor& norm_bias,
+                         const OptionalTensor& q_bias, const ProjectionWeights& weights, bool aligned, double eps) {
   ClsQuery query{};
   dense.fill(query);
-  query.norm_weight = vectors[norm];
-  query.norm_bias = vectors[norm + 1];
-  query.q_bias = vectors[q_bias];
-  query.q_weight = q_weight;
-  query.k_weight = k_weight;
-  query.type = type;
+  query.norm_weight = vector_of(norm_weight);
+  query.norm_bias = vector_of(norm_bias);
+  query.q_bias = vector_of(q_bias);
+  query.q_weight = weights.q.const_data_ptr();
+  query.k_weight = weights.k.const_data_ptr();
+  query.type = type_of(weights.q);
   query.tf32 = allow_tf32();
   query.aligned = aligned;
   query.eps = static_cast<float>(eps);

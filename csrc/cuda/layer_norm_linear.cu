@@ -59,7 +59,7 @@ __device__ __forceinline__ void normalize_tile(const LayerNormLinearArgs& p, typ
     const RowStatistics statistics =
         row_statistics<kSize>(p.width, p.norm.eps, in_place ? to_float(row[0]) : from[0], read);
     if (saves && lane == 0 && row0 + r < p.rows) {
-      p.mean[row0 + r] = statistics.first + statistics.shift;
+      p.mean[row0 + r] = statistics.origin + statistics.shift;
       p.rstd[row0 + r] = statistics.rstd;
     }
     for (int column = lane * kSize; column < depth; column += kLanesPerRow * kSize) {
@@ -69,7 +69,7 @@ __device__ __forceinline__ void normalize_tile(const LayerNormLinearArgs& p, typ
 #pragma unroll
       for (int e = 0; e < kSize; e++) {
         if (column + e < p.width) {
-          v[e] = (v[e] - statistics.first - statistics.shift) * statistics.rstd;
+          v[e] = (v[e] - statistics.origin - statistics.shift) * statistics.rstd;
           v[e] = fmaf(v[e], affine[column + e], affine[p.width + column + e]);
           if (p.gelu_in) v[e] = gelu<T>(v[e]);
         } else {
@@ -167,7 +167,7 @@ template <class T>
 using Wide = Fused<Product<T, false, 2, 4, 4, 8>, 32, 3>;
 
 struct Plan {
-  enum Kind { few, medium, large, wide, in_two } kind = in_two;
+  enum Kind { few, medium, large, widest, in_two } kind = in_two;
   Share share;
 };
 
@@ -191,7 +191,7 @@ Plan plan_of(const LayerNormLinearArgs& args) {
        is_float ? Few<float, false>::shared(args.width) : Few<H, false>::shared(args.width)},
       {Plan::medium, 64, 64, 4, 4, 1.8, Medium<H>::shared(args.width)},
       {Plan::large, 128, 128, 4, 2, 1.1, Large<H>::shared(args.width)},
-      {Plan::wide, 128, 256, 8, 1, 1.0, Wide<H>::shared(args.width)},
+      {Plan::widest, 128, 256, 8, 1, 1.0, Wide<H>::shared(args.width)},
   };
   const double width = args.width;
   Plan best;

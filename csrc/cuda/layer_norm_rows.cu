@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kNormThreads) norm_rows_kernel(const LayerNorm
   if (row >= p.rows) return;
   const int lane = threadIdx.x % kLanesPerRow;
   if (p.mean && !given && lane == 0) {
-    p.mean[row] = statistics.first + statistics.shift;
+    p.mean[row] = statistics.origin + statistics.shift;
     p.rstd[row] = statistics.rstd;
   }
 #pragma unroll 4
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kNormThreads) norm_rows_kernel(const LayerNorm
       const Vector &weight = p.norm.weight, &bias = p.norm.bias;
       const float factor = staged ? affine[c] : load(weight.data, weight.type, c);
       const float offset = staged ? affine[p.width + c] : bias.data ? load(bias.data, bias.type, c) : 0.0f;
-      v.at[e] = fmaf((v.at[e] - statistics.first - statistics.shift) * statistics.rstd, factor, offset);
+      v.at[e] = fmaf((v.at[e] - statistics.origin - statistics.shift) * statistics.rstd, factor, offset);
       if (p.gelu_in) v.at[e] = gelu<T>(v.at[e]);
     }
     store_four(row_of<T>(p.normalized, row), column, p.width, p.normalized.aligned, v);

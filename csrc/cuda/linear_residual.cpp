@@ -88,8 +88,8 @@ Tensor input_gradient(const RowTensor& grad, const Tensor& weight, const Optiona
   return result;
 }
 
-void weight_gradients(const RowTensor& grad, const Tensor& x, const Tensor& weight, at::ScalarType bias_dtype,
-                      bool weight_wanted, bool bias_wanted, std::vector<Tensor>& result) {
+void parameter_gradients(const RowTensor& grad, const Tensor& x, const Tensor& weight, at::ScalarType bias_dtype,
+                         bool weight_wanted, bool bias_wanted, std::vector<Tensor>& result) {
   if (!weight_wanted && !bias_wanted) return;
   WeightGradientArgs args{};
   args.type = type_of(weight);
@@ -140,18 +140,18 @@ Tensor linear_residual(const Tensor& x, const Tensor& weight, const OptionalTens
 
 std::vector<Tensor> linear_residual_backward(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
                                              const OptionalTensor& bias, const OptionalTensor& scale, bool per_sample,
-                                             Needs needs) {
-  arguments::linear_residual_backward(taken(), grad_out, x, weight, bias, scale, per_sample, needs);
+                                             NeedsList list) {
+  const auto needs = arguments::linear_residual_backward(taken(), grad_out, x, weight, bias, scale, per_sample, list);
   const DeviceGuard guard(x.device());
   const ScaleTensor factor(scale, per_sample, grad_out);
   std::vector<Tensor> result;
-  if (needs.get(0) || needs.get(1) || needs.get(2)) {
+  if (needs.x || needs.weight || needs.bias) {
     const RowTensor grad = product_gradient(grad_out, factor.scale, {}, weight.scalar_type());
-    if (needs.get(0)) result.push_back(input_gradient(grad, weight, {}, {}).view(x.sizes()));
-    weight_gradients(grad, x, weight, bias ? bias->scalar_type() : weight.scalar_type(), needs.get(1), needs.get(2),
-                     result);
+    if (needs.x) result.push_back(input_gradient(grad, weight, {}, {}).view(x.sizes()));
+    parameter_gradients(grad, x, weight, bias ? bias->scalar_type() : weight.scalar_type(), needs.weight, needs.bias,
+                        result);
   }
-  if (needs.get(3)) result.push_back(scale_gradient(grad_out, x, weight, bias, *scale, factor.scale.kind));
+  if (needs.scale) result.push_back(scale_gradient(grad_out, x, weight, bias, *scale, factor.scale.kind));
   return result;
 }
 
@@ -159,6 +159,6 @@ std::vector<Tensor> linear_residual_backward(const Tensor& grad_out, const Tenso
 
 TORCH_LIBRARY_FRAGMENT(crossvit_kernels_cuda, m) {
   crossvit::cuda::define(m, crossvit::schema::linear_residual, TORCH_FN(crossvit::cuda::linear_residual));
-  crossvit::cuda::define(m, crossvit::schema::linear_residual_backward,
+  crossvit::cuda::define(m, crossvit::schema::linear_residual_backward.cuda(),
                          TORCH_FN(crossvit::cuda::linear_residual_backward));
 }

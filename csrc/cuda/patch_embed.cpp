@@ -94,8 +94,8 @@ Tensor patch_embed(const Tensor& images, const Tensor& weight, const OptionalTen
 
 namespace {
 
-Tensor images_gradient(const RowTensor& grad, const Tensor& images, const Tensor& weight, std::int64_t height,
-                       std::int64_t width) {
+Tensor patch_images_gradient(const RowTensor& grad, const Tensor& images, const Tensor& weight, std::int64_t height,
+                             std::int64_t width) {
   const bool resize = images.size(2) != height || images.size(3) != width;
   const std::int64_t planes = images.size(0) * images.size(1);
   // Of the resized images, where there are any.
@@ -132,8 +132,8 @@ Tensor images_gradient(const RowTensor& grad, const Tensor& images, const Tensor
   return pixels;
 }
 
-Tensor weight_gradient(const RowTensor& grad, const Tensor& images, const Tensor& weight, std::int64_t height,
-                       std::int64_t width) {
+Tensor patch_weight_gradient(const RowTensor& grad, const Tensor& images, const Tensor& weight, std::int64_t height,
+                             std::int64_t width) {
   const Images cut(images, weight, height, width);
   PatchWeightGradientArgs args;
   args.images = cut.images;
@@ -208,21 +208,22 @@ void append_sums(const Tensor& grad_out, const OptionalTensor& bias, const Tenso
 
 std::vector<Tensor> patch_embed_backward(const Tensor& grad_out, const Tensor& images, const Tensor& weight,
                                          const OptionalTensor& bias, const Tensor& cls_token, const Tensor& pos_embed,
-                                         int64_t height, int64_t width, Needs needs) {
-  arguments::patch_embed_backward(taken(), grad_out, images, weight, bias, cls_token, pos_embed, height, width, needs);
+                                         int64_t height, int64_t width, NeedsList list) {
+  const auto needs = arguments::patch_embed_backward(taken(), grad_out, images, weight, bias, cls_token, pos_embed,
+                                                     height, width, list);
   const DeviceGuard guard(images.device());
   const Tensor dense = dense_rows(grad_out);
   std::vector<Tensor> result;
-  if (needs.get(0) || needs.get(1)) {
+  if (needs.images || needs.weight) {
     // A matrix operand: of the weight's type, or float32.
     const Tensor patches = dense.narrow(1, 1, dense.size(1) - 1);
     const bool fits = patches.scalar_type() == weight.scalar_type() || patches.scalar_type() == at::kFloat;
     const RowTensor grad(fits ? patches : patches.to(at::kFloat));
-    if (needs.get(0)) result.push_back(images_gradient(grad, images, weight, height, width));
-    if (needs.get(1)) result.push_back(weight_gradient(grad, images, weight, height, width));
+    if (needs.images) result.push_back(patch_images_gradient(grad, images, weight, height, width));
+    if (needs.weight) result.push_back(patch_weight_gradient(grad, images, weight, height, width));
   }
-  if (needs.get(2) || needs.get(3) || needs.get(4)) {
-    append_sums(dense, bias, weight, cls_token, pos_embed, needs.get(2), needs.get(3), needs.get(4), result);
+  if (needs.bias || needs.cls_token || needs.pos_embed) {
+    append_sums(dense, bias, weight, cls_token, pos_embed, needs.bias, needs.cls_token, needs.pos_embed, result);
   }
   return result;
 }
@@ -232,5 +233,5 @@ std::vector<Tensor> patch_embed_backward(const Tensor& grad_out, const Tensor& i
 TORCH_LIBRARY_FRAGMENT(crossvit_kernels_cuda, m) {
   using namespace crossvit;
   cuda::define(m, schema::patch_embed, TORCH_FN(cuda::patch_embed));
-  cuda::define(m, schema::patch_embed_backward, TORCH_FN(cuda::patch_embed_backward));
+  cuda::define(m, schema::patch_embed_backward.cuda(), TORCH_FN(cuda::patch_embed_backward));
 }
