@@ -99,7 +99,7 @@ std::vector<Tensor> patch_embed_backward(const Tensor& grad_out, const Tensor& i
                                          const OptionalTensor& bias, const Tensor& cls_token, const Tensor& pos_embed,
                                          int64_t height, int64_t width, NeedsList list, bool wide);
 
-// Shared by the backward passes (weight_gradients.cpp). The operands of one weight's gradient, for the kernels to fill.
+// Shared by the backward passes (linear_gradients.cpp). The operands of one weight's gradient, for the kernels to fill.
 struct WeightOperands {
   Tensor left, right;
   WeightOperands(const Tensor& weight, int64_t rows, int64_t out, int64_t in, bool left_wanted, bool right_wanted);

@@ -7,9 +7,8 @@
 #include <vector>
 
 #include "cuda/check.h"
-#include "cuda/cls_gradients.h"
+#include "cuda/cls_cross_attention_backward.h"
 #include "cuda/cls_tensors.h"
-#include "cuda/token_gradient.h"
 
 namespace crossvit::cuda {
 

@@ -1,6 +1,6 @@
 // The tokens' part of cls_cross_attention's gradient: one more pass over them, steps of 16 tokens as in token_pass.cu. The
 // rows u_h and dz_h of 8 heads are the 16 rows of one product, which gives scores and dp of a token to the same lane.
-#include "cuda/token_gradient.h"
+#include "cuda/cls_cross_attention_backward.h"
 
 #include <cuda/ptx.cuh>
 

@@ -1,4 +1,5 @@
-// cls_cross_attention before and after the pass over the tokens, 16 images and one head to a block.
+// The steps cls_query and cls_value of cls_cross_attention, before and after the pass over the tokens: 16 images and one head to a
+// block.
 #include "cuda/cls_rows.cuh"
 
 #include "cuda/cls_contexts.cuh"

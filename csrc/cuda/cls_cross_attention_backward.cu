@@ -1,9 +1,9 @@
 // cls_cross_attention's gradient before and after the pass over the tokens, 16 images to a block.
-#include "cuda/cls_gradients.h"
+#include "cuda/cls_cross_attention_backward.h"
 
-#include "cuda/cls_first_tokens.cuh"
 #include "cuda/cls_rows.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/normalized_cls.cuh"
 
 namespace crossvit::cuda {
 

@@ -3,7 +3,7 @@
 
 #include <cuda_runtime.h>
 
-#include "cuda/cls_gradients.h"
+#include "cuda/cls_cross_attention_backward.h"
 #include "cuda/types.cuh"
 
 namespace crossvit::cuda {

@@ -2,10 +2,10 @@
 // left, and the CLS tokens' own gradient.
 #include <algorithm>
 
-#include "cuda/cls_first_tokens.cuh"
-#include "cuda/cls_gradients.h"
+#include "cuda/cls_cross_attention_backward.h"
 #include "cuda/cls_rows.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/normalized_cls.cuh"
 
 namespace crossvit::cuda {
 
