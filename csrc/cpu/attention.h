@@ -139,23 +139,26 @@ inline void attention_panel(const AttentionArgs& a, int64_t image, int64_t head,
   }
 }
 
-inline int64_t attention_tasks(AttentionArgs& a, int64_t threads) {
+inline SplitPlan attention_plan(const AttentionArgs& a, int64_t threads) {
   const int64_t heads = a.batch * a.heads, panels = PanelSplit(a.tokens).panels;
   // Pieces of a head gather its keys and values again: the fewest that keep the threads busy to the end.
   const auto idle = [&](int64_t splits) {
     return static_cast<double>(ceil_div(heads * splits, threads) * threads) / static_cast<double>(heads * splits) - 1;
   };
-  a.splits = 1;
-  if (heads == 0) return 0;
-  for (int64_t splits = 2; splits <= panels && idle(a.splits) > 0.05; splits++)
-    if (idle(splits) < idle(a.splits)) a.splits = splits;
-  return heads * a.splits;
+  SplitPlan plan;
+  if (heads == 0) return plan;
+  for (int64_t splits = 2; splits <= panels && idle(plan.splits) > 0.05; splits++)
+    if (idle(splits) < idle(plan.splits)) plan.splits = splits;
+  plan.tasks = heads * plan.splits;
+  return plan;
 }
-inline int64_t attention_scratch(const AttentionArgs& a) { return AttentionScratch(a, nullptr).bytes; }
+inline int64_t attention_scratch(const AttentionArgs& a, const SplitPlan&) {
+  return AttentionScratch(a, nullptr).bytes;
+}
 
-inline void attention_run(const AttentionArgs& a, int64_t task, char* scratch) {
+inline void attention_run(const AttentionArgs& a, const SplitPlan& plan, int64_t task, char* scratch) {
   const AttentionScratch s(a, scratch);
-  const int64_t head = task / a.splits % a.heads, image = task / a.splits / a.heads, piece = task % a.splits;
+  const int64_t head = task / plan.splits % a.heads, image = task / plan.splits / a.heads, piece = task % plan.splits;
   // K and V meet every panel of queries: brought together, they stay in the core's cache. V is transposed, since the product
   // with the probabilities runs along the keys.
   const Rows key_rows = head_rows(a, image, head, 1);
@@ -175,7 +178,7 @@ inline void attention_run(const AttentionArgs& a, int64_t task, char* scratch) {
     for (int64_t i = 0; i < a.width * s.keys_padded; i += VL)
       store(reinterpret_cast<uint16_t*>(s.values) + i, load(s.values_f32 + i));
   const PanelSplit split(a.tokens);
-  for (int64_t p = piece * split.panels / a.splits; p < (piece + 1) * split.panels / a.splits; p++) {
+  for (int64_t p = piece * split.panels / plan.splits; p < (piece + 1) * split.panels / plan.splits; p++) {
     const int64_t m = split.first(p), count = smaller(split.first(p + 1), a.tokens) - m;
     with_vectors(split.vectors_of(p),
                  [&]<int NV>() { attention_panel<NV>(a, image, head, m, count, keys, values, s); });

@@ -212,10 +212,12 @@ inline void add_group(const AttentionGradArgs& a, int64_t count, const Attention
     });
 }
 
-inline int64_t attention_grad_tasks(AttentionGradArgs& a, int64_t) { return a.batch * a.heads; }
-inline int64_t attention_grad_scratch(const AttentionGradArgs& a) { return AttentionGradScratch(a, nullptr).bytes; }
+inline Plan attention_grad_plan(const AttentionGradArgs& a, int64_t) { return {a.batch * a.heads}; }
+inline int64_t attention_grad_scratch(const AttentionGradArgs& a, const Plan&) {
+  return AttentionGradScratch(a, nullptr).bytes;
+}
 
-inline void attention_grad_run(const AttentionGradArgs& a, int64_t task, char* scratch) {
+inline void attention_grad_run(const AttentionGradArgs& a, const Plan&, int64_t task, char* scratch) {
   const AttentionGradScratch s(a, scratch);
   const int64_t image = task / a.heads, head = task % a.heads;
   const Rows key_rows = head_rows(a, image, head, 1), query_rows = head_rows(a, image, head, 0);

@@ -103,14 +103,16 @@ TokenPass token_pass(const Tensor& cls, const Tensor& patches, const Norm& norm,
   auto args = token_args<TokenPassArgs>(cls_rows, dense, num_heads, norm, mean, rstd, key_query);
   args.probs = float_data(probs);
   args.context = float_data(context);
-  const int64_t tasks = active().token_pass.tasks(args, threads_here());
+  const auto plan = active().token_pass.plan(args, threads_here());
   Tensor partial;
-  if (args.splits > 1) {
-    partial = empty_f32({tasks, num_heads, width + 2});
+  if (plan.splits > 1) {
+    partial = empty_f32({batch, plan.splits, num_heads, width + 2});
     args.partial = float_data(partial);
   }
-  launch(active().token_pass, args);
-  if (args.splits > 1) launch(active().join_splits, args);
+  launch(active().token_pass, args, plan);
+  if (plan.splits > 1)
+    launch(active().join_splits,
+           JoinSplitsArgs{batch, plan.splits, tokens, width, num_heads, args.partial, args.probs, args.context});
   return {mean, rstd, probs, context};
 }
 

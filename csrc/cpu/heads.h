@@ -10,8 +10,8 @@ namespace crossvit::CROSSVIT_ISA {
 
 constexpr int64_t kAbsorbColumns = kPanelVectors * VL;
 
-inline int64_t absorb_tasks(AbsorbArgs& a, int64_t) {
-  return a.batch ? a.heads * ceil_div(a.width, kAbsorbColumns) : 0;
+inline Plan absorb_plan(const AbsorbArgs& a, int64_t) {
+  return {a.batch ? a.heads * ceil_div(a.width, kAbsorbColumns) : 0};
 }
 struct AbsorbScratch {
   float *matrix, *c;
@@ -23,9 +23,9 @@ struct AbsorbScratch {
     bytes = arena.used;
   }
 };
-inline int64_t absorb_scratch(const AbsorbArgs& a) { return AbsorbScratch(a, nullptr).bytes; }
+inline int64_t absorb_scratch(const AbsorbArgs& a, const Plan&) { return AbsorbScratch(a, nullptr).bytes; }
 
-inline void absorb_run(const AbsorbArgs& a, int64_t task, char* scratch) {
+inline void absorb_run(const AbsorbArgs& a, const Plan&, int64_t task, char* scratch) {
   const AbsorbScratch s(a, scratch);
   const int64_t pieces = ceil_div(a.width, kAbsorbColumns);
   const int64_t head = task / pieces, j0 = task % pieces * kAbsorbColumns;
@@ -68,10 +68,12 @@ struct ProjectHeadsScratch {
     bytes = arena.used;
   }
 };
-inline int64_t project_heads_tasks(ProjectHeadsArgs& a, int64_t) { return a.heads * PanelSplit(a.batch).panels; }
-inline int64_t project_heads_scratch(const ProjectHeadsArgs& a) { return ProjectHeadsScratch(a, nullptr).bytes; }
+inline Plan project_heads_plan(const ProjectHeadsArgs& a, int64_t) { return {a.heads * PanelSplit(a.batch).panels}; }
+inline int64_t project_heads_scratch(const ProjectHeadsArgs& a, const Plan&) {
+  return ProjectHeadsScratch(a, nullptr).bytes;
+}
 
-inline void project_heads_run(const ProjectHeadsArgs& a, int64_t task, char* scratch) {
+inline void project_heads_run(const ProjectHeadsArgs& a, const Plan&, int64_t task, char* scratch) {
   const ProjectHeadsScratch s(a, scratch);
   const PanelSplit split(a.batch);
   const int64_t head = task % a.heads, panel_index = task / a.heads;

@@ -44,9 +44,22 @@ struct Scale {
   int64_t rows_per_sample = 1;
 };
 
-// How a product's result is cut into tasks (tasks.h); chosen by tasks().
-struct Pieces {
+// How a call of a kernel is cut into tasks, as the kernel's plan() says: into how many and, of some kernels, what they are.
+struct Plan {
+  int64_t tasks = 0;
+};
+// A product's result in pieces (tasks.h).
+struct ProductPlan : Plan {
   int64_t of_columns = 1, threads = 1;  // pieces of the columns; threads that panels of the rows are divided over
+};
+struct PanelPlan : Plan {
+  int64_t threads = 1;  // that panels of the rows are divided over
+};
+struct SplitPlan : Plan {
+  int64_t splits = 1;  // of an image's tokens or of a head's queries
+};
+struct WeightGradPlan : Plan {
+  int64_t out_chunk = 0, in_chunk = 0;  // rows and columns of the product in a task
 };
 
 // out = residual + scale * act(Linear(pre_act(norm(x)))), every part but Linear optional.
@@ -58,7 +71,6 @@ struct LinearArgs {
   Matrix weight;
   Vector bias;
   Scale scale;
-  Pieces pieces;
 };
 
 // out = x + scale * (W2 gelu(W1 norm(x) + b1) + b2), a row panel at a time, the hidden activations in cache.
@@ -69,7 +81,6 @@ struct MlpArgs {
   Matrix w1, w2;
   Vector b1, b2;
   Scale scale;
-  Pieces pieces;
 };
 
 // The gradient of a weight (out, in) is left (out, rows) times right (rows, in): the gradient of what the weight made, and
@@ -111,7 +122,6 @@ struct WeightGradArgs {
   Rows grad_weight;           // null: only the bias is wanted
   void* grad_bias = nullptr;  // null: not wanted
   DType grad_bias_dtype = DType::f32;
-  int64_t out_chunk = 0, in_chunk = 0;  // chosen by tasks()
 };
 
 // to (columns, rows) = transpose of from (rows, columns), in the dtype asked for.
@@ -130,7 +140,6 @@ struct AttentionArgs {
   int64_t batch, tokens, heads, width;  // width of one head
   int64_t batch_stride, token_stride;   // of qkv, in elements
   float* lse;                           // (batch, heads, tokens), or null
-  int64_t splits = 1;                   // of the queries, chosen by tasks()
 };
 struct AttentionGradArgs {
   const void *qkv, *out, *grad_out;  // out and grad_out contiguous (batch, tokens, heads * width)
@@ -166,8 +175,13 @@ struct TokenPassArgs {
   const float* key_query;    // (batch, heads, width)
   float* probs;              // (batch, heads, 1 + tokens), or null
   float* context;            // (batch, heads, width)
-  float* partial = nullptr;  // (batch * splits, heads, width + 2): context, maximum and sum of a piece
-  int64_t splits = 1;        // of the tokens, chosen by tasks()
+  float* partial = nullptr;  // (batch, splits, heads, width + 2) where splits > 1: context, maximum and sum of a split
+};
+// The same context and probs from what the splits left, joined in the order of the tokens.
+struct JoinSplitsArgs {
+  int64_t batch, splits, tokens, width, heads;
+  const float* partial;
+  float *probs, *context;
 };
 struct TokenGradientArgs {
   Rows cls, patches, grad_patches;
@@ -224,7 +238,6 @@ struct PatchEmbedArgs {
   Matrix weight;  // (out, channels * patch * patch)
   Vector bias;
   Rows positions, out, cls_token, cls_position, cls_out;
-  Pieces pieces;
 };
 
 // The patches as rows (patches, channels * patch * patch), for the weight's gradient.
@@ -241,35 +254,36 @@ struct PatchGradImagesArgs {
   const float* rows;
 };
 
-// A kernel: how many independent tasks a call is, the scratch bytes one needs, and one task. Tasks write disjoint memory
+// A kernel: how a call is cut into independent tasks, the scratch bytes that one needs, and one task. Tasks write disjoint memory
 // and their arithmetic does not depend on how many there are, so results do not depend on threads.
-template <class Args>
+template <class Args, class P = Plan>
 struct Kernel {
-  int64_t (*tasks)(Args&, int64_t threads);
-  int64_t (*scratch)(const Args&);
-  void (*run)(const Args&, int64_t task, char* scratch);
+  P (*plan)(const Args&, int64_t threads);
+  int64_t (*scratch)(const Args&, const P&);
+  void (*run)(const Args&, const P&, int64_t task, char* scratch);
 };
 
 struct Kernels {
   const char* name;
   bool dot_bf16;                                                             // products of bfloat16 pairs
   int64_t (*operand_bytes)(int64_t rows, int64_t features, DType products);  // of a left or right operand
-  Kernel<LinearArgs> linear;
-  Kernel<MlpArgs> mlp;
+  Kernel<LinearArgs, ProductPlan> linear;
+  Kernel<MlpArgs, PanelPlan> mlp;
   Kernel<LinearGradArgs> linear_grad;
   Kernel<MlpGradArgs> mlp_grad;
-  Kernel<WeightGradArgs> weight_grad;
+  Kernel<WeightGradArgs, WeightGradPlan> weight_grad;
   Kernel<TransposeArgs> transpose;
-  Kernel<AttentionArgs> attention;
+  Kernel<AttentionArgs, SplitPlan> attention;
   Kernel<AttentionGradArgs> attention_grad;
   Kernel<ResizeArgs> resize;
   Kernel<ResizeGradArgs> resize_grad;
-  Kernel<PatchEmbedArgs> patch_embed;
+  Kernel<PatchEmbedArgs, ProductPlan> patch_embed;
   Kernel<PatchRowsArgs> patch_rows;
   Kernel<PatchGradImagesArgs> patch_grad_images;
   Kernel<AbsorbArgs> absorb;
   Kernel<ProjectHeadsArgs> project_heads;
-  Kernel<TokenPassArgs> token_pass, join_splits;
+  Kernel<TokenPassArgs, SplitPlan> token_pass;
+  Kernel<JoinSplitsArgs> join_splits;
   Kernel<TokenGradientArgs> token_gradient;
 };
 

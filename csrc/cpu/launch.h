@@ -29,35 +29,43 @@ char* thread_scratch(int64_t bytes);
 
 inline int64_t threads_here() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
-// Runs the tasks of one or more calls of a kernel on torch's threads. They are handed out one by one, since neither the tasks
-// nor, on a shared machine, the cores are equally fast.
-template <class Args>
-void launch(const Kernel<Args>& kernel, Args* calls, int64_t count) {
-  const int64_t threads = threads_here();
-  int64_t tasks = 0, bytes = 0;
-  std::vector<int64_t> first_task{0};  // of each call, and behind the last
-  for (int64_t i = 0; i < count; i++) {
-    first_task.push_back(tasks += kernel.tasks(calls[i], threads));
-    bytes = std::max(bytes, kernel.scratch(calls[i]));
-  }
+// Runs the tasks of a call on torch's threads. They are handed out one by one, since neither the tasks nor, on a shared machine,
+// the cores are equally fast. A plan that a caller has asked for already is the third argument.
+template <class Args, class P>
+void launch(const Kernel<Args, P>& kernel, const Args& args, const P& plan) {
+  const int64_t bytes = kernel.scratch(args, plan);
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min(tasks, threads), 1, [&](int64_t, int64_t) {
+  at::parallel_for(0, std::min(plan.tasks, threads_here()), 1, [&](int64_t, int64_t) {
     char* scratch = thread_scratch(bytes);
-    int64_t call = 0;
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-      while (task >= first_task[call + 1]) call++;
-      kernel.run(calls[call], task - first_task[call], scratch);
-    }
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < plan.tasks;)
+      kernel.run(args, plan, task, scratch);
   });
 }
-// The same of one call, without the memory that a list of calls takes.
-template <class Args>
-void launch(const Kernel<Args>& kernel, Args& args) {
-  const int64_t threads = threads_here(), tasks = kernel.tasks(args, threads), bytes = kernel.scratch(args);
+template <class Args, class P>
+void launch(const Kernel<Args, P>& kernel, const Args& args) {
+  launch(kernel, args, kernel.plan(args, threads_here()));
+}
+// The tasks of several calls at once.
+template <class Args, class P>
+void launch(const Kernel<Args, P>& kernel, const std::vector<Args>& calls) {
+  const int64_t threads = threads_here();
+  std::vector<P> plans;
+  std::vector<int64_t> first_task{0};  // of each call, and behind the last
+  int64_t bytes = 0;
+  for (const Args& args : calls) {
+    plans.push_back(kernel.plan(args, threads));
+    first_task.push_back(first_task.back() + plans.back().tasks);
+    bytes = std::max(bytes, kernel.scratch(args, plans.back()));
+  }
+  const int64_t tasks = first_task.back();
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min(tasks, threads), 1, [&](int64_t, int64_t) {
     char* scratch = thread_scratch(bytes);
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) kernel.run(args, task, scratch);
+    std::size_t call = 0;
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+      while (task >= first_task[call + 1]) call++;
+      kernel.run(calls[call], plans[call], task - first_task[call], scratch);
+    }
   });
 }
 

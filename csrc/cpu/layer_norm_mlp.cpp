@@ -84,15 +84,15 @@ std::vector<Tensor> layer_norm_mlp_backward(const Tensor& grad_out, const Tensor
   std::optional<WeightTensor> w1_t, w2_t;
   if (below) args.w1_t = w1_t.emplace(transposed(w1)).matrix;
   if (below || args.left1) args.w2_t = w2_t.emplace(transposed(w2)).matrix;
-  const NormGradients partial(needs.norm_weight, needs.norm_bias, active().mlp_grad.tasks(args, threads_here()), width,
-                              x);
+  const auto plan = active().mlp_grad.plan(args, threads_here());
+  const NormGradients partial(needs.norm_weight, needs.norm_bias, plan.tasks, width, x);
   args.grad_norm_weight = needs.norm_weight ? float_data(partial.weight) : nullptr;
   args.grad_norm_bias = needs.norm_bias ? float_data(partial.bias) : nullptr;
   if (needs.x) {
     result.push_back(empty_like_dtype(x.sizes(), x.scalar_type()));
     args.grad_x = RowTensor(result.back()).rows;
   }
-  if (below || args.left1 || args.right2) launch(active().mlp_grad, args);
+  if (below || args.left1 || args.right2) launch(active().mlp_grad, args, plan);
   if (needs.norm_weight) result.push_back(total(partial.weight, norm_weight));
   if (needs.norm_bias) result.push_back(total(partial.bias, norm_bias ? *norm_bias : norm_weight));
   std::vector<WeightGradArgs> calls;
@@ -102,7 +102,7 @@ std::vector<Tensor> layer_norm_mlp_backward(const Tensor& grad_out, const Tensor
   if (needs.w2 || needs.b2)
     calls.push_back(
         weight_gradient_call(w2_operands, in.count, w2, w2.scalar_type(), wide, true, needs.w2, needs.b2, result));
-  launch(active().weight_grad, calls.data(), static_cast<int64_t>(calls.size()));
+  launch(active().weight_grad, calls);
   if (needs.scale) {
     const Tensor activated = at::gelu(pre.to(at::kFloat));
     const bool per_sample = factor.scale.kind == Scale::sample;

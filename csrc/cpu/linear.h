@@ -88,15 +88,15 @@ inline void linear_panel(const LinearArgs& a, int64_t m, int64_t count, int64_t 
   }
 }
 
-inline int64_t linear_tasks(LinearArgs& a, int64_t threads) {
-  return choose_pieces(a.rows, a.out_features, threads, a.pieces);
+inline ProductPlan linear_plan(const LinearArgs& a, int64_t threads) {
+  return plan_product(a.rows, a.out_features, threads);
 }
 
-inline int64_t linear_scratch(const LinearArgs& a) { return LinearScratch(a, nullptr).bytes; }
+inline int64_t linear_scratch(const LinearArgs& a, const ProductPlan&) { return LinearScratch(a, nullptr).bytes; }
 
-inline void linear_run(const LinearArgs& a, int64_t task, char* scratch) {
+inline void linear_run(const LinearArgs& a, const ProductPlan& plan, int64_t task, char* scratch) {
   const LinearScratch s(a, scratch);
-  const PanelPiece piece(a.rows, a.out_features, a.pieces, task);
+  const PanelPiece piece(a.rows, a.out_features, plan, task);
   if (a.norm.present) {
     load_vector(a.norm.weight, 0, a.in, 1.0f, s.norm_weight);
     load_vector(a.norm.bias, 0, a.in, 0.0f, s.norm_bias);

@@ -51,8 +51,8 @@ std::vector<Tensor> linear_gradients(LinearGradArgs& args, const Tensor& x, cons
                                 needs.weight);
   args.left = operands.left_data();
   args.right = operands.right_data();
-  const NormGradients partial(needs.norm_weight, needs.norm_bias, active().linear_grad.tasks(args, threads_here()),
-                              args.in, weight);
+  const auto plan = active().linear_grad.plan(args, threads_here());
+  const NormGradients partial(needs.norm_weight, needs.norm_bias, plan.tasks, args.in, weight);
   args.grad_norm_weight = needs.norm_weight ? float_data(partial.weight) : nullptr;
   args.grad_norm_bias = needs.norm_bias ? float_data(partial.bias) : nullptr;
   std::vector<Tensor> result;
@@ -65,7 +65,7 @@ std::vector<Tensor> linear_gradients(LinearGradArgs& args, const Tensor& x, cons
     weight_t.emplace(transposed(weight));
     args.weight_t = weight_t->matrix;
   }
-  launch(active().linear_grad, args);
+  launch(active().linear_grad, args, plan);
   if (needs.norm_weight) result.push_back(total(partial.weight, *norm_weight));
   if (needs.norm_bias) result.push_back(total(partial.bias, norm_bias ? *norm_bias : *norm_weight));
   if (needs.weight || needs.bias) {

@@ -72,15 +72,17 @@ inline void mlp_panel(const MlpArgs& a, int64_t m, int64_t count, const MlpScrat
   }
 }
 
-inline int64_t mlp_tasks(MlpArgs& a, int64_t threads) {
-  a.pieces.threads = threads;
-  return PanelSplit(a.rows, threads).panels;
+inline PanelPlan mlp_plan(const MlpArgs& a, int64_t threads) {
+  PanelPlan plan;
+  plan.threads = threads;
+  plan.tasks = PanelSplit(a.rows, threads).panels;
+  return plan;
 }
-inline int64_t mlp_scratch(const MlpArgs& a) { return MlpScratch(a, nullptr).bytes; }
+inline int64_t mlp_scratch(const MlpArgs& a, const PanelPlan&) { return MlpScratch(a, nullptr).bytes; }
 
-inline void mlp_run(const MlpArgs& a, int64_t task, char* scratch) {
+inline void mlp_run(const MlpArgs& a, const PanelPlan& plan, int64_t task, char* scratch) {
   const MlpScratch s(a, scratch);
-  const PanelSplit split(a.rows, a.pieces.threads);
+  const PanelSplit split(a.rows, plan.threads);
   const int64_t m = split.first(task), count = smaller(split.first(task + 1), a.rows) - m;
   load_vector(a.norm.weight, 0, a.width, 1.0f, s.norm_weight);
   load_vector(a.norm.bias, 0, a.width, 0.0f, s.norm_bias);

@@ -143,15 +143,17 @@ inline void patch_embed_panel(const PatchEmbedArgs& a, int64_t m, int64_t count,
   }
 }
 
-inline int64_t patch_embed_tasks(PatchEmbedArgs& a, int64_t threads) {
-  return choose_pieces(a.patches, a.out_features, threads, a.pieces);
+inline ProductPlan patch_embed_plan(const PatchEmbedArgs& a, int64_t threads) {
+  return plan_product(a.patches, a.out_features, threads);
 }
 
-inline int64_t patch_embed_scratch(const PatchEmbedArgs& a) { return PatchEmbedScratch(a, nullptr).bytes; }
+inline int64_t patch_embed_scratch(const PatchEmbedArgs& a, const ProductPlan&) {
+  return PatchEmbedScratch(a, nullptr).bytes;
+}
 
-inline void patch_embed_run(const PatchEmbedArgs& a, int64_t task, char* scratch) {
+inline void patch_embed_run(const PatchEmbedArgs& a, const ProductPlan& plan, int64_t task, char* scratch) {
   const PatchEmbedScratch s(a, scratch);
-  const PanelPiece piece(a.patches, a.out_features, a.pieces, task);
+  const PanelPiece piece(a.patches, a.out_features, plan, task);
   load_vector(a.bias, 0, a.out_features, 0.0f, s.bias);
   with_vectors(piece.vectors,
                [&]<int NV>() { patch_embed_panel<NV>(a, piece.m, piece.count, piece.begin, piece.end, s); });
@@ -170,9 +172,9 @@ struct PatchRowsScratch {
   }
 };
 
-inline int64_t patch_rows_tasks(PatchRowsArgs& a, int64_t) { return ceil_div(a.patches, VL); }
-inline int64_t patch_rows_scratch(const PatchRowsArgs& a) { return PatchRowsScratch(a, nullptr).bytes; }
-inline void patch_rows_run(const PatchRowsArgs& a, int64_t task, char* scratch) {
+inline Plan patch_rows_plan(const PatchRowsArgs& a, int64_t) { return {ceil_div(a.patches, VL)}; }
+inline int64_t patch_rows_scratch(const PatchRowsArgs& a, const Plan&) { return PatchRowsScratch(a, nullptr).bytes; }
+inline void patch_rows_run(const PatchRowsArgs& a, const Plan&, int64_t task, char* scratch) {
   const PatchRowsScratch s(a, scratch);
   const int64_t m = task * VL, count = smaller(a.patches - m, VL);
   const int64_t pixels = a.images.patch * a.images.patch, stride = gathered_stride(a.images);
@@ -186,13 +188,13 @@ inline void patch_rows_run(const PatchRowsArgs& a, int64_t task, char* scratch) 
   }
 }
 
-inline int64_t patch_grad_images_tasks(PatchGradImagesArgs& a, int64_t) { return a.batch * a.images.channels; }
-inline int64_t patch_grad_images_scratch(const PatchGradImagesArgs& a) {
+inline Plan patch_grad_images_plan(const PatchGradImagesArgs& a, int64_t) { return {a.batch * a.images.channels}; }
+inline int64_t patch_grad_images_scratch(const PatchGradImagesArgs& a, const Plan&) {
   return PlaneGradScratch(a.images, a.images.resize, nullptr).bytes;
 }
 
 // One plane of one image: the patches' gradients put together and, where the images were resized, taken back.
-inline void patch_grad_images_run(const PatchGradImagesArgs& a, int64_t task, char* scratch) {
+inline void patch_grad_images_run(const PatchGradImagesArgs& a, const Plan&, int64_t task, char* scratch) {
   const PatchImages& images = a.images;
   const PlaneGradScratch s(images, images.resize, scratch);
   const int64_t patch = images.patch, image = task / images.channels, channel = task % images.channels;

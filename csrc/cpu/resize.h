@@ -100,8 +100,8 @@ constexpr int64_t kResizeRows = 4;   // at a time, which share their columns' ta
 constexpr int64_t kResizeBand = 32;  // of a task
 
 inline int64_t resize_bands(const ResizeArgs& a) { return ceil_div(a.images.rows.out, kResizeBand); }
-inline int64_t resize_tasks(ResizeArgs& a, int64_t) { return a.batch * a.images.channels * resize_bands(a); }
-inline int64_t resize_scratch(const ResizeArgs& a) { return kResizeRows * source_pitch(a.images) * 4; }
+inline Plan resize_plan(const ResizeArgs& a, int64_t) { return {a.batch * a.images.channels * resize_bands(a)}; }
+inline int64_t resize_scratch(const ResizeArgs& a, const Plan&) { return kResizeRows * source_pitch(a.images) * 4; }
 
 // Rows [y, y + count) of a resized plane.
 template <bool near, class Pixel>
@@ -137,7 +137,7 @@ inline void resize_band(const ResizeArgs& a, int64_t task, float* source) {
   }
 }
 
-inline void resize_run(const ResizeArgs& a, int64_t task, char* scratch) {
+inline void resize_run(const ResizeArgs& a, const Plan&, int64_t task, char* scratch) {
   float* source = reinterpret_cast<float*>(scratch);
   if (a.images.dtype == DType::f32)
     resize_band<float>(a, task, source);
@@ -208,9 +208,11 @@ inline void resize_plane_back(const Images& a, const Rows& out, const PlaneGradS
   }
 }
 
-inline int64_t resize_grad_tasks(ResizeGradArgs& a, int64_t) { return a.batch * a.images.channels; }
-inline int64_t resize_grad_scratch(const ResizeGradArgs& a) { return PlaneGradScratch(a.images, true, nullptr).bytes; }
-inline void resize_grad_run(const ResizeGradArgs& a, int64_t task, char* scratch) {
+inline Plan resize_grad_plan(const ResizeGradArgs& a, int64_t) { return {a.batch * a.images.channels}; }
+inline int64_t resize_grad_scratch(const ResizeGradArgs& a, const Plan&) {
+  return PlaneGradScratch(a.images, true, nullptr).bytes;
+}
+inline void resize_grad_run(const ResizeGradArgs& a, const Plan&, int64_t task, char* scratch) {
   const PlaneGradScratch s(a.images, true, scratch);
   const Rows grad{const_cast<void*>(a.grad), a.images.dtype, 1, s.width, 0};
   resize_plane_back(a.images, plane_rows(a.images, task / a.images.channels, task % a.images.channels), s,

@@ -38,8 +38,10 @@ struct TokenGradientScratch {
     bytes = arena.used;
   }
 };
-inline int64_t token_gradient_tasks(TokenGradientArgs& a, int64_t) { return a.batch; }
-inline int64_t token_gradient_scratch(const TokenGradientArgs& a) { return TokenGradientScratch(a, nullptr).bytes; }
+inline Plan token_gradient_plan(const TokenGradientArgs& a, int64_t) { return {a.batch}; }
+inline int64_t token_gradient_scratch(const TokenGradientArgs& a, const Plan&) {
+  return TokenGradientScratch(a, nullptr).bytes;
+}
 
 template <int NV>
 inline void token_gradient_panel(const TokenGradientArgs& a, const TokenGradientScratch& s, const Rows& patches,
@@ -108,7 +110,7 @@ inline void token_gradient_panel(const TokenGradientArgs& a, const TokenGradient
                      [&](int64_t r, Vec g) { out.store(r, k, g, static_cast<int>(smaller(a.width - k, VL))); });
 }
 
-inline void token_gradient_run(const TokenGradientArgs& a, int64_t task, char* scratch) {
+inline void token_gradient_run(const TokenGradientArgs& a, const Plan&, int64_t task, char* scratch) {
   const TokenGradientScratch s(a, scratch);
   const int64_t image = task, all = a.tokens + 1;
   const float* grad_context = a.grad_context + image * a.heads * a.width;

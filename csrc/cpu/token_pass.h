@@ -160,12 +160,16 @@ inline void attend_panel(const TokenPassArgs& a, const TokenPassScratch& s, int6
   add_weighted_rows(s.scores, lanes, a.heads, s.rows, s.row_stride, count, a.width, s.context, s.width_padded);
 }
 
-inline int64_t token_pass_tasks(TokenPassArgs& a, int64_t threads) {
+inline SplitPlan token_pass_plan(const TokenPassArgs& a, int64_t threads) {
   const int64_t panels = PanelSplit(a.tokens).panels;
-  a.splits = a.batch >= 2 * threads || a.batch == 0 ? 1 : larger(1, smaller(ceil_div(2 * threads, a.batch), panels));
-  return a.batch * a.splits;
+  SplitPlan plan;
+  plan.splits = a.batch >= 2 * threads || a.batch == 0 ? 1 : larger(1, smaller(ceil_div(2 * threads, a.batch), panels));
+  plan.tasks = a.batch * plan.splits;
+  return plan;
 }
-inline int64_t token_pass_scratch(const TokenPassArgs& a) { return TokenPassScratch(a, nullptr).bytes; }
+inline int64_t token_pass_scratch(const TokenPassArgs& a, const SplitPlan&) {
+  return TokenPassScratch(a, nullptr).bytes;
+}
 
 // probs := exp(score - highest) / sum, in place.
 inline void finish_probabilities(float* probs, int64_t tokens, float highest, float total) {
@@ -176,9 +180,9 @@ inline void finish_probabilities(float* probs, int64_t tokens, float highest, fl
   }
 }
 
-inline void token_pass_run(const TokenPassArgs& a, int64_t task, char* scratch) {
+inline void token_pass_run(const TokenPassArgs& a, const SplitPlan& plan, int64_t task, char* scratch) {
   const TokenPassScratch s(a, scratch);
-  const int64_t image = task / a.splits, piece = task % a.splits, all = a.tokens + 1;
+  const int64_t image = task / plan.splits, piece = task % plan.splits, all = a.tokens + 1;
   load_u(a, image, s.u);
   float* probs = a.probs ? a.probs + image * a.heads * all : nullptr;
   float *mean = a.norm.mean ? a.norm.mean + image * all : nullptr, *rstd = mean ? a.norm.rstd + image * all : nullptr;
@@ -204,7 +208,7 @@ inline void token_pass_run(const TokenPassArgs& a, int64_t task, char* scratch) 
 
   const Rows patches = tokens_of(a.patches, image);
   const PanelSplit split(a.tokens);
-  for (int64_t p = piece * split.panels / a.splits; p < (piece + 1) * split.panels / a.splits; p++) {
+  for (int64_t p = piece * split.panels / plan.splits; p < (piece + 1) * split.panels / plan.splits; p++) {
     const int64_t m = split.first(p), count = smaller(split.first(p + 1), a.tokens) - m;
     with_vectors(split.vectors_of(p), [&]<int NV>() {
       normalize_tokens<NV>(patches, m, count, a.width, a.norm.eps, mean ? mean + 1 : nullptr, mean ? rstd + 1 : nullptr,
@@ -217,7 +221,7 @@ inline void token_pass_run(const TokenPassArgs& a, int64_t task, char* scratch) 
     const float* from = s.context + h * s.width_padded;
     float* to;
     float factor = 1.0f;
-    if (a.splits == 1) {
+    if (plan.splits == 1) {
       to = a.context + (image * a.heads + h) * a.width;
       factor = 1.0f / s.sum[h];
       if (probs) finish_probabilities(probs + h * all, all, s.highest[h], s.sum[h]);
@@ -232,9 +236,9 @@ inline void token_pass_run(const TokenPassArgs& a, int64_t task, char* scratch) 
 }
 
 // Joins the pieces of an image whose tokens were split over tasks, in the order of the tokens.
-inline int64_t join_splits_tasks(TokenPassArgs& a, int64_t) { return a.splits == 1 ? 0 : a.batch * a.heads; }
-inline int64_t join_splits_scratch(const TokenPassArgs&) { return 64; }
-inline void join_splits_run(const TokenPassArgs& a, int64_t task, char*) {
+inline Plan join_splits_plan(const JoinSplitsArgs& a, int64_t) { return {a.batch * a.heads}; }
+inline int64_t join_splits_scratch(const JoinSplitsArgs&, const Plan&) { return 64; }
+inline void join_splits_run(const JoinSplitsArgs& a, const Plan&, int64_t task, char*) {
   const int64_t image = task / a.heads, head = task % a.heads, stride = a.heads * (a.width + 2);
   const float* piece = a.partial + (image * a.splits * a.heads + head) * (a.width + 2);
   float highest = piece[a.width], total = 0.0f;

@@ -9,25 +9,29 @@ namespace crossvit::CROSSVIT_ISA {
 struct WeightGradScratch {
   float *c, *bias;
   int64_t strip_floats, bytes;  // of c, which holds [strip][out][column]
-  WeightGradScratch(const WeightGradArgs& a, char* base) {
+  WeightGradScratch(const WeightGradPlan& plan, char* base) {
     Arena arena{base};
-    strip_floats = round_up(a.out_chunk, VL) * kStrip;
-    c = arena.floats(ceil_div(a.in_chunk, kStrip) * strip_floats);
-    bias = arena.floats(larger(a.out_chunk, round_up(a.in_chunk, kStrip)));
+    strip_floats = round_up(plan.out_chunk, VL) * kStrip;
+    c = arena.floats(ceil_div(plan.in_chunk, kStrip) * strip_floats);
+    bias = arena.floats(larger(plan.out_chunk, round_up(plan.in_chunk, kStrip)));
     bytes = arena.used;
   }
 };
 
-inline int64_t weight_grad_tasks(WeightGradArgs& a, int64_t threads) {
+inline WeightGradPlan weight_grad_plan(const WeightGradArgs& a, int64_t threads) {
   constexpr int64_t most_in = 8 * kStrip, most_out = 96;
   const int64_t in_chunks = ceil_div(a.in, most_in);
-  a.in_chunk = round_up(ceil_div(a.in, in_chunks), kStrip);
+  WeightGradPlan plan;
+  plan.in_chunk = round_up(ceil_div(a.in, in_chunks), kStrip);
   int64_t out_chunks = larger(ceil_div(a.out, most_out), ceil_div(4 * threads, in_chunks));
   out_chunks = smaller(out_chunks, ceil_div(a.out, 2 * kBlock));
-  a.out_chunk = round_up(ceil_div(a.out, out_chunks), kBlock);
-  return ceil_div(a.out, a.out_chunk) * ceil_div(a.in, a.in_chunk);
+  plan.out_chunk = round_up(ceil_div(a.out, out_chunks), kBlock);
+  plan.tasks = ceil_div(a.out, plan.out_chunk) * ceil_div(a.in, plan.in_chunk);
+  return plan;
 }
-inline int64_t weight_grad_scratch(const WeightGradArgs& a) { return WeightGradScratch(a, nullptr).bytes; }
+inline int64_t weight_grad_scratch(const WeightGradArgs&, const WeightGradPlan& plan) {
+  return WeightGradScratch(plan, nullptr).bytes;
+}
 
 // to[e] += sum over the rows of a block of left.
 inline void add_left_rows(const char* left, const OperandShape& shape, int64_t block, int64_t e0, int64_t out,
@@ -100,12 +104,12 @@ inline void store_weight_grad(const WeightGradArgs& a, const WeightGradScratch& 
   }
 }
 
-inline void weight_grad_run(const WeightGradArgs& a, int64_t task, char* scratch) {
-  const WeightGradScratch s(a, scratch);
+inline void weight_grad_run(const WeightGradArgs& a, const WeightGradPlan& plan, int64_t task, char* scratch) {
+  const WeightGradScratch s(plan, scratch);
   const OperandShape left(a.rows, a.out, a.products), right(a.rows, a.in, a.products);
-  const int64_t in_chunks = ceil_div(a.in, a.in_chunk);
-  const int64_t k0 = task % in_chunks * a.in_chunk, in = smaller(a.in - k0, a.in_chunk);
-  const int64_t e0 = task / in_chunks * a.out_chunk, out = smaller(a.out - e0, a.out_chunk);
+  const int64_t in_chunks = ceil_div(a.in, plan.in_chunk);
+  const int64_t k0 = task % in_chunks * plan.in_chunk, in = smaller(a.in - k0, plan.in_chunk);
+  const int64_t e0 = task / in_chunks * plan.out_chunk, out = smaller(a.out - e0, plan.out_chunk);
   const char *left_data = static_cast<const char*>(a.left), *right_data = static_cast<const char*>(a.right);
   const bool want_bias = a.grad_bias && (a.transposed ? e0 : k0) == 0;
   const int64_t bias_first = a.transposed ? k0 : e0, bias_count = a.transposed ? in : out;
