@@ -114,7 +114,7 @@ inline void attention_panel(const AttentionArgs& a, int64_t image, int64_t head,
 #pragma GCC unroll 16
       for (int v = 0; v < NV; v++) highest[v] = maximum(highest[v], load(scores + e * lanes + v * VL));
   }
-  const bool pairs = values.dtype == DType::bf16 && kDotBf16;
+  const bool pairs = values.dtype == DType::bfloat16 && kDotBf16;
   if (pairs)
     exponentials<NV, true>(s.scores, a.tokens, highest, scale, sum);
   else
@@ -162,18 +162,18 @@ inline void attention_run(const AttentionArgs& a, const SplitPlan& plan, int64_t
   // K and V meet every panel of queries: brought together, they stay in the core's cache. V is transposed, since the product
   // with the probabilities runs along the keys.
   const Rows key_rows = head_rows(a, image, head, 1);
-  Matrix keys{s.keys, DType::f32, round_up(a.width, VL)};
+  Matrix keys{s.keys, DType::float32, round_up(a.width, VL)};
   if (multiplies_pairs(a.dtype, a.width)) {
-    keys = {s.keys, DType::bf16, a.width};
+    keys = {s.keys, DType::bfloat16, a.width};
     for (int64_t n = 0; n < a.tokens; n++)
       __builtin_memcpy(reinterpret_cast<uint16_t*>(s.keys) + n * a.width, row_pointer(key_rows, n), 2 * a.width);
   } else {
     load_rows(key_rows, 0, a.tokens, a.width, s.keys, keys.row_stride);
   }
-  const bool pairs = a.dtype == DType::bf16 && kDotBf16;
+  const bool pairs = a.dtype == DType::bfloat16 && kDotBf16;
   load_transposed(head_rows(a, image, head, 2), 0, a.tokens, 0, a.width, pairs ? s.values_f32 : s.values,
                   s.keys_padded);
-  Matrix values{s.values, pairs ? DType::bf16 : DType::f32, s.keys_padded};
+  Matrix values{s.values, pairs ? DType::bfloat16 : DType::float32, s.keys_padded};
   if (pairs)
     for (int64_t i = 0; i < a.width * s.keys_padded; i += VL)
       store(reinterpret_cast<uint16_t*>(s.values) + i, load(s.values_f32 + i));

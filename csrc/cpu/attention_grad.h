@@ -27,7 +27,7 @@ struct AttentionGradScratch {
   AttentionGradScratch(const AttentionGradArgs& a, char* base) {
     Arena arena{base};
     constexpr int64_t lanes = kPanelVectors * VL;
-    pairs = kDotBf16 && a.dtype == DType::bf16;
+    pairs = kDotBf16 && a.dtype == DType::bfloat16;
     width_pairs = multiplies_pairs(a.dtype, a.width);
     keys_padded = round_up(a.tokens, VL);
     width_padded = round_up(a.width, VL);
@@ -81,12 +81,12 @@ inline void load_head_rows(const Rows& rows, int64_t m, int64_t count, int64_t w
 inline Matrix gather_head(const AttentionGradArgs& a, const Rows& rows, const AttentionGradScratch& s, float* to) {
   if (!s.width_pairs) {
     load_head_rows(rows, 0, a.tokens, a.width, to, s.width_padded);
-    return {to, DType::f32, s.width_padded};
+    return {to, DType::float32, s.width_padded};
   }
   HeadRows from(rows, 0, a.width);
   for (int64_t n = 0; n < a.tokens; n++)
     __builtin_memcpy(reinterpret_cast<uint16_t*>(to) + n * a.width, from.next(), 2 * a.width);
-  return {to, DType::bf16, a.width};
+  return {to, DType::bfloat16, a.width};
 }
 
 // Rows [m, m + count) as the panel [row][column] that meets P^T or dS^T, as pairs of rows where asked.
@@ -195,7 +195,7 @@ inline void attention_grad_panel(const AttentionGradArgs& a, int64_t image, int6
 // A group's part of the keys' and values' gradients.
 template <bool accumulate>
 inline void add_group(const AttentionGradArgs& a, int64_t count, const AttentionGradScratch& s) {
-  const DType dtype = s.pairs ? DType::bf16 : DType::f32;
+  const DType dtype = s.pairs ? DType::bfloat16 : DType::float32;
   const Matrix p_t{s.p_t, dtype, s.group}, ds_t{s.ds_t, dtype, s.group};
   const int64_t depth = s.pairs ? round_up(count, 2) : count;
   const PanelSplit columns(a.width);
@@ -228,7 +228,7 @@ inline void attention_grad_run(const AttentionGradArgs& a, const Plan&, int64_t 
   if (s.pairs)
     for (int64_t i = 0; i < a.width * s.keys_padded; i += VL)
       store(reinterpret_cast<uint16_t*>(s.keys_t) + i, load(s.keys_f32 + i));
-  const Matrix keys_t{s.keys_t, s.pairs ? DType::bf16 : DType::f32, s.keys_padded};
+  const Matrix keys_t{s.keys_t, s.pairs ? DType::bfloat16 : DType::float32, s.keys_padded};
 
   const QueryGroups groups(a.tokens, s.pairs);
   for (int64_t g = 0; g < groups.count; g++) {

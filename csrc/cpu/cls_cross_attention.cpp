@@ -33,14 +33,14 @@ Tensor project_heads(const Tensor& rows, const Tensor& weight, Vector gamma, Vec
                      at::ScalarType dtype) {
   const WeightTensor matrix(weight);
   const int64_t batch = rows.size(0), num_heads = rows.size(1);
-  const Tensor out = empty_like_dtype({batch, weight.size(0)}, dtype);
+  const Tensor out = empty({batch, weight.size(0)}, dtype);
   ProjectHeadsArgs args{};
   args.rows = rows.const_data_ptr<float>();
   args.weight = matrix.matrix;
   args.gamma = gamma;
   args.beta = beta;
   args.bias = bias;
-  args.out = RowTensor(out).rows;
+  args.out = rows_of(RowTensor(out));
   args.batch = batch;
   args.heads = num_heads;
   args.head_width = weight.size(0) / num_heads;
@@ -50,10 +50,7 @@ Tensor project_heads(const Tensor& rows, const Tensor& weight, Vector gamma, Vec
   return out;
 }
 
-// Patches as the token pass walks them: (batch, tokens, width) with the width contiguous.
-Tensor dense_tokens(const Tensor& patches) {
-  return patches.stride(2) == 1 || patches.size(2) <= 1 ? patches : patches.contiguous();
-}
+// Patches as the passes over the tokens walk them, their width contiguous.
 Rows token_rows(const Tensor& patches) {
   return {const_cast<void*>(patches.const_data_ptr()), dtype_of(patches), patches.size(1), patches.stride(0),
           patches.stride(1)};
@@ -64,7 +61,7 @@ template <class Args>
 Args token_args(const RowTensor& cls, const Tensor& patches, int64_t num_heads, const Norm& norm, const Tensor& mean,
                 const Tensor& rstd, const Tensor& key_query) {
   Args args{};
-  args.cls = cls.rows;
+  args.cls = rows_of(cls);
   args.patches = token_rows(patches);
   args.batch = patches.size(0);
   args.tokens = patches.size(1);
@@ -98,7 +95,7 @@ TokenPass token_pass(const Tensor& cls, const Tensor& patches, const Norm& norm,
   const int64_t saved = save ? batch : 0;
   const Tensor mean = empty_f32({saved, 1 + tokens}), rstd = empty_f32({saved, 1 + tokens});
   const Tensor probs = empty_f32({saved, num_heads, 1 + tokens}), context = empty_f32({batch, num_heads, width});
-  const Tensor dense = dense_tokens(patches);
+  const Tensor dense = dense_rows(patches);
   const RowTensor cls_rows(cls);
   auto args = token_args<TokenPassArgs>(cls_rows, dense, num_heads, norm, mean, rstd, key_query);
   args.probs = float_data(probs);
@@ -190,7 +187,7 @@ struct TokenGradient {
 TokenGradient token_gradient(const Tensor& cls, const Tensor& patches, const Norm& norm, const Saved& saved,
                              const Tensor& grad_context, int64_t num_heads, bool patches_wanted) {
   const int64_t batch = patches.size(0), width = patches.size(2);
-  const Tensor dense = dense_tokens(patches);
+  const Tensor dense = dense_rows(patches);
   const RowTensor cls_rows(cls);
   const TokenGradient result{patches_wanted ? at::empty(patches.sizes(), patches.options()) : Tensor(),
                              empty_f32({batch, width}), empty_f32({batch, num_heads, width})};

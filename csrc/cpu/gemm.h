@@ -158,7 +158,7 @@ CROSSVIT_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) *
 // A distance between rows, in floats, of an odd number of cache lines, so that rows do not fall on the same few sets.
 CROSSVIT_INLINE int64_t spread(int64_t columns) { return (ceil_div(columns, 16) | 1) * 16; }
 
-CROSSVIT_INLINE int64_t size_of(DType d) { return d == DType::f32 ? 4 : 2; }
+CROSSVIT_INLINE int64_t size_of(DType d) { return d == DType::float32 ? 4 : 2; }
 
 // A panel in scratch: k-th step at data + k * lanes. pairs: each lane holds the bfloat16 pair (2k, 2k + 1). half: only the
 // first kHalf lanes are rows, and only these are multiplied.
@@ -172,7 +172,7 @@ CROSSVIT_INLINE bool is_half(int64_t count) { return kHalf < VL && count <= kHal
 
 // Whether products with a matrix of this dtype and depth run on bfloat16 pairs.
 CROSSVIT_INLINE bool multiplies_pairs(DType dtype, int64_t depth) {
-  return kDotBf16 && dtype == DType::bf16 && depth % 2 == 0;
+  return kDotBf16 && dtype == DType::bfloat16 && depth % 2 == 0;
 }
 
 template <int NV, bool accumulate, class V = Vec, class ARows, class Meanwhile>
@@ -203,12 +203,12 @@ inline void multiply_block(const Matrix& a, int64_t first, int64_t count, int64_
   const int64_t bytes = a.row_stride * size_of(a.dtype);
   const char* rows = static_cast<const char*>(a.data) + first * bytes;
   if constexpr (Meanwhile::active) {
-    if (count >= kBlock && (b.pairs || a.dtype == DType::f32))
+    if (count >= kBlock && (b.pairs || a.dtype == DType::float32))
       return multiply_rows<NV, accumulate>(EvenRows(rows, bytes), depth, b, c, ldc, chunk, *meanwhile);
   }
   ScatteredRows row;
   for (int e = 0; e < kBlock; e++) row.row[e] = rows + smaller(e, count - 1) * bytes;
-  if (a.dtype == DType::bf16 && !b.pairs) {
+  if (a.dtype == DType::bfloat16 && !b.pairs) {
     for (int e = 0; e < kBlock; e++) {
       const uint16_t* from = reinterpret_cast<const uint16_t*>(row[e]);
       float* to = widened + e * depth;

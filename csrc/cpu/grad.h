@@ -118,7 +118,7 @@ inline void linear_grad_run(const LinearGradArgs& a, const Plan&, int64_t task, 
     constexpr int64_t lanes = NV * VL;
     const Panel grad{s.grad, lanes, multiplies_pairs(a.products, a.out_features)};
     // What came as bfloat16 and stays as it is needs no packing.
-    const bool as_it_is = grad.pairs && a.grad.dtype == DType::bf16 && !a.gelu_out && a.scale.kind == Scale::none;
+    const bool as_it_is = grad.pairs && a.grad.dtype == DType::bfloat16 && !a.gelu_out && a.scale.kind == Scale::none;
     if (as_it_is)
       load_pairs(a.grad, m, count, 0, a.out_features, s.grad, lanes);
     else

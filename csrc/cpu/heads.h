@@ -38,7 +38,7 @@ inline void absorb_run(const AbsorbArgs& a, const Plan&, int64_t task, char* scr
     piece.data = static_cast<char*>(piece.data) + j0 * size_of(matrix.dtype);
     load_rows(piece, head * a.head_width + i, count, columns, s.matrix + i * kAbsorbColumns, kAbsorbColumns);
   }
-  const Matrix rows{a.rows + head * a.head_width, DType::f32, a.heads * a.head_width};
+  const Matrix rows{a.rows + head * a.head_width, DType::float32, a.heads * a.head_width};
   const Panel panel{s.matrix, kAbsorbColumns, false};
   for (int64_t b = 0; b < a.batch; b += kBlock) {
     const int64_t count = smaller(a.batch - b, kBlock);
@@ -83,7 +83,7 @@ inline void project_heads_run(const ProjectHeadsArgs& a, const Plan&, int64_t ta
   load_vector(a.bias, head * a.head_width, a.head_width, 0.0f, s.bias);
   with_vectors(split.vectors_of(panel_index), [&]<int NV>() {
     constexpr int64_t lanes = NV * VL;
-    const Rows rows{const_cast<float*>(a.rows) + head * a.width, DType::f32, a.batch, 0, a.heads * a.width};
+    const Rows rows{const_cast<float*>(a.rows) + head * a.width, DType::float32, a.batch, 0, a.heads * a.width};
     load_transposed(rows, m, count, 0, a.width, s.panel, lanes);
     for (int64_t k = 0; k < a.width; k++)
       for (int64_t r = 0; r < lanes; r += VL)

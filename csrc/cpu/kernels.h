@@ -4,28 +4,22 @@
 
 #include <cstdint>
 
-namespace crossvit {
+#include "plain.h"
 
-enum class DType : int32_t { f32, bf16 };
+namespace crossvit {
 
 // Rows of a matrix whose leading dimensions may be strided: row m lies at
 // data + (m / per_batch) * batch_stride + (m % per_batch) * row_stride, in elements; its elements are contiguous.
 struct Rows {
   void* data = nullptr;
-  DType dtype = DType::f32;
+  DType dtype = DType::float32;
   int64_t per_batch = 1, batch_stride = 0, row_stride = 0;
-};
-
-// A contiguous vector of parameters; absent when data is null.
-struct Vector {
-  const void* data = nullptr;
-  DType dtype = DType::f32;
 };
 
 // A matrix (out, in) as nn.Linear holds it: rows contiguous, row_stride elements apart.
 struct Matrix {
   const void* data = nullptr;
-  DType dtype = DType::f32;
+  DType dtype = DType::float32;
   int64_t row_stride = 0;
 };
 
@@ -91,7 +85,7 @@ struct MlpArgs {
 struct LinearGradArgs {
   Rows grad, pre, x, grad_x;
   int64_t rows, in, out_features;
-  DType products = DType::f32;
+  DType products = DType::float32;
   Norm norm;
   bool gelu_in = false, gelu_out = false;
   Matrix weight_t;
@@ -104,7 +98,7 @@ struct LinearGradArgs {
 struct MlpGradArgs {
   Rows grad, pre, x, grad_x;
   int64_t rows, width, hidden;
-  DType products = DType::f32;
+  DType products = DType::float32;
   Norm norm;
   Matrix w1_t, w2_t;  // (width, hidden), (hidden, width)
   Scale scale;
@@ -121,7 +115,7 @@ struct WeightGradArgs {
   bool transposed = false;
   Rows grad_weight;           // null: only the bias is wanted
   void* grad_bias = nullptr;  // null: not wanted
-  DType grad_bias_dtype = DType::f32;
+  DType grad_bias_dtype = DType::float32;
 };
 
 // to (columns, rows) = transpose of from (rows, columns), in the dtype asked for.

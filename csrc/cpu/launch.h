@@ -12,11 +12,9 @@
 
 #include "arguments.h"
 #include "kernels.h"
+#include "views.h"
 
 namespace crossvit {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 // The tensors that the kernels take.
 inline constexpr Taken kTaken{c10::DeviceType::CPU, /*float16=*/false};
@@ -69,16 +67,8 @@ void launch(const Kernel<Args, P>& kernel, const std::vector<Args>& calls) {
   });
 }
 
-DType dtype_of(const Tensor& t);
-Vector vector_of(const OptionalTensor& t);
-
-// A tensor (..., width) with its rows as kernels.h wants them; the tensor itself, or a contiguous copy that it owns.
-struct RowTensor {
-  Tensor tensor;
-  Rows rows;
-  int64_t count = 0;
-  explicit RowTensor(const Tensor& t);
-};
+// Rows as the kernels take them; their memory is the tensor's.
+Rows rows_of(const RowTensor& t);
 
 // A weight (out, in); the tensor itself, or a contiguous copy that it owns.
 struct WeightTensor {
@@ -109,8 +99,7 @@ struct NormGradients {
 };
 Tensor total(const Tensor& partial, const Tensor& parameter);
 
-Tensor empty_like_dtype(at::IntArrayRef shape, at::ScalarType dtype);
-inline Tensor empty_f32(at::IntArrayRef shape) { return empty_like_dtype(shape, at::kFloat); }
-inline float* float_data(const Tensor& t) { return t.numel() ? t.data_ptr<float>() : nullptr; }
+inline Tensor empty(at::IntArrayRef shape, at::ScalarType dtype) { return empty(shape, dtype, at::kCPU); }
+inline Tensor empty_f32(at::IntArrayRef shape) { return empty(shape, at::kFloat, at::kCPU); }
 
 }  // namespace crossvit

@@ -14,14 +14,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_linear(const Tensor& x, co
   const WeightTensor matrix(weight);
   auto shape = x.sizes().vec();
   shape.back() = weight.size(0);
-  const Tensor out = empty_like_dtype(shape, weight.scalar_type());
+  const Tensor out = empty(shape, weight.scalar_type());
   const Tensor mean = empty_f32({save ? in.count : 0}), rstd = empty_f32({save ? in.count : 0});
-  const Tensor pre = empty_like_dtype({save && gelu_out ? in.count : 0, weight.size(0)}, weight.scalar_type());
+  const Tensor pre = empty({save && gelu_out ? in.count : 0, weight.size(0)}, weight.scalar_type());
 
   LinearArgs args{};
-  args.x = in.rows;
-  args.out = RowTensor(out).rows;
-  if (pre.numel()) args.pre = RowTensor(pre).rows;
+  args.x = rows_of(in);
+  args.out = rows_of(RowTensor(out));
+  if (pre.numel()) args.pre = rows_of(RowTensor(pre));
   args.rows = in.count;
   args.in = x.size(-1);
   args.out_features = weight.size(0);
@@ -54,9 +54,9 @@ std::vector<Tensor> layer_norm_linear_backward(const Tensor& grad_out, const Ten
                                                            rstd, pre, gelu_out, list);
   const RowTensor grad(grad_out), in(x);
   LinearGradArgs args{};
-  args.grad = grad.rows;
-  if (gelu_out) args.pre = RowTensor(pre).rows;
-  args.x = in.rows;
+  args.grad = rows_of(grad);
+  if (gelu_out) args.pre = rows_of(RowTensor(pre));
+  args.x = rows_of(in);
   args.rows = in.count;
   args.norm = norm_of(norm_weight, norm_bias, 0);
   args.norm.mean = float_data(mean);

@@ -16,14 +16,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_mlp(const Tensor& x, const
   const RowTensor in(x);
   const WeightTensor w1_matrix(w1), w2_matrix(w2);
   const ScaleTensor factor(scale, per_sample, x);
-  const Tensor out = empty_like_dtype(x.sizes(), c10::promoteTypes(x.scalar_type(), w2.scalar_type()));
+  const Tensor out = empty(x.sizes(), c10::promoteTypes(x.scalar_type(), w2.scalar_type()));
   const Tensor mean = empty_f32({save ? in.count : 0}), rstd = empty_f32({save ? in.count : 0});
-  const Tensor pre = empty_like_dtype({save ? in.count : 0, w1.size(0)}, w1.scalar_type());
+  const Tensor pre = empty({save ? in.count : 0, w1.size(0)}, w1.scalar_type());
 
   MlpArgs args{};
-  args.x = in.rows;
-  args.out = RowTensor(out).rows;
-  if (pre.numel()) args.pre = RowTensor(pre).rows;
+  args.x = rows_of(in);
+  args.out = rows_of(RowTensor(out));
+  if (pre.numel()) args.pre = rows_of(RowTensor(pre));
   args.rows = in.count;
   args.width = x.size(-1);
   args.hidden = w1.size(0);
@@ -64,16 +64,16 @@ std::vector<Tensor> layer_norm_mlp_backward(const Tensor& grad_out, const Tensor
   std::vector<Tensor> result;
 
   MlpGradArgs args{};
-  args.grad = grad.rows;
-  args.pre = hidden.rows;
-  args.x = in.rows;
+  args.grad = rows_of(grad);
+  args.pre = rows_of(hidden);
+  args.x = rows_of(in);
   args.rows = in.count;
   args.width = width;
   args.hidden = features;
   args.norm = norm_of(norm_weight, norm_bias, 0);
   args.norm.mean = float_data(mean);
   args.norm.rstd = float_data(rstd);
-  args.products = products_of(w1) == at::kFloat ? DType::f32 : DType::bf16;
+  args.products = products_of(w1) == at::kFloat ? DType::float32 : DType::bfloat16;
   args.scale = factor.scale;
   const WeightOperands w1_operands(w1, in.count, features, width, needs.w1 || needs.b1, needs.w1);
   const WeightOperands w2_operands(w2, in.count, features, width, needs.w2, needs.w2 || needs.b2);
@@ -89,8 +89,8 @@ std::vector<Tensor> layer_norm_mlp_backward(const Tensor& grad_out, const Tensor
   args.grad_norm_weight = needs.norm_weight ? float_data(partial.weight) : nullptr;
   args.grad_norm_bias = needs.norm_bias ? float_data(partial.bias) : nullptr;
   if (needs.x) {
-    result.push_back(empty_like_dtype(x.sizes(), x.scalar_type()));
-    args.grad_x = RowTensor(result.back()).rows;
+    result.push_back(empty(x.sizes(), x.scalar_type()));
+    args.grad_x = rows_of(RowTensor(result.back()));
   }
   if (below || args.left1 || args.right2) launch(active().mlp_grad, args, plan);
   if (needs.norm_weight) result.push_back(total(partial.weight, norm_weight));

@@ -66,7 +66,7 @@ inline void linear_panel(const LinearArgs& a, int64_t m, int64_t count, int64_t 
   const Panel panel =
       prepare_panel<NV>(a.x, m, count, a.in, norm, a.gelu_in, a.weight.dtype, s.norm_weight, s.norm_bias, s.panel);
   const PanelRows out(a.out, m, count), residual(a.residual, m, count), pre(a.pre, m, count);
-  const bool plain = kDotBf16 && a.out.dtype == DType::bf16 && !a.pre.data && !a.gelu_out && !a.residual.data &&
+  const bool plain = kDotBf16 && a.out.dtype == DType::bfloat16 && !a.pre.data && !a.gelu_out && !a.residual.data &&
                      a.scale.kind == Scale::none;
   for (int64_t e = begin; e < end; e += VL) {
     const int n = static_cast<int>(smaller(end - e, VL));
@@ -80,7 +80,7 @@ inline void linear_panel(const LinearArgs& a, int64_t m, int64_t count, int64_t 
     for_each_row<NV>(s.c, panel.lanes, count, [&](int64_t r, Vec y) {
       y += bias;
       if (a.pre.data) pre.store(r, e, y, n);
-      if (a.gelu_out) y = a.out.dtype == DType::bf16 ? gelu_bf16(y) : gelu(y);
+      if (a.gelu_out) y = a.out.dtype == DType::bfloat16 ? gelu_bf16(y) : gelu(y);
       if (a.scale.kind != Scale::none) y *= scale_of(a.scale, s.channels, m + r, e);
       if (a.residual.data) y += residual.load(r, e, n);
       out.store(r, e, y, n);

@@ -9,9 +9,9 @@ namespace crossvit {
 WeightOperands::WeightOperands(const Tensor& weight, int64_t rows, int64_t out, int64_t in, bool left_wanted,
                                bool right_wanted) {
   const auto products = products_of(weight);
-  const DType dtype = products == at::kFloat ? DType::f32 : DType::bf16;
+  const DType dtype = products == at::kFloat ? DType::float32 : DType::bfloat16;
   const auto operand = [&](int64_t features) {
-    return at::empty({active().operand_bytes(rows, features, dtype) / (dtype == DType::f32 ? 4 : 2)},
+    return at::empty({active().operand_bytes(rows, features, dtype) / (dtype == DType::float32 ? 4 : 2)},
                      at::dtype(products));
   };
   if (left_wanted) left = operand(out);
@@ -27,14 +27,14 @@ WeightGradArgs weight_gradient_call(const WeightOperands& operands, int64_t rows
   args.rows = rows;
   args.out = weight.size(transposed ? 1 : 0);
   args.in = weight.size(transposed ? 0 : 1);
-  args.products = products_of(weight) == at::kFloat ? DType::f32 : DType::bf16;
+  args.products = products_of(weight) == at::kFloat ? DType::float32 : DType::bfloat16;
   args.transposed = transposed;
   if (weight_wanted) {
-    result.push_back(empty_like_dtype(weight.sizes(), wide ? at::kFloat : weight.scalar_type()));
-    args.grad_weight = RowTensor(result.back()).rows;
+    result.push_back(empty(weight.sizes(), wide ? at::kFloat : weight.scalar_type()));
+    args.grad_weight = rows_of(RowTensor(result.back()));
   }
   if (bias_wanted) {
-    result.push_back(empty_like_dtype({weight.size(0)}, wide ? at::kFloat : bias_dtype));
+    result.push_back(empty({weight.size(0)}, wide ? at::kFloat : bias_dtype));
     args.grad_bias = result.back().data_ptr();
     args.grad_bias_dtype = dtype_of(result.back());
   }
@@ -46,7 +46,7 @@ std::vector<Tensor> linear_gradients(LinearGradArgs& args, const Tensor& x, cons
                                      at::ScalarType bias_dtype, bool wide, const LayerNormLinearNeeds& needs) {
   args.in = weight.size(1);
   args.out_features = weight.size(0);
-  args.products = products_of(weight) == at::kFloat ? DType::f32 : DType::bf16;
+  args.products = products_of(weight) == at::kFloat ? DType::float32 : DType::bfloat16;
   const WeightOperands operands(weight, args.rows, args.out_features, args.in, needs.weight || needs.bias,
                                 needs.weight);
   args.left = operands.left_data();
@@ -57,8 +57,8 @@ std::vector<Tensor> linear_gradients(LinearGradArgs& args, const Tensor& x, cons
   args.grad_norm_bias = needs.norm_bias ? float_data(partial.bias) : nullptr;
   std::vector<Tensor> result;
   if (needs.x) {
-    result.push_back(empty_like_dtype(x.sizes(), x.scalar_type()));
-    args.grad_x = RowTensor(result.back()).rows;
+    result.push_back(empty(x.sizes(), x.scalar_type()));
+    args.grad_x = rows_of(RowTensor(result.back()));
   }
   std::optional<WeightTensor> weight_t;
   if (needs.x || needs.norm_weight || needs.norm_bias) {
@@ -80,8 +80,8 @@ Tensor input_gradient(const RowTensor& grad, at::IntArrayRef shape, const Tensor
   const WeightTensor weight_t = transposed(weight);
   const Tensor result = empty_f32(shape);
   LinearGradArgs args{};
-  args.grad = grad.rows;
-  args.grad_x = RowTensor(result).rows;
+  args.grad = rows_of(grad);
+  args.grad_x = rows_of(RowTensor(result));
   args.rows = grad.count;
   args.in = weight.size(1);
   args.out_features = weight.size(0);
@@ -100,8 +100,8 @@ Tensor scale_gradient(const Tensor& grad_out, const Tensor& x, const Tensor& wei
   if (kind == Scale::channel) {
     const RowTensor grad(grad_out), in(x);
     LinearGradArgs args{};
-    args.grad = grad.rows;
-    args.x = in.rows;
+    args.grad = rows_of(grad);
+    args.x = rows_of(in);
     args.rows = in.count;
     const Tensor like = at::empty({weight.size(0), weight.size(1)}, at::dtype(at::kFloat));
     const auto gradients = linear_gradients(args, x, like, {}, {}, at::kFloat, true, {.weight = true, .bias = true});

@@ -11,13 +11,12 @@ Tensor linear_residual(const Tensor& x, const Tensor& weight, const OptionalTens
   const RowTensor in(x), base(residual);
   const WeightTensor matrix(weight);
   const ScaleTensor factor(scale, per_sample, residual);
-  const Tensor out =
-      empty_like_dtype(residual.sizes(), c10::promoteTypes(residual.scalar_type(), weight.scalar_type()));
+  const Tensor out = empty(residual.sizes(), c10::promoteTypes(residual.scalar_type(), weight.scalar_type()));
 
   LinearArgs args{};
-  args.x = in.rows;
-  args.out = RowTensor(out).rows;
-  args.residual = base.rows;
+  args.x = rows_of(in);
+  args.out = rows_of(RowTensor(out));
+  args.residual = rows_of(base);
   args.rows = in.count;
   args.in = x.size(-1);
   args.out_features = weight.size(0);
@@ -45,8 +44,8 @@ std::vector<Tensor> linear_residual_backward(const Tensor& grad_out, const Tenso
   std::vector<Tensor> result;
   if (needs.x || needs.weight || needs.bias) {
     LinearGradArgs args{};
-    args.grad = grad.rows;
-    args.x = in.rows;
+    args.grad = rows_of(grad);
+    args.x = rows_of(in);
     args.rows = in.count;
     args.scale = factor.scale;
     result = linear_gradients(args, x, weight, {}, {}, bias ? bias->scalar_type() : weight.scalar_type(), wide,

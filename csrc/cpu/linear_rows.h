@@ -10,11 +10,11 @@ inline Tensor linear_rows(const Tensor& x, const Norm& norm, bool gelu_in, const
                           const OptionalTensor& bias, const Tensor& residual, at::ScalarType dtype) {
   const RowTensor in(x);
   const WeightTensor matrix(weight);
-  const Tensor out = empty_like_dtype({x.size(0), weight.size(0)}, dtype);
+  const Tensor out = empty({x.size(0), weight.size(0)}, dtype);
   LinearArgs args{};
-  args.x = in.rows;
-  args.out = RowTensor(out).rows;
-  if (residual.defined()) args.residual = RowTensor(residual).rows;
+  args.x = rows_of(in);
+  args.out = rows_of(RowTensor(out));
+  if (residual.defined()) args.residual = rows_of(RowTensor(residual));
   args.rows = in.count;
   args.in = x.size(-1);
   args.out_features = weight.size(0);

@@ -36,7 +36,7 @@ inline void mlp_panel(const MlpArgs& a, int64_t m, int64_t count, const MlpScrat
     // In float32 the product lands where the second one reads it; pairs are packed on the way from c.
     float* c = hidden.pairs ? s.c : s.hidden + h * lanes;
     multiply_columns<NV>(a.w1, h, n, a.width, panel, c, s.widened);
-    if (a.pre.data && kDotBf16 && a.pre.dtype == DType::bf16 && n == VL) {
+    if (a.pre.data && kDotBf16 && a.pre.dtype == DType::bfloat16 && n == VL) {
       store_pairs<NV>(c, lanes, count, s.b1 + h, pre, h);
     } else if (a.pre.data) {
       const Vec bias = load(s.b1 + h);

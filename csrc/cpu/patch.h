@@ -64,7 +64,7 @@ inline void gather_channel_as(const PatchImages& a, int64_t m, int64_t count, in
 template <class Element>
 inline void gather_channel(const PatchImages& a, int64_t m, int64_t count, int64_t channel, Element* to, int64_t stride,
                            float* source) {
-  if (a.dtype == DType::f32)
+  if (a.dtype == DType::float32)
     gather_channel_as<float>(a, m, count, channel, to, stride, source);
   else
     gather_channel_as<uint16_t>(a, m, count, channel, to, stride, source);

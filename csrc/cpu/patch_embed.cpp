@@ -57,7 +57,7 @@ Tensor patch_embed(const Tensor& images, const Tensor& weight, const OptionalTen
   const Tensor cls = cls_token.contiguous(), positions = pos_embed.contiguous();
   const auto dtype =
       c10::promoteTypes(c10::promoteTypes(weight.scalar_type(), cls.scalar_type()), positions.scalar_type());
-  const Tensor out = empty_like_dtype({images.size(0), 1 + patches, features}, dtype);
+  const Tensor out = empty({images.size(0), 1 + patches, features}, dtype);
 
   // Row 0 of what (rows, features) tensors hold, and the rows behind it, once per image.
   const auto first_row = [&](const Tensor& t, int64_t batch_stride) {
@@ -93,7 +93,7 @@ std::vector<Tensor> patch_embed_backward(const Tensor& grad_out, const Tensor& i
   std::vector<Tensor> result;
   if (needs.images) {
     const Tensor rows = input_gradient(grad, {resized.patches, matrix.size(1)}, matrix);
-    const ResizedImages written(empty_like_dtype(images.sizes(), images.scalar_type()), height, width, weight.size(3));
+    const ResizedImages written(empty(images.sizes(), images.scalar_type()), height, width, weight.size(3));
     PatchGradImagesArgs args{written.images, images.size(0), float_data(rows)};
     launch(active().patch_grad_images, args);
     result.push_back(written.tensor);
@@ -106,8 +106,8 @@ std::vector<Tensor> patch_embed_backward(const Tensor& grad_out, const Tensor& i
       launch(active().patch_rows, args);
     }
     LinearGradArgs args{};
-    args.grad = grad.rows;
-    if (needs.weight) args.x = RowTensor(rows).rows;
+    args.grad = rows_of(grad);
+    if (needs.weight) args.x = rows_of(RowTensor(rows));
     args.rows = resized.patches;
     for (Tensor& gradient :
          linear_gradients(args, rows, matrix, {}, {}, bias ? bias->scalar_type() : weight.scalar_type(), wide,

@@ -139,7 +139,7 @@ inline void resize_band(const ResizeArgs& a, int64_t task, float* source) {
 
 inline void resize_run(const ResizeArgs& a, const Plan&, int64_t task, char* scratch) {
   float* source = reinterpret_cast<float*>(scratch);
-  if (a.images.dtype == DType::f32)
+  if (a.images.dtype == DType::float32)
     resize_band<float>(a, task, source);
   else
     resize_band<uint16_t>(a, task, source);
@@ -188,7 +188,7 @@ inline void resize_plane_back(const Images& a, const Rows& out, const PlaneGradS
   }
   fold_border(s.plane, a.rows.in, s.pitch);
   // The columns of VL rows at a time, the rows as lanes.
-  const Rows plane{s.plane + kBorder * s.pitch, DType::f32, a.rows.in, 0, s.pitch};
+  const Rows plane{s.plane + kBorder * s.pitch, DType::float32, a.rows.in, 0, s.pitch};
   for (int64_t m = 0; m < a.rows.in; m += VL) {
     const int64_t count = smaller(a.rows.in - m, VL);
     load_transposed(plane, m, count, 0, s.width, s.before, VL);

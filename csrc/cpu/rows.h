@@ -47,7 +47,7 @@ inline void load_transposed_as(const Rows& rows, int64_t m, int64_t count, int64
 }
 inline void load_transposed(const Rows& rows, int64_t m, int64_t count, int64_t k, int64_t depth, float* to,
                             int64_t lanes) {
-  if (rows.dtype == DType::f32)
+  if (rows.dtype == DType::float32)
     load_transposed_as<float>(rows, m, count, k, depth, to, lanes);
   else
     load_transposed_as<uint16_t>(rows, m, count, k, depth, to, lanes);
@@ -73,7 +73,7 @@ CROSSVIT_INLINE void for_each_row(const float* c, int64_t ldc, int64_t count, Us
 
 // n values from a column of a row on, as floats and back.
 CROSSVIT_INLINE Vec load_as(DType dtype, const char* row, int64_t column, int n) {
-  if (dtype == DType::f32) {
+  if (dtype == DType::float32) {
     const float* f = reinterpret_cast<const float*>(row) + column;
     return n == VL ? load(f) : load_n(f, n);
   }
@@ -81,7 +81,7 @@ CROSSVIT_INLINE Vec load_as(DType dtype, const char* row, int64_t column, int n)
   return n == VL ? load(h) : load_n(h, n);
 }
 CROSSVIT_INLINE void store_as(DType dtype, char* row, int64_t column, Vec v, int n) {
-  if (dtype == DType::f32) {
+  if (dtype == DType::float32) {
     float* f = reinterpret_cast<float*>(row) + column;
     n == VL ? store(f, v) : store_n(f, v, n);
   } else {
@@ -125,7 +125,8 @@ CROSSVIT_INLINE void store_pairs(const float* c, int64_t ldc, int64_t count, con
 }
 
 CROSSVIT_INLINE float element(const Vector& v, int64_t i) {
-  return v.dtype == DType::f32 ? static_cast<const float*>(v.data)[i] : widen(static_cast<const uint16_t*>(v.data)[i]);
+  return v.dtype == DType::float32 ? static_cast<const float*>(v.data)[i]
+                                   : widen(static_cast<const uint16_t*>(v.data)[i]);
 }
 // A parameter vector as floats, zero-padded to whole vectors; absent: filled with the given value.
 inline void load_vector(const Vector& v, int64_t first, int64_t count, float absent, float* to) {

@@ -69,7 +69,7 @@ inline void token_gradient_panel(const TokenGradientArgs& a, const TokenGradient
 
   float* const ds = s.probs + a.heads * lanes;
   const float* grad_context = a.grad_context + image * a.heads * a.width;
-  const Matrix dz{grad_context, DType::f32, a.width};
+  const Matrix dz{grad_context, DType::float32, a.width};
   for (int64_t h = 0; h < a.heads; h += kBlock)
     multiply_block<NV>(dz, h, a.heads - h, a.width, Panel{s.panel, lanes, false}, ds + h * lanes, lanes, nullptr,
                        kScoreChunk);
@@ -85,7 +85,7 @@ inline void token_gradient_panel(const TokenGradientArgs& a, const TokenGradient
   add_weighted_rows(ds, lanes, a.heads, s.rows, s.row_stride, count, a.width, s.grad_u, s.width_padded);
   if (!a.grad_patches.data) return;
 
-  const Matrix coefficients{s.coefficients, DType::f32, 2 * a.heads};
+  const Matrix coefficients{s.coefficients, DType::float32, 2 * a.heads};
   for (int64_t k = 0; k < a.width; k += kBlock)
     multiply_block<NV>(coefficients, k, a.width - k, 2 * a.heads, Panel{s.probs, lanes, false},
                        s.grad_normalized + k * lanes, lanes, nullptr);

@@ -111,7 +111,7 @@ inline void normalize_tokens(const Rows& patches, int64_t m, int64_t count, int6
 // context[h][k] += sum over r of weights[h][r] rows[r][k]
 inline void add_weighted_rows(const float* weights, int64_t ldw, int64_t heads, const float* rows, int64_t ldr,
                               int64_t count, int64_t width, float* context, int64_t ldc) {
-  const Matrix matrix{weights, DType::f32, ldw};
+  const Matrix matrix{weights, DType::float32, ldw};
   const PanelSplit columns(width);
   for (int64_t c = 0; c < columns.panels; c++)
     with_vectors(columns.vectors_of(c), [&]<int NJ>() {
@@ -127,7 +127,7 @@ template <int NV>
 inline void attend_panel(const TokenPassArgs& a, const TokenPassScratch& s, int64_t count, float* score_to,
                          int64_t stride) {
   constexpr int64_t lanes = NV * VL;
-  const Matrix u{s.u, DType::f32, a.width};
+  const Matrix u{s.u, DType::float32, a.width};
   const Panel panel{s.panel, lanes, false};
   for (int64_t h = 0; h < a.heads; h += kBlock)
     multiply_block<NV>(u, h, a.heads - h, a.width, panel, s.scores + h * lanes, lanes, nullptr, kScoreChunk);

@@ -138,7 +138,7 @@ inline void weight_grad_run(const WeightGradArgs& a, const WeightGradPlan& plan,
   }
   if (a.grad_weight.data) store_weight_grad(a, s, e0, out, k0, in);
   for (int64_t i = 0; want_bias && i < bias_count; i++) {
-    if (a.grad_bias_dtype == DType::f32)
+    if (a.grad_bias_dtype == DType::float32)
       static_cast<float*>(a.grad_bias)[bias_first + i] = s.bias[i];
     else
       static_cast<uint16_t*>(a.grad_bias)[bias_first + i] = narrow(s.bias[i]);

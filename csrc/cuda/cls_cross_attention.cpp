@@ -62,7 +62,7 @@ CrossAttentionResult cls_cross_attention(const Tensor& cls, const Tensor& patche
   value.norm_bias = query.norm_bias;
   value.v_bias = vector_of(v_bias);
   value.v_weight = weights.v.const_data_ptr();
-  value.type = query.type;
+  value.dtype = query.dtype;
   value.tf32 = query.tf32;
   value.aligned = query.aligned;
   value.out = out.mutable_data_ptr();
@@ -74,7 +74,7 @@ namespace {
 
 float* floats(const Tensor& t) { return t.defined() ? t.mutable_data_ptr<float>() : nullptr; }
 void* untyped(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
-Target target(const Tensor& t) { return t.defined() ? Target{untyped(t), type_of(t)} : Target{}; }
+Target target(const Tensor& t) { return t.defined() ? Target{untyped(t), dtype_of(t)} : Target{}; }
 
 // What the forward saved, contiguous and in float32.
 struct Saved {
@@ -99,11 +99,11 @@ class Backward {
         batch_(patches.size(0)),
         heads_(num_heads),
         width_(patches.size(2)),
-        type_(type_of(weights.q)),
+        type_(dtype_of(weights.q)),
         tf32_(allow_tf32()),
         aligned_(weights.aligned()),
         normalized_cls_{dense_.tokens.cls,
-                        dense_.tokens.cls_type,
+                        dense_.tokens.cls_dtype,
                         dense_.tokens.cls_stride,
                         saved.mean,
                         saved.rstd,
@@ -151,7 +151,7 @@ class Backward {
   Args rows_args() const {
     Args args{};
     args.norm_weight = norm_weight_;
-    args.type = type_;
+    args.dtype = type_;
     args.batch = batch_;
     args.width = static_cast<int>(width_);
     args.heads = static_cast<int>(heads_);
@@ -186,7 +186,7 @@ class Backward {
     args.plan = plan_token_gradient(dense_.tokens, type_);
     check_width(args.plan.shared, width_);
     splits_ = args.plan.splits;
-    args.type = type_;
+    args.dtype = type_;
     args.tf32 = tf32_;
     args.u_grad_context = untyped(u_grad_context_);
     args.row_means = floats(row_means_);
@@ -208,7 +208,7 @@ class Backward {
       args.grad_patches = untyped(out);
       args.earlier = floats(earlier);
       if (out.defined()) {
-        args.grad_type = type_of(out);
+        args.grad_dtype = dtype_of(out);
         args.grad_aligned = aligned_to_16(out);
       }
       check(cuda::token_gradient(args, stream_), "token_gradient");
@@ -240,7 +240,7 @@ class Backward {
     args.grad_query = floats(grad_query_);
     args.q_weight = weights_.q.const_data_ptr();
     args.normalized_cls = normalized_cls_;
-    args.type = type_;
+    args.dtype = type_;
     args.tf32 = tf32_;
     args.aligned = aligned_;
     args.batch = batch_;
@@ -296,7 +296,7 @@ class Backward {
   const Vector norm_weight_, norm_bias_;
   const Stream stream_;
   const int64_t batch_, heads_, width_;
-  const Type type_;
+  const DType type_;
   const bool tf32_, aligned_;
   const NormalizedCls normalized_cls_;
   int64_t blocks_ = 0, of_heads_ = 0, weight_rows_ = 0, bias_rows_ = 0;

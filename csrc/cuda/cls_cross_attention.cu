@@ -20,9 +20,9 @@ __global__ void __launch_bounds__(kRowThreads, 1) cls_query_kernel(const ClsQuer
   stream_tiles(
       of_head.q_steps + of_head.k_steps, 2, [&](int step, int stage) { of_head.fill(step, buffers + stage * buffer); },
       [&] {
-        const std::int64_t bytes = of_head.image * a.cls_stride * (a.cls_type == Type::float32 ? 4 : 2);
-        layer_norm_rows(static_cast<const char*>(a.cls) + bytes, a.cls_type, a.cls_stride, of_head.rows, a.width, a.eps,
-                        Affine{a.norm_weight, a.norm_bias}, y, of_head.y_stride, [](float x) { return x; });
+        const std::int64_t bytes = of_head.image * a.cls_stride * (a.cls_dtype == DType::float32 ? 4 : 2);
+        layer_norm_rows(static_cast<const char*>(a.cls) + bytes, a.cls_dtype, a.cls_stride, of_head.rows, a.width,
+                        a.eps, Affine{a.norm_weight, a.norm_bias}, y, of_head.y_stride, [](float x) { return x; });
       },
       [&](int step, int stage) { of_head.use(step, buffers + stage * buffer, y, q); });
 }
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) cls_value_kernel(const ClsValu
                         min(round_up(d, 16) - first, tiles.rows), columns, [&](int row, int column, float v) {
                           const int j = first + column;
                           if (j >= d || row >= rows) return;
-                          v += a.v_bias.data ? load(a.v_bias.data, a.v_bias.type, head * d + j) : 0;
+                          v += a.v_bias.data ? load(a.v_bias.data, a.v_bias.dtype, head * d + j) : 0;
                           static_cast<T*>(a.out)[(image + row) * a.width + head * d + j] = from_float<T>(v);
                         });
   });
@@ -90,11 +90,11 @@ Error launch_value(const ClsValue& a, Stream stream) {
 }  // namespace
 
 Error cls_query(const ClsQuery& args, Stream stream) {
-  return with_math(args.type, args.tf32, [&]<class T, bool kTf32>() { return launch_query<T, kTf32>(args, stream); });
+  return with_math(args.dtype, args.tf32, [&]<class T, bool kTf32>() { return launch_query<T, kTf32>(args, stream); });
 }
 
 Error cls_value(const ClsValue& args, Stream stream) {
-  return with_math(args.type, args.tf32, [&]<class T, bool kTf32>() { return launch_value<T, kTf32>(args, stream); });
+  return with_math(args.dtype, args.tf32, [&]<class T, bool kTf32>() { return launch_value<T, kTf32>(args, stream); });
 }
 
 }  // namespace crossvit::cuda

@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) value_gradient_kernel(const Va
     float sum_u = 0, sum_dz = 0, delta = 0;
 #pragma unroll 4
     for (int c = lane; c < a.width; c += 32) {
-      const float gamma = load(a.norm_weight.data, a.norm_weight.type, c);
+      const float gamma = load(a.norm_weight.data, a.norm_weight.dtype, c);
       const T u = from_float<T>(a.key_query[row * a.width + c] * gamma);
       const T dz = from_float<T>(grad_value[r * grad_value_stride + c] * gamma);
       u_grad_context[c] = u;
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) query_gradient_kernel(const Qu
           sum -= rest_of_rows[r] * z;
           a.grad_u[row] = sum;
           along = fmaf(sum, key_query, along);
-          value = sum * load(a.norm_weight.data, a.norm_weight.type, c);
+          value = sum * load(a.norm_weight.data, a.norm_weight.dtype, c);
         }
         gamma_grad_u[r * stride + c] = from_float<T>(value);
       }
@@ -204,7 +204,7 @@ unsigned blocks_of(std::int64_t batch) { return static_cast<unsigned>((batch + k
 }  // namespace
 
 Error value_gradient(const ValueGradient& args, Stream stream) {
-  return with_math(args.type, args.tf32, [&]<class T, bool kTf32>() {
+  return with_math(args.dtype, args.tf32, [&]<class T, bool kTf32>() {
     const int d = round_up(args.width / args.heads, 16), columns = round_up(args.width, 16);
     const std::int64_t fixed = kImages * ((columns + 4) * 4 + odd_stride<T>(d) * static_cast<int>(sizeof(T)));
     const int tile = tile_size(columns, d * sizeof(T), (kSharedMemory - fixed) / 2 - 16 * d);
@@ -214,7 +214,7 @@ Error value_gradient(const ValueGradient& args, Stream stream) {
 }
 
 Error query_gradient(const QueryGradient& args, Stream stream) {
-  return with_math(args.type, args.tf32, [&]<class T, bool kTf32>() {
+  return with_math(args.dtype, args.tf32, [&]<class T, bool kTf32>() {
     const std::int64_t row = odd_stride<T>(round_up(args.width, 16)) * sizeof(T), fixed = kImages * (row + 4);
     const int tile = tile_size(args.width / args.heads, row, (kSharedMemory - fixed) / 2);
     return launch(query_gradient_kernel<T, kTf32>, dim3(blocks_of(args.batch) * args.heads), kRowThreads,
@@ -223,7 +223,7 @@ Error query_gradient(const QueryGradient& args, Stream stream) {
 }
 
 Error query_input_gradient(const QueryInputGradient& args, Stream stream) {
-  return with_math(args.type, args.tf32, [&]<class T, bool kTf32>() {
+  return with_math(args.dtype, args.tf32, [&]<class T, bool kTf32>() {
     const std::int64_t shared =
         (kImages * odd_stride<T>(round_up(args.width, kInputDepth)) + 2 * kInputDepth * odd_stride<T>(kInputColumns)) *
         sizeof(T);

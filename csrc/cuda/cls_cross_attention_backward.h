@@ -12,10 +12,10 @@ struct NormParts {
 
 // grad_value g_h = W_v,h^T dout_h, and of it what TokenGradient takes. The parts are g z and g.
 struct ValueGradient {
-  const void *grad_out, *v_weight;  // (batch, width) of `type`
+  const void *grad_out, *v_weight;  // (batch, width) of `dtype`
   const float *key_query, *context;
   Vector norm_weight;
-  Type type;
+  DType dtype;
   bool tf32, aligned;
   std::int64_t batch;
   int width, heads;
@@ -25,7 +25,7 @@ struct ValueGradient {
 };
 Error value_gradient(const ValueGradient& args, Stream stream);
 
-TokenPlan plan_token_gradient(const Tokens& tokens, Type type);
+TokenPlan plan_token_gradient(const Tokens& tokens, DType dtype);
 
 // With dz_h = gamma W_v,h^T dout_h and delta_h = dz_h . z_h
 //     ds_hn = p_hn (dz_h . x^_n - delta_h)
@@ -34,16 +34,16 @@ TokenPlan plan_token_gradient(const Tokens& tokens, Type type);
 struct TokenGradient {
   Tokens tokens;
   TokenPlan plan;
-  Type type;
+  DType dtype;
   bool tf32;
   int set;                     // of plan.sets, one launch after the other
-  const void* u_grad_context;  // (batch, heads, 2, width) of `type`: u_h and dz_h
+  const void* u_grad_context;  // (batch, heads, 2, width) of `dtype`: u_h and dz_h
   const float* row_means;      // (batch, heads, 2): the means of these rows
   const float* delta;          // (batch, heads)
   const float *mean, *rstd;    // (batch, 1 + patches)
   const float* probs;          // (batch, heads, 1 + patches)
   void* grad_patches;          // (batch, patches, width), contiguous, or null
-  Type grad_type;              // where `earlier` is read or later sets follow, float32
+  DType grad_dtype;            // where `earlier` is read or later sets follow, float32
   bool grad_aligned;           // its rows begin at multiples of 16 bytes, and its width is one
   const float* earlier;        // of the sets before, or null
   float* grad_normalized;      // (batch, width), or null; sets after the first add to it
@@ -59,7 +59,7 @@ struct QueryGradient {
   int splits;
   Vector norm_weight;
   const void* k_weight;
-  Type type;
+  DType dtype;
   bool tf32, aligned;
   std::int64_t batch;
   int width, heads;
@@ -72,7 +72,7 @@ Error query_gradient(const QueryGradient& args, Stream stream);
 // The normalized CLS tokens x^_0, as what they are made of.
 struct NormalizedCls {
   const void* cls;
-  Type type;
+  DType dtype;
   std::int64_t stride;
   const float *mean, *rstd;  // (batch, tokens)
   int tokens;
@@ -83,7 +83,7 @@ struct QueryInputGradient {
   const float* grad_query;
   const void* q_weight;
   NormalizedCls normalized_cls;
-  Type type;
+  DType dtype;
   bool tf32, aligned;
   std::int64_t batch;
   int width;
@@ -92,14 +92,14 @@ struct QueryInputGradient {
 };
 Error query_input_gradient(const QueryInputGradient& args, Stream stream);
 
-// dW_q = sum_b dq y_0^T, dW_k,h = sum_b q_h scale (gamma du_h)^T, dW_v,h = sum_b dout_h (gamma z_h + beta)^T, of `type`; null
+// dW_q = sum_b dq y_0^T, dW_k,h = sum_b q_h scale (gamma du_h)^T, dW_v,h = sum_b dout_h (gamma z_h + beta)^T, of `dtype`; null
 // where not needed.
 struct ProjectionGradients {
   const void* grad_out;
   const float *context, *query, *grad_u, *grad_query;
   NormalizedCls normalized_cls;
   Vector norm_weight, norm_bias;
-  Type type;
+  DType dtype;
   bool tf32;
   std::int64_t batch;
   int width, heads;
@@ -110,7 +110,7 @@ Error projection_gradients(const ProjectionGradients& args, Stream stream);
 // A gradient to be written, of any type; null where it is not needed.
 struct Target {
   void* data = nullptr;
-  Type type = Type::float32;
+  DType dtype = DType::float32;
 };
 
 // What is left: sums over rows, and the gradient of cls.
@@ -119,7 +119,7 @@ struct FinishGradients {
   std::int64_t weight_rows, bias_rows;
   const float *grad_query, *probs, *rest, *key_query, *grad_normalized, *grad_query_input;
   const void* grad_out;
-  Type type;  // of grad_out
+  DType dtype;  // of grad_out
   int splits;
   NormalizedCls normalized_cls;
   Vector norm_weight;

@@ -24,7 +24,7 @@ Tensor cls_fusion(const Tensor& cls, const Tensor& patches, const Tensor& proj_n
   const ProjectionWeights projections(q_weight, k_weight, v_weight);
   const Tensor into = proj_weight.contiguous(), output = out_weight.contiguous(), back = revert_weight.contiguous();
   const bool aligned = projections.aligned() && aligned_to_16(into) && aligned_to_16(output) && aligned_to_16(back);
-  const Type type = type_of(q_weight);
+  const DType dtype = dtype_of(q_weight);
 
   // The CLS stays in float32 between the steps, whatever the model's dtype.
   const Tensor projected = empty_f32({batch, width}, patches);
@@ -32,7 +32,7 @@ Tensor cls_fusion(const Tensor& cls, const Tensor& patches, const Tensor& proj_n
   const Tensor key_query = empty_f32({batch, num_heads, width}, patches);
   FusionQuery query{};
   query.cls = own.const_data_ptr();
-  query.cls_type = type_of(own);
+  query.cls_dtype = dtype_of(own);
   query.cls_stride = own.stride(0);
   query.own_width = static_cast<int>(own_width);
   query.norm_weight = vector_of(proj_norm_weight);
@@ -60,7 +60,7 @@ Tensor cls_fusion(const Tensor& cls, const Tensor& patches, const Tensor& proj_n
   value.v_bias = vector_of(v_bias);
   value.v_weight = projections.v.const_data_ptr();
   value.out_weight = output.const_data_ptr();
-  value.type = type;
+  value.dtype = dtype;
   value.tf32 = query.query.tf32;
   value.aligned = aligned;
   value.heads_aligned = aligned && head * q_weight.itemsize() % 16 == 0;
@@ -80,7 +80,7 @@ Tensor cls_fusion(const Tensor& cls, const Tensor& patches, const Tensor& proj_n
   revert.norm_bias = vector_of(revert_norm_bias);
   revert.bias = vector_of(revert_bias);
   revert.weight = back.const_data_ptr();
-  revert.type = type;
+  revert.dtype = dtype;
   revert.tf32 = value.tf32;
   revert.aligned = aligned;
   revert.eps = query.query.eps;

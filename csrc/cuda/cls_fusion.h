@@ -9,7 +9,7 @@ namespace crossvit::cuda {
 // and float32.
 struct FusionQuery {
   const void* cls;  // (batch, own_width), rows cls_stride apart
-  Type cls_type;
+  DType cls_dtype;
   std::int64_t cls_stride;
   int own_width;
   Vector norm_weight, norm_bias, bias;
@@ -27,7 +27,7 @@ struct FusionValue {
   int width, heads;
   Vector norm_weight, norm_bias, v_bias;
   const void *v_weight, *out_weight;
-  Type type;
+  DType dtype;
   bool tf32, aligned, heads_aligned;  // heads_aligned: so are a head's columns of W_o
   float* out;
 };
@@ -40,10 +40,10 @@ struct FusionRevert {
   int width, heads, own_width;
   Vector out_bias, norm_weight, norm_bias, bias;
   const void* weight;
-  Type type;
+  DType dtype;
   bool tf32, aligned;
   float eps;
-  void* out;  // (batch, own_width), of `type`
+  void* out;  // (batch, own_width), of `dtype`
 };
 Error fusion_revert(const FusionRevert& args, Stream stream);
 

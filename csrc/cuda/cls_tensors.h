@@ -23,10 +23,10 @@ struct DenseTokens {
       : cls(dense_rows(cls_)), patches(dense_rows(patches_)) {
     TORCH_CHECK(patches.size(1) < (std::int64_t{1} << 31) - 32, "too many patches");
     tokens.cls = cls.const_data_ptr();
-    tokens.cls_type = type_of(cls);
+    tokens.cls_dtype = dtype_of(cls);
     tokens.cls_stride = cls.stride(0);
     tokens.data = patches.const_data_ptr();
-    tokens.type = type_of(patches);
+    tokens.dtype = dtype_of(patches);
     tokens.batch_stride = patches.stride(0);
     tokens.token_stride = patches.stride(1);
     tokens.aligned = aligned_to_16(patches);
@@ -40,7 +40,7 @@ struct DenseTokens {
   template <class Args>
   void fill(Args& args) const {
     args.cls = tokens.cls;
-    args.cls_type = tokens.cls_type;
+    args.cls_dtype = tokens.cls_dtype;
     args.cls_stride = tokens.cls_stride;
     args.batch = tokens.batch;
     args.width = tokens.width;
@@ -58,7 +58,7 @@ inline ClsQuery query_of(const DenseTokens& dense, const Tensor& norm_weight, co
   query.q_bias = vector_of(q_bias);
   query.q_weight = weights.q.const_data_ptr();
   query.k_weight = weights.k.const_data_ptr();
-  query.type = type_of(weights.q);
+  query.dtype = dtype_of(weights.q);
   query.tf32 = allow_tf32();
   query.aligned = aligned;
   query.eps = static_cast<float>(eps);
@@ -79,9 +79,9 @@ struct SplitResults {
   SplitResults(const DenseTokens& dense, const ClsQuery& query) {
     const Tokens& tokens = dense.tokens;
     pass.tokens = tokens;
-    pass.plan = plan_token_pass(tokens, query.type);
+    pass.plan = plan_token_pass(tokens, query.dtype);
     check_width(pass.plan.shared, tokens.width);
-    pass.type = query.type;
+    pass.dtype = query.dtype;
     pass.tf32 = query.tf32;
     pass.key_query = query.key_query;
     pass.norm_weight = query.norm_weight;

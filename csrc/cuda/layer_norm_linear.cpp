@@ -7,8 +7,6 @@ namespace crossvit::cuda {
 
 namespace {
 
-float* float_data(const Tensor& t) { return t.numel() ? t.mutable_data_ptr<float>() : nullptr; }
-
 Norm norm_of(const Tensor& weight, const OptionalTensor& bias, double eps) {
   return {vector_of(weight), vector_of(bias), static_cast<float>(eps)};
 }
@@ -26,10 +24,10 @@ void layer_norm_linear_forward(const Tensor& x, const Tensor& norm_weight, const
                                const Tensor& pre) {
   const RowTensor in(x), matrix(weight), to(out);
   LayerNormLinearArgs args{};
-  args.type = matrix.type;
-  args.tf32 = matrix.type == Type::float32 && allow_tf32();
-  args.x = in.rows();
-  args.weight = matrix.rows();
+  args.dtype = dtype_of(weight);
+  args.tf32 = dtype_of(weight) == DType::float32 && allow_tf32();
+  args.x = rows_of(in);
+  args.weight = rows_of(matrix);
   args.rows = in.count;
   args.width = width_of(in.width);
   args.features = width_of(matrix.count);
@@ -37,14 +35,14 @@ void layer_norm_linear_forward(const Tensor& x, const Tensor& norm_weight, const
   args.bias = vector_of(bias);
   args.gelu_in = gelu_in;
   args.gelu_out = gelu_out;
-  args.out = to.rows();
-  if (pre.numel()) args.pre = RowTensor(pre).rows();
+  args.out = rows_of(to);
+  if (pre.numel()) args.pre = rows_of(RowTensor(pre));
   args.mean = float_data(mean);
   args.rstd = float_data(rstd);
   Tensor normalized;
   if (layer_norm_linear_in_two(args)) {
     normalized = empty({in.count, in.width}, weight.scalar_type(), x);
-    args.normalized = RowTensor(normalized).rows();
+    args.normalized = rows_of(RowTensor(normalized));
   }
   check(launch_layer_norm_linear(args, stream_of(x)), "layer_norm_linear");
 }
@@ -79,13 +77,13 @@ std::vector<Tensor> layer_norm_linear_gradients(const RowTensor& grad, const Ten
   if (needs.x || needs.norm_weight || needs.norm_bias) {
     const Tensor grad_normalized = input_gradient(grad, weight, {}, {});
     LayerNormBackwardArgs args{};
-    args.type = type_of(weight);
-    args.grad = RowTensor(grad_normalized).rows();
-    args.x = in.rows();
+    args.dtype = dtype_of(weight);
+    args.grad = rows_of(RowTensor(grad_normalized));
+    args.x = rows_of(in);
     RowTensor added;
     if (add) {
       added = RowTensor(add->to(x.scalar_type()));
-      args.add = added.rows();
+      args.add = rows_of(added);
     }
     args.rows = in.count;
     args.width = width_of(in.width);
@@ -93,20 +91,20 @@ std::vector<Tensor> layer_norm_linear_gradients(const RowTensor& grad, const Ten
     args.rstd = rstd.const_data_ptr<float>();
     args.norm = norm_of(norm_weight, norm_bias, 0);
     args.gelu = gelu_in;
-    if (needs.weight) args.y = RowTensor(normalized).rows();
+    if (needs.weight) args.y = rows_of(RowTensor(normalized));
     if (needs.x) {
       result.push_back(empty(x.sizes(), x.scalar_type(), x));
-      args.grad_x = RowTensor(result.back()).rows();
+      args.grad_x = rows_of(RowTensor(result.back()));
     }
     if (needs.norm_weight) {
       result.push_back(empty({in.width}, norm_weight.scalar_type(), x));
       args.grad_weight = result.back().mutable_data_ptr();
-      args.grad_weight_type = type_of(norm_weight);
+      args.grad_weight_dtype = dtype_of(norm_weight);
     }
     if (needs.norm_bias) {
       result.push_back(empty({in.width}, norm_bias->scalar_type(), x));
       args.grad_bias = result.back().mutable_data_ptr();
-      args.grad_bias_type = type_of(*norm_bias);
+      args.grad_bias_dtype = dtype_of(*norm_bias);
     }
     Tensor partial;
     if (needs.norm_weight || needs.norm_bias) {
@@ -116,15 +114,15 @@ std::vector<Tensor> layer_norm_linear_gradients(const RowTensor& grad, const Ten
     check(layer_norm_backward(args, stream), "layer_norm_linear_backward");
   } else if (needs.weight) {
     LayerNormLinearArgs args{};
-    args.type = type_of(weight);
-    args.x = in.rows();
+    args.dtype = dtype_of(weight);
+    args.x = rows_of(in);
     args.rows = in.count;
     args.width = width_of(in.width);
     args.norm = norm_of(norm_weight, norm_bias, 0);
     args.gelu_in = gelu_in;
     args.mean = float_data(mean);
     args.rstd = float_data(rstd);
-    args.normalized = RowTensor(normalized).rows();
+    args.normalized = rows_of(RowTensor(normalized));
     check(layer_norm_rows(args, /*given=*/true, stream), "layer_norm_linear_backward");
   }
   parameter_gradients(grad, normalized, weight, bias_dtype, needs.weight, needs.bias, result);

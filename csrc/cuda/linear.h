@@ -33,9 +33,9 @@ struct Epilogue {
 };
 
 // out (rows, columns) = epilogue(x weight^T), x (rows, depth), weight (columns, depth); or, if `transposed`,
-// epilogue(x weight), weight (depth, columns). x and weight are of `type`.
+// epilogue(x weight), weight (depth, columns). x and weight are of `dtype`.
 struct LinearArgs {
-  Type type;
+  DType dtype;
   bool tf32;  // float32 products by TF32 matrix instructions
   bool transposed;
   Rows x, weight;
@@ -46,16 +46,16 @@ struct LinearArgs {
 Error linear(const LinearArgs& args, Stream stream);
 
 // grad_weight (features, width) = grad^T x and grad_bias (features) = column sums of grad, over grad (rows, features) and
-// x (rows, width) of `type`, as is grad_weight, which is contiguous. Either may have no data.
+// x (rows, width) of `dtype`, as is grad_weight, which is contiguous. Either may have no data.
 struct WeightGradientArgs {
-  Type type;
+  DType dtype;
   bool tf32;
   Rows grad, x;
   std::int64_t rows;
   int features, width;
   Rows grad_weight;
   void* grad_bias;
-  Type bias_type;
+  DType bias_dtype;
   float* partial;  // of weight_gradient_partial() floats
 };
 // How many floats args.partial has to have, looking at sizes and at what is wanted; 0 where one block sums all rows.

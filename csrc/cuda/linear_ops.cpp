@@ -12,11 +12,11 @@ int size_of(std::int64_t size) {
 
 LinearArgs product_of(const RowTensor& x, const RowTensor& weight, bool transposed) {
   LinearArgs args{};
-  args.type = weight.type;
-  args.tf32 = weight.type == Type::float32 && allow_tf32();
+  args.dtype = dtype_of(weight.tensor);
+  args.tf32 = dtype_of(weight.tensor) == DType::float32 && allow_tf32();
   args.transposed = transposed;
-  args.x = x.rows();
-  args.weight = weight.rows();
+  args.x = rows_of(x);
+  args.weight = rows_of(weight);
   args.rows = x.count;
   args.depth = size_of(transposed ? weight.count : weight.width);
   args.columns = size_of(transposed ? weight.width : weight.count);
@@ -44,11 +44,11 @@ void linear_forward(const Tensor& x, const Tensor& weight, const OptionalTensor&
   RowTensor base;
   if (residual) {
     base = RowTensor(residual->to(out.scalar_type()));
-    args.epilogue.residual = base.rows();
+    args.epilogue.residual = rows_of(base);
   }
   args.epilogue.bias = vector_of(bias);
   args.epilogue.scale = scale;
-  args.epilogue.out = to.rows();
+  args.epilogue.out = rows_of(to);
   check(linear(args, stream_of(x)), "linear_residual");
 }
 
@@ -58,13 +58,13 @@ RowTensor product_gradient(const Tensor& grad_out, const Scale& scale, const Opt
   const RowTensor grad(grad_out.scalar_type() == dtype ? grad_out : grad_out.to(at::kFloat));
   const RowTensor result(empty({grad.count, grad.width}, dtype, grad_out));
   ScaledGradientArgs args{};
-  args.grad = grad.rows();
+  args.grad = rows_of(grad);
   RowTensor before;
   if (pre) {
     before = RowTensor(*pre);
-    args.pre = before.rows();
+    args.pre = rows_of(before);
   }
-  args.out = result.rows();
+  args.out = rows_of(result);
   args.scale = scale;
   args.rows = grad.count;
   args.columns = size_of(grad.width);
@@ -80,10 +80,10 @@ Tensor input_gradient(const RowTensor& grad, const Tensor& weight, const Optiona
   RowTensor before;
   if (pre) {
     before = RowTensor(*pre);
-    args.epilogue.gelu_of = before.rows();
+    args.epilogue.gelu_of = rows_of(before);
   }
-  if (activated) args.epilogue.activated = RowTensor(*activated).rows();
-  args.epilogue.out = RowTensor(result).rows();
+  if (activated) args.epilogue.activated = rows_of(RowTensor(*activated));
+  args.epilogue.out = rows_of(RowTensor(result));
   check(linear(args, stream_of(weight)), "linear_backward");
   return result;
 }
@@ -92,23 +92,23 @@ void parameter_gradients(const RowTensor& grad, const Tensor& x, const Tensor& w
                          bool weight_wanted, bool bias_wanted, std::vector<Tensor>& result) {
   if (!weight_wanted && !bias_wanted) return;
   WeightGradientArgs args{};
-  args.type = type_of(weight);
-  args.tf32 = args.type == Type::float32 && allow_tf32();
-  args.grad = grad.rows();
+  args.dtype = dtype_of(weight);
+  args.tf32 = args.dtype == DType::float32 && allow_tf32();
+  args.grad = rows_of(grad);
   args.rows = grad.count;
   args.features = size_of(weight.size(0));
   args.width = size_of(weight.size(1));
   RowTensor in;
   if (weight_wanted) {
     in = RowTensor(x);
-    args.x = in.rows();
+    args.x = rows_of(in);
     result.push_back(empty(weight.sizes(), weight.scalar_type(), weight));
-    args.grad_weight = RowTensor(result.back()).rows();
+    args.grad_weight = rows_of(RowTensor(result.back()));
   }
   if (bias_wanted) {
     result.push_back(empty({weight.size(0)}, bias_dtype, weight));
     args.grad_bias = result.back().mutable_data_ptr();
-    args.bias_type = type_of(result.back());
+    args.bias_dtype = dtype_of(result.back());
   }
   Tensor partial;
   if (const std::int64_t size = weight_gradient_partial(args)) {

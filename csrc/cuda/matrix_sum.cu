@@ -15,13 +15,13 @@ constexpr int kLanes = 32, kSumParts = 8;  // neighbouring elements; parts of th
 
 // Four adjacent elements as they are added.
 __device__ __forceinline__ void add_four(float (&sum)[4], const Vector& from, std::int64_t i) {
-  if (from.type == Type::float32) {
+  if (from.dtype == DType::float32) {
     const float4 four = *reinterpret_cast<const float4*>(static_cast<const float*>(from.data) + i);
     sum[0] += four.x, sum[1] += four.y, sum[2] += four.z, sum[3] += four.w;
     return;
   }
   const uint2 raw = *reinterpret_cast<const uint2*>(static_cast<const __half*>(from.data) + i);
-  if (from.type == Type::float16) {
+  if (from.dtype == DType::float16) {
     __half four[4];
     memcpy(four, &raw, 8);
 #pragma unroll
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kLanes* kSumParts) matrix_sum_kernel(const Mat
       if constexpr (kVector == 4) {
         add_four(sum, args.matrices, at + i * args.stride);
       } else {
-        sum[0] += load(args.matrices.data, args.matrices.type, at + i * args.stride);
+        sum[0] += load(args.matrices.data, args.matrices.dtype, at + i * args.stride);
       }
     }
   }
@@ -67,11 +67,11 @@ __global__ void __launch_bounds__(kLanes* kSumParts) matrix_sum_kernel(const Mat
   float result = 0;
 #pragma unroll
   for (int g = 0; g < kSumParts; g++) result += parts[g * kVector * kLanes + from];
-  if (args.all != nullptr) store(args.all, args.all_type, to, result);
+  if (args.all != nullptr) store(args.all, args.all_dtype, to, result);
   if (to < args.first_size) {
-    if (args.first != nullptr) store(args.first, args.first_type, to, result);
+    if (args.first != nullptr) store(args.first, args.first_dtype, to, result);
   } else if (args.second != nullptr) {
-    store(args.second, args.second_type, to - args.first_size, result);
+    store(args.second, args.second_dtype, to - args.first_size, result);
   }
   if (args.sums != nullptr) args.sums[to] = result;
 }

@@ -15,7 +15,7 @@ __device__ __forceinline__ float sum_warp(float value) {
 }
 
 __device__ __forceinline__ float normalized_cls(const NormalizedCls& from, std::int64_t image, int c) {
-  const float x = load(from.cls, from.type, image * from.stride + c);
+  const float x = load(from.cls, from.dtype, image * from.stride + c);
   return (x - from.mean[image * from.tokens]) * from.rstd[image * from.tokens];
 }
 

@@ -24,7 +24,7 @@ struct Images {
   Images(Tensor given, std::int64_t patch, std::int64_t height, std::int64_t width) : tensor(std::move(given)) {
     if (tensor.size(3) * tensor.stride(3) >= std::int64_t{1} << 31) tensor = tensor.contiguous();
     images.data = tensor.const_data_ptr();
-    images.type = type_of(tensor);
+    images.dtype = dtype_of(tensor);
     images.batch_stride = tensor.stride(0);
     images.channel_stride = tensor.stride(1);
     images.row_stride = tensor.stride(2);
@@ -79,12 +79,12 @@ Tensor patch_embed(const Tensor& images, const Tensor& weight, const OptionalTen
   args.images = cut.images;
   args.patches = static_cast<std::uint32_t>(cut.patches);
   args.features = static_cast<int>(features);
-  args.weight = RowTensor(matrix).rows();
+  args.weight = rows_of(RowTensor(matrix));
   args.bias = vector_of(bias);
   args.cls = vector_of(cls);
   args.position = vector_of(position);
   args.out = out.mutable_data_ptr();
-  args.out_type = type_of(out);
+  args.out_dtype = dtype_of(out);
   args.aligned =
       aligned_to_16(out.view({-1, features})) && aligned_to_16(position.view({-1, features})) && features % 8 == 0;
   args.tf32 = allow_tf32();
@@ -106,9 +106,9 @@ Tensor patch_images_gradient(const RowTensor& grad, const Tensor& images, const 
   args.out = cut.images;
   args.patches = static_cast<std::uint32_t>(cut.patches);
   args.features = static_cast<int>(weight.size(0));
-  args.grad = grad.rows();
+  args.grad = rows_of(grad);
   const Tensor matrix = as_matrix(weight);
-  args.weight = RowTensor(matrix).rows();
+  args.weight = rows_of(RowTensor(matrix));
   args.tf32 = allow_tf32();
   check(launch_patch_images_gradient(args, stream_of(images)), "patch_images_gradient");
   const auto resize_back = [&](const Tensor& out, std::int64_t outer, std::int64_t size, std::int64_t resized,
@@ -116,7 +116,7 @@ Tensor patch_images_gradient(const RowTensor& grad, const Tensor& images, const 
     ResizeGradientArgs axis;
     axis.grad = static_cast<const float*>(pixels.const_data_ptr());
     axis.out = out.mutable_data_ptr();
-    axis.out_type = type_of(out);
+    axis.out_dtype = dtype_of(out);
     axis.outer = outer;
     axis.size = static_cast<int>(size);
     axis.resized = static_cast<int>(resized);
@@ -139,8 +139,8 @@ Tensor patch_weight_gradient(const RowTensor& grad, const Tensor& images, const 
   args.images = cut.images;
   args.patches = static_cast<std::uint32_t>(cut.patches);
   args.features = static_cast<int>(weight.size(0));
-  args.grad = grad.rows();
-  args.type = type_of(weight);
+  args.grad = rows_of(grad);
+  args.dtype = dtype_of(weight);
   args.tf32 = allow_tf32();
   args.pieces = patch_weight_gradient_pieces(args);
   const Tensor result = empty(weight.sizes(), weight.scalar_type(), weight);
@@ -155,7 +155,7 @@ Tensor patch_weight_gradient(const RowTensor& grad, const Tensor& images, const 
   sum.count = args.pieces;
   sum.stride = sum.width = weight.numel();
   sum.all = result.mutable_data_ptr();
-  sum.all_type = type_of(result);
+  sum.all_dtype = dtype_of(result);
   check(matrix_sum(sum, stream_of(images)), "matrix_sum");
   return result;
 }
@@ -167,7 +167,7 @@ void append_sums(const Tensor& grad_out, const OptionalTensor& bias, const Tenso
   const std::int64_t tokens = grad_out.size(1), features = grad_out.size(2);
   const auto four_together = [&](std::int64_t elements) { return elements % 4 == 0; };
   MatrixSumArgs args;
-  args.matrices = {grad_out.const_data_ptr(), type_of(grad_out)};
+  args.matrices = {grad_out.const_data_ptr(), dtype_of(grad_out)};
   args.count = grad_out.size(0);
   args.stride = grad_out.stride(0);
   args.rows = needs_bias || needs_position ? tokens : 1;
@@ -185,22 +185,22 @@ void append_sums(const Tensor& grad_out, const OptionalTensor& bias, const Tenso
   if (needs_cls) {
     result.push_back(empty(cls_token.sizes(), cls_token.scalar_type(), grad_out));
     args.first = result.back().mutable_data_ptr();
-    args.first_type = type_of(cls_token);
+    args.first_dtype = dtype_of(cls_token);
   }
   if (needs_position) {
     result.push_back(empty(pos_embed.sizes(), pos_embed.scalar_type(), grad_out));
     args.all = result.back().mutable_data_ptr();
-    args.all_type = type_of(pos_embed);
+    args.all_dtype = dtype_of(pos_embed);
   }
   check(matrix_sum(args, stream_of(grad_out)), "matrix_sum");
   if (!needs_bias) return;
   MatrixSumArgs over;
-  over.matrices = {args.sums + features, Type::float32};
+  over.matrices = {args.sums + features, DType::float32};
   over.aligned = four_together(features);
   over.count = tokens - 1;
   over.stride = over.width = features;
   over.all = grad_bias.mutable_data_ptr();
-  over.all_type = type_of(grad_bias);
+  over.all_dtype = dtype_of(grad_bias);
   check(matrix_sum(over, stream_of(grad_out)), "matrix_sum");
 }
 

@@ -75,7 +75,7 @@ struct ResizedTile {
   __device__ __forceinline__ void fill(T* tile, int stride, const PatchImages& images, const PatchRow* rows,
                                        int k) const {
     if constexpr (sizeof(T) == 2) {
-      if (images.type == Type::float32) {
+      if (images.dtype == DType::float32) {
         fill_as<float>(tile, stride, images, rows, k);
         return;
       }

@@ -160,8 +160,8 @@ auto with_tile16(const PatchWeightGradientArgs& args, F&& f) {
 
 template <class F>
 auto with_tile(const PatchWeightGradientArgs& args, F&& f) {
-  if (args.type == Type::float16) return with_tile16<__half>(args, f);
-  if (args.type == Type::bfloat16) return with_tile16<__nv_bfloat16>(args, f);
+  if (args.dtype == DType::float16) return with_tile16<__half>(args, f);
+  if (args.dtype == DType::bfloat16) return with_tile16<__nv_bfloat16>(args, f);
   if (args.tf32) return with_product<Product<float, true, 2, 4, 3, 4>, 16>(args, f);
   return with_product<Product<float, false, 2, 4, 3, 4>, 16>(args, f);
 }

@@ -34,8 +34,8 @@ __global__ void __launch_bounds__(kRowThreads, 1) projection_gradients_kernel(co
   const int j = first_row + threadIdx.x % kGradRows, c = first_column + threadIdx.x % kGradColumns;
   float gamma = 0, beta = 0;
   if (c < a.width) {
-    gamma = load(a.norm_weight.data, a.norm_weight.type, c);
-    if (which != 1 && a.norm_bias.data) beta = load(a.norm_bias.data, a.norm_bias.type, c);
+    gamma = load(a.norm_weight.data, a.norm_weight.dtype, c);
+    if (which != 1 && a.norm_bias.data) beta = load(a.norm_bias.data, a.norm_bias.dtype, c);
   }
   float lefts[kLeft], rights[kRight];
   const auto read = [&](std::int64_t first) {
@@ -106,7 +106,7 @@ __device__ __forceinline__ void sum_rows(std::int64_t rows, int width, const Tar
   __syncthreads();
   if (threadIdx.x >= 32 || c >= width) return;
   for (int i = 1; i < kRowWarps; i++) sum += sums[i * 32 + threadIdx.x];
-  store(to.data, to.type, c, sum);
+  store(to.data, to.dtype, c, sum);
 }
 
 __global__ void __launch_bounds__(kRowThreads, 1) finish_gradients_kernel(const FinishGradients a) {
@@ -128,14 +128,14 @@ __global__ void __launch_bounds__(kRowThreads, 1) finish_gradients_kernel(const 
     if (a.grad_v_bias.data)
       sum_rows(a.batch, width, a.grad_v_bias, [&](std::int64_t r, int c) {
         const float prob = a.probs[(r * a.heads + c / (width / a.heads)) * a.normalized_cls.tokens];
-        return load(a.grad_out, a.type, r * width + c) + prob * 0;
+        return load(a.grad_out, a.dtype, r * width + c) + prob * 0;
       });
   } else if (a.grad_cls.data) {
     const std::int64_t image = static_cast<std::int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / 32;
     if (image >= a.batch) return;
     const int lane = threadIdx.x % 32;
     const auto gradient = [&](int c) {
-      const float gamma = load(a.norm_weight.data, a.norm_weight.type, c);
+      const float gamma = load(a.norm_weight.data, a.norm_weight.dtype, c);
       float of_rest = 0;
       for (int h = 0; h < a.heads; h++) {
         float rest = 0;
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) finish_gradients_kernel(const 
     one = sum_warp(one) / width, along = sum_warp(along) / width;
     const float rstd = a.normalized_cls.rstd[image * a.normalized_cls.tokens];
     for (int c = lane; c < width; c += 32)
-      store(a.grad_cls.data, a.grad_cls.type, image * width + c,
+      store(a.grad_cls.data, a.grad_cls.dtype, image * width + c,
             rstd * ((gradient(c) - one) - normalized_cls(a.normalized_cls, image, c) * along));
   }
 }
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) finish_gradients_kernel(const 
 }  // namespace
 
 Error projection_gradients(const ProjectionGradients& args, Stream stream) {
-  return with_math(args.type, args.tf32, [&]<class T, bool kTf32>() {
+  return with_math(args.dtype, args.tf32, [&]<class T, bool kTf32>() {
     const int d = args.width / args.heads;
     const unsigned blocks =
         args.heads * ((d + kGradRows - 1) / kGradRows) * ((args.width + kGradColumns - 1) / kGradColumns);

@@ -190,12 +190,12 @@ __global__ void __launch_bounds__(kTokenThreads, kHeadGroups == 1 && sizeof(T) =
 #pragma unroll
           for (int q = 0; q < 2; q++)
             if (a.earlier && column + q < width) g[q] += a.earlier[index + q];
-          if (a.grad_aligned && a.grad_type == Type::float32 && column < width) {
+          if (a.grad_aligned && a.grad_dtype == DType::float32 && column < width) {
             *reinterpret_cast<float2*>(static_cast<float*>(a.grad_patches) + index) = make_float2(g[0], g[1]);
           } else {
 #pragma unroll
             for (int q = 0; q < 2; q++)
-              if (column + q < width) store(a.grad_patches, a.grad_type, index + q, g[q]);
+              if (column + q < width) store(a.grad_patches, a.grad_dtype, index + q, g[q]);
           }
         }
       }
@@ -264,17 +264,18 @@ Error launch_gradient(const TokenGradient& args, Stream stream) {
 
 }  // namespace
 
-TokenPlan plan_token_gradient(const Tokens& tokens, Type type) {
-  return plan_tokens(tokens, type,
-                     [&](const TokenPlan& plan) { return GradientMemory(plan, type == Type::float32 ? 4 : 2).total; });
+TokenPlan plan_token_gradient(const Tokens& tokens, DType dtype) {
+  return plan_tokens(tokens, dtype, [&](const TokenPlan& plan) {
+    return GradientMemory(plan, dtype == DType::float32 ? 4 : 2).total;
+  });
 }
 
 Error token_gradient(const TokenGradient& args, Stream stream) {
-  if (args.type == Type::float32)
+  if (args.dtype == DType::float32)
     return args.tf32 ? launch_gradient<float, float, true>(args, stream)
                      : launch_gradient<float, float, false>(args, stream);
-  const bool float32_tokens = args.tokens.type == Type::float32;
-  if (args.type == Type::float16)
+  const bool float32_tokens = args.tokens.dtype == DType::float32;
+  if (args.dtype == DType::float16)
     return float32_tokens ? launch_gradient<__half, float, false>(args, stream)
                           : launch_gradient<__half, __half, false>(args, stream);
   return float32_tokens ? launch_gradient<__nv_bfloat16, float, false>(args, stream)

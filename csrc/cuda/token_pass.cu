@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kTokenThreads,
       const float* from = a.key_query + (image * heads + first_head + h) * width;
       for (int c = lane; c < plan.columns; c += 32) {
         const bool there = h < heads_here && c < width;
-        const float value = there ? from[c] * load(a.norm_weight.data, a.norm_weight.type, c) : 0;
+        const float value = there ? from[c] * load(a.norm_weight.data, a.norm_weight.dtype, c) : 0;
         const T high = from_float<T>(value);
         u[h * u_stride + c] = high;
         if constexpr (kSplit) u[(h + 8 * kHeadGroups) * u_stride + c] = from_float<T>(remainder_of(value, high));
@@ -234,17 +234,17 @@ Error launch_pass(const TokenPass& args, Stream stream) {
 
 }  // namespace
 
-TokenPlan plan_token_pass(const Tokens& tokens, Type type) {
-  return plan_tokens(tokens, type,
-                     [&](const TokenPlan& plan) { return PassMemory(plan, type == Type::float32 ? 4 : 2).total; });
+TokenPlan plan_token_pass(const Tokens& tokens, DType dtype) {
+  return plan_tokens(tokens, dtype,
+                     [&](const TokenPlan& plan) { return PassMemory(plan, dtype == DType::float32 ? 4 : 2).total; });
 }
 
 Error token_pass(const TokenPass& args, Stream stream) {
   if (args.tokens.batch == 0) return nullptr;
-  if (args.type == Type::float32)
+  if (args.dtype == DType::float32)
     return args.tf32 ? launch_pass<float, float, true>(args, stream) : launch_pass<float, float, false>(args, stream);
-  const bool float32_tokens = args.tokens.type == Type::float32;
-  if (args.type == Type::float16)
+  const bool float32_tokens = args.tokens.dtype == DType::float32;
+  if (args.dtype == DType::float16)
     return float32_tokens ? launch_pass<__half, float, false>(args, stream)
                           : launch_pass<__half, __half, false>(args, stream);
   return float32_tokens ? launch_pass<__nv_bfloat16, float, false>(args, stream)

@@ -11,9 +11,9 @@ namespace crossvit::cuda {
 
 // bytes(plan): the shared memory of a block.
 template <class Bytes>
-TokenPlan plan_tokens(const Tokens& tokens, Type type, Bytes&& bytes) {
+TokenPlan plan_tokens(const Tokens& tokens, DType dtype, Bytes&& bytes) {
   const auto divide_up = [](int a, int b) { return (a + b - 1) / b; };
-  const int of_x = tokens.type == Type::float32 || type == Type::float32 ? 4 : 2;
+  const int of_x = tokens.dtype == DType::float32 || dtype == DType::float32 ? 4 : 2;
   TokenPlan plan{};
   plan.columns = divide_up(tokens.width, 16) * 16;
   plan.row_bytes = row_stride(plan.columns, of_x) * of_x;

@@ -155,7 +155,7 @@ struct TokenRing {
       X* at = reinterpret_cast<X*>(to + row * plan.row_bytes);
       if (token == 0) {
         for (int c = sub; c < tokens.width; c += lanes)
-          at[c] = from_float<X>(load(tokens.cls, tokens.cls_type, image * tokens.cls_stride + c));
+          at[c] = from_float<X>(load(tokens.cls, tokens.cls_dtype, image * tokens.cls_stride + c));
       } else if (token <= tokens.patches) {
         const X* from = static_cast<const X*>(tokens.data) + image * tokens.batch_stride +
                         static_cast<std::int64_t>(token - 1) * tokens.token_stride;
