@@ -166,7 +166,7 @@ inline void attention_run(const AttentionArgs& a, const SplitPlan& plan, int64_t
   if (multiplies_pairs(a.dtype, a.width)) {
     keys = {s.keys, DType::bfloat16, a.width};
     for (int64_t n = 0; n < a.tokens; n++)
-      __builtin_memcpy(reinterpret_cast<uint16_t*>(s.keys) + n * a.width, row_pointer(key_rows, n), 2 * a.width);
+      __builtin_memcpy(reinterpret_cast<Bf16*>(s.keys) + n * a.width, row_pointer(key_rows, n), 2 * a.width);
   } else {
     load_rows(key_rows, 0, a.tokens, a.width, s.keys, keys.row_stride);
   }
@@ -176,7 +176,7 @@ inline void attention_run(const AttentionArgs& a, const SplitPlan& plan, int64_t
   Matrix values{s.values, pairs ? DType::bfloat16 : DType::float32, s.keys_padded};
   if (pairs)
     for (int64_t i = 0; i < a.width * s.keys_padded; i += VL)
-      store(reinterpret_cast<uint16_t*>(s.values) + i, load(s.values_f32 + i));
+      store(reinterpret_cast<Bf16*>(s.values) + i, load(s.values_f32 + i));
   const PanelSplit split(a.tokens);
   for (int64_t p = piece * split.panels / plan.splits; p < (piece + 1) * split.panels / plan.splits; p++) {
     const int64_t m = split.first(p), count = smaller(split.first(p + 1), a.tokens) - m;

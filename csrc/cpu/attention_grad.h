@@ -85,7 +85,7 @@ inline Matrix gather_head(const AttentionGradArgs& a, const Rows& rows, const At
   }
   HeadRows from(rows, 0, a.width);
   for (int64_t n = 0; n < a.tokens; n++)
-    __builtin_memcpy(reinterpret_cast<uint16_t*>(to) + n * a.width, from.next(), 2 * a.width);
+    __builtin_memcpy(reinterpret_cast<Bf16*>(to) + n * a.width, from.next(), 2 * a.width);
   return {to, DType::bfloat16, a.width};
 }
 
@@ -130,7 +130,7 @@ CROSSVIT_INLINE void score_gradients(const AttentionGradArgs& a, const Attention
         // Behind the last key lies a row that nothing reads.
         const Vec q = exponential2_of_nonpositive<pairs>(load(scores + at + lanes) * scale2 - lse2[v]);
         const Vec dq = e + 1 < count ? q * (load(grads + at + lanes) - delta[v]) : Vec{};
-        uint16_t *p_t = reinterpret_cast<uint16_t*>(s.p_t) + to, *ds_t = reinterpret_cast<uint16_t*>(s.ds_t) + to;
+        Bf16 *p_t = reinterpret_cast<Bf16*>(s.p_t) + to, *ds_t = reinterpret_cast<Bf16*>(s.ds_t) + to;
         store(p_t, p);
         store(p_t + s.group, q);
         store(ds_t, ds);
@@ -227,7 +227,7 @@ inline void attention_grad_run(const AttentionGradArgs& a, const Plan&, int64_t 
   load_transposed(key_rows, 0, a.tokens, 0, a.width, s.pairs ? s.keys_f32 : s.keys_t, s.keys_padded);
   if (s.pairs)
     for (int64_t i = 0; i < a.width * s.keys_padded; i += VL)
-      store(reinterpret_cast<uint16_t*>(s.keys_t) + i, load(s.keys_f32 + i));
+      store(reinterpret_cast<Bf16*>(s.keys_t) + i, load(s.keys_f32 + i));
   const Matrix keys_t{s.keys_t, s.pairs ? DType::bfloat16 : DType::float32, s.keys_padded};
 
   const QueryGroups groups(a.tokens, s.pairs);

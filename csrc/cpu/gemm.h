@@ -210,7 +210,7 @@ inline void multiply_block(const Matrix& a, int64_t first, int64_t count, int64_
   for (int e = 0; e < kBlock; e++) row.row[e] = rows + smaller(e, count - 1) * bytes;
   if (a.dtype == DType::bfloat16 && !b.pairs) {
     for (int e = 0; e < kBlock; e++) {
-      const uint16_t* from = reinterpret_cast<const uint16_t*>(row[e]);
+      const Bf16* from = reinterpret_cast<const Bf16*>(row[e]);
       float* to = widened + e * depth;
       int64_t k = 0;
       for (; k + VL <= depth; k += VL) store(to + k, load(from + k));

@@ -192,13 +192,13 @@ inline void mlp_grad_step_pairs(const MlpGradArgs& a, int64_t m, int64_t count, 
       const Vec even = load(at) * even_derivative, odd = load(at + lanes) * odd_derivative;
       store(s.hidden + (h + e) / 2 * lanes + v * VL, pair(even, odd));
       if (left1) {
-        store(reinterpret_cast<uint16_t*>(grad.to), even);
-        store(reinterpret_cast<uint16_t*>(grad.to + grad.stride), odd);
+        store(reinterpret_cast<Bf16*>(grad.to), even);
+        store(reinterpret_cast<Bf16*>(grad.to + grad.stride), odd);
         grad.to += 2 * grad.stride;
       }
       if (left2) {
-        store(reinterpret_cast<uint16_t*>(activation.to), even_value);
-        store(reinterpret_cast<uint16_t*>(activation.to + activation.stride), odd_value);
+        store(reinterpret_cast<Bf16*>(activation.to), even_value);
+        store(reinterpret_cast<Bf16*>(activation.to + activation.stride), odd_value);
         activation.to += 2 * activation.stride;
       }
     }

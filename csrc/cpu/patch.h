@@ -67,7 +67,7 @@ inline void gather_channel(const PatchImages& a, int64_t m, int64_t count, int64
   if (a.dtype == DType::float32)
     gather_channel_as<float>(a, m, count, channel, to, stride, source);
   else
-    gather_channel_as<uint16_t>(a, m, count, channel, to, stride, source);
+    gather_channel_as<Bf16>(a, m, count, channel, to, stride, source);
 }
 
 // Elements from one gathered patch to the next.
@@ -101,7 +101,7 @@ inline Panel gather_panel(const PatchImages& a, int64_t m, int64_t count, DType 
   for (int64_t i = count * stride; i < lanes * stride; i++) s.gathered[i] = 0;
   for (int64_t channel = 0; channel < a.channels; channel++) {
     if (pairs)
-      gather_channel(a, m, count, channel, reinterpret_cast<uint16_t*>(s.gathered), 2 * stride, s.source);
+      gather_channel(a, m, count, channel, reinterpret_cast<Bf16*>(s.gathered), 2 * stride, s.source);
     else
       gather_channel(a, m, count, channel, s.gathered, stride, s.source);
     float* to = s.panel + channel * depth * lanes;

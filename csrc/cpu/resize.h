@@ -142,7 +142,7 @@ inline void resize_run(const ResizeArgs& a, const Plan&, int64_t task, char* scr
   if (a.images.dtype == DType::float32)
     resize_band<float>(a, task, source);
   else
-    resize_band<uint16_t>(a, task, source);
+    resize_band<Bf16>(a, task, source);
 }
 
 // --- gradients -------------------------------------------------------------------------------------------------------

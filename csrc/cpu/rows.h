@@ -50,7 +50,7 @@ inline void load_transposed(const Rows& rows, int64_t m, int64_t count, int64_t 
   if (rows.dtype == DType::float32)
     load_transposed_as<float>(rows, m, count, k, depth, to, lanes);
   else
-    load_transposed_as<uint16_t>(rows, m, count, k, depth, to, lanes);
+    load_transposed_as<Bf16>(rows, m, count, k, depth, to, lanes);
 }
 
 // Hands every row of c (columns x lanes, at most VL columns) to use(row, values of the columns).
@@ -77,7 +77,7 @@ CROSSVIT_INLINE Vec load_as(DType dtype, const char* row, int64_t column, int n)
     const float* f = reinterpret_cast<const float*>(row) + column;
     return n == VL ? load(f) : load_n(f, n);
   }
-  const uint16_t* h = reinterpret_cast<const uint16_t*>(row) + column;
+  const Bf16* h = reinterpret_cast<const Bf16*>(row) + column;
   return n == VL ? load(h) : load_n(h, n);
 }
 CROSSVIT_INLINE void store_as(DType dtype, char* row, int64_t column, Vec v, int n) {
@@ -85,7 +85,7 @@ CROSSVIT_INLINE void store_as(DType dtype, char* row, int64_t column, Vec v, int
     float* f = reinterpret_cast<float*>(row) + column;
     n == VL ? store(f, v) : store_n(f, v, n);
   } else {
-    uint16_t* h = reinterpret_cast<uint16_t*>(row) + column;
+    Bf16* h = reinterpret_cast<Bf16*>(row) + column;
     n == VL ? store(h, v) : store_n(h, v, n);
   }
 }
@@ -125,8 +125,7 @@ CROSSVIT_INLINE void store_pairs(const float* c, int64_t ldc, int64_t count, con
 }
 
 CROSSVIT_INLINE float element(const Vector& v, int64_t i) {
-  return v.dtype == DType::float32 ? static_cast<const float*>(v.data)[i]
-                                   : widen(static_cast<const uint16_t*>(v.data)[i]);
+  return v.dtype == DType::float32 ? static_cast<const float*>(v.data)[i] : widen(static_cast<const Bf16*>(v.data)[i]);
 }
 // A parameter vector as floats, zero-padded to whole vectors; absent: filled with the given value.
 inline void load_vector(const Vector& v, int64_t first, int64_t count, float absent, float* to) {

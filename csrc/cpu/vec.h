@@ -35,7 +35,7 @@ constexpr bool kDotBf16 = false;
 typedef float Vec __attribute__((vector_size(VL * 4)));
 typedef int32_t IVec __attribute__((vector_size(VL * 4)));
 typedef uint32_t UVec __attribute__((vector_size(VL * 4)));
-typedef uint16_t HVec __attribute__((vector_size(VL * 2)));
+typedef uint16_t HalfWords __attribute__((vector_size(VL * 2)));
 
 template <int... L>
 struct Lanes {};
@@ -56,8 +56,13 @@ CROSSVIT_INLINE Vec load(const float* p) {
 }
 CROSSVIT_INLINE void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
 
-CROSSVIT_INLINE float widen(uint16_t h) {
-  const uint32_t bits = static_cast<uint32_t>(h) << 16;
+// A bfloat16 in memory: the upper half of a float32.
+struct Bf16 {
+  uint16_t bits;
+};
+
+CROSSVIT_INLINE float widen(Bf16 h) {
+  const uint32_t bits = static_cast<uint32_t>(h.bits) << 16;
   float f;
   __builtin_memcpy(&f, &bits, 4);
   return f;
@@ -71,32 +76,32 @@ CROSSVIT_INLINE UVec round_bits(Vec v) {
   const UVec ordered = (UVec)(v == v);
   return (rounded & ordered) | (quiet & ~ordered);
 }
-CROSSVIT_INLINE uint16_t narrow(float f) {
+CROSSVIT_INLINE Bf16 narrow(float f) {
   uint32_t u;
   __builtin_memcpy(&u, &f, 4);
-  if (f != f) return static_cast<uint16_t>((u | 0x400000u) >> 16);
-  return static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+  if (f != f) return {static_cast<uint16_t>((u | 0x400000u) >> 16)};
+  return {static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16)};
 }
 
-CROSSVIT_INLINE Vec load(const uint16_t* p) {
+CROSSVIT_INLINE Vec load(const Bf16* p) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
 #elif defined(__AVX2__)
   return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
 #else
-  HVec h;
+  HalfWords h;
   __builtin_memcpy(&h, p, sizeof h);
   return (Vec)(__builtin_convertvector(h, UVec) << 16);
 #endif
 }
-CROSSVIT_INLINE void store(uint16_t* p, Vec v) {
+CROSSVIT_INLINE void store(Bf16* p, Vec v) {
 #if defined(__AVX512BF16__)
   const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
   __builtin_memcpy(p, &h, sizeof h);
 #elif defined(__AVX512F__)
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)(round_bits(v) >> 16)));
 #else
-  const HVec h = __builtin_convertvector(round_bits(v) >> 16, HVec);
+  const HalfWords h = __builtin_convertvector(round_bits(v) >> 16, HalfWords);
   __builtin_memcpy(p, &h, sizeof h);
 #endif
 }
@@ -111,7 +116,7 @@ CROSSVIT_INLINE Vec load_n(const float* p, int n) {
   return v;
 #endif
 }
-CROSSVIT_INLINE Vec load_n(const uint16_t* p, int n) {
+CROSSVIT_INLINE Vec load_n(const Bf16* p, int n) {
   Vec v{};
   for (int i = 0; i < n; i++) v[i] = widen(p[i]);
   return v;
@@ -123,7 +128,7 @@ CROSSVIT_INLINE void store_n(float* p, Vec v, int n) {
   for (int i = 0; i < n; i++) p[i] = v[i];
 #endif
 }
-CROSSVIT_INLINE void store_n(uint16_t* p, Vec v, int n) {
+CROSSVIT_INLINE void store_n(Bf16* p, Vec v, int n) {
   for (int i = 0; i < n; i++) p[i] = narrow(v[i]);
 }
 

@@ -41,7 +41,7 @@ inline void add_left_rows(const char* left, const OperandShape& shape, int64_t b
     const char* from = left + shape.left(block * shape.block_rows, e0 + e);
     Vec total{};
     for (int64_t r = 0; r < rows; r += VL)
-      total += shape.pairs() ? load(reinterpret_cast<const uint16_t*>(from) + r)
+      total += shape.pairs() ? load(reinterpret_cast<const Bf16*>(from) + r)
                              : load(reinterpret_cast<const float*>(from) + r);
     to[e] += sum(total);
   }
@@ -141,7 +141,7 @@ inline void weight_grad_run(const WeightGradArgs& a, const WeightGradPlan& plan,
     if (a.grad_bias_dtype == DType::float32)
       static_cast<float*>(a.grad_bias)[bias_first + i] = s.bias[i];
     else
-      static_cast<uint16_t*>(a.grad_bias)[bias_first + i] = narrow(s.bias[i]);
+      static_cast<Bf16*>(a.grad_bias)[bias_first + i] = narrow(s.bias[i]);
   }
 }
 
