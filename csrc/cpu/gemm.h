@@ -6,7 +6,7 @@
 // units busy; the result is transposed only where it leaves the panel.
 #pragma once
 
-#include "vec.h"
+#include "elementary.h"
 
 namespace crossvit::CROSSVIT_ISA {
 
