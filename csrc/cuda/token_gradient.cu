@@ -2,6 +2,7 @@
 // rows u_h and dz_h of 8 heads are the 16 rows of one product, which gives scores and dp of a token to the same lane.
 #include "cuda/cls_cross_attention_backward.h"
 
+#include <cassert>
 #include <cuda/ptx.cuh>
 
 #include "cuda/launch.cuh"
@@ -28,14 +29,14 @@ __global__ void __launch_bounds__(kTokenThreads, kHeadGroups == 1 && sizeof(T) =
 
   unsigned char* const memory = ptx::shared_memory();
   const GradientMemory at(plan, sizeof(T));
-  T* const u_grad_context = reinterpret_cast<T*>(memory + at.u_grad_context);
-  float* const vectors = reinterpret_cast<float*>(memory + at.vectors);
-  T* const weights = reinterpret_cast<T*>(memory + at.weights) + warp * (2 * kHeads * kStepTokens);
-  float* const alongs = reinterpret_cast<float*>(memory + at.alongs) + warp * (2 * kStepTokens);
-  float* const exchange = reinterpret_cast<float*>(memory + at.exchange);
+  T* const u_grad_context = at.u_grad_context.in<T>(memory);
+  float* const vectors = at.vectors.in<float>(memory);
+  T* const weights = at.weights.in<T>(memory) + warp * (2 * kHeads * kStepTokens);
+  float* const sums = at.sums.in<float>(memory) + warp * (2 * kStepTokens);
+  float* const exchange = at.exchange.in<float>(memory);
   const int row_of_u_stride = row_stride(plan.columns, sizeof(T)),
             x_stride = plan.row_bytes / static_cast<int>(sizeof(T));
-  const TokenRing<X> ring(a.tokens, plan, memory + at.rings, image);
+  const TokenRing<X> ring(a.tokens, plan, at.rings.in<unsigned char>(memory), image);
 
   float grad_u[kTiles<kHeadGroups>][kHeadGroups][4] = {};
   float rest[kHeadGroups] = {};
@@ -104,7 +105,7 @@ __global__ void __launch_bounds__(kTokenThreads, kHeadGroups == 1 && sizeof(T) =
     // The weights as the products take them: rounded.
     const auto rounded = [](float value) { return to_float(from_float<T>(value)); };
     float ds[2][4] = {}, along_one[4] = {}, along_x[4] = {};
-    __syncwarp();  // of the step before, everyone has read weights and alongs
+    __syncwarp();  // of the step before, everyone has read weights and sums
 #pragma unroll
     for (int g = 0; g < kHeadGroups; g++) {
       const int head = g * 8 + row8;
@@ -141,8 +142,8 @@ __global__ void __launch_bounds__(kTokenThreads, kHeadGroups == 1 && sizeof(T) =
       }
       if (row8 == 0) {
         const int token = e / 2 * 8 + 2 * pair + e % 2;
-        alongs[token] = along_one[e];
-        alongs[kStepTokens + token] = along_x[e] / width;
+        sums[token] = along_one[e];
+        sums[kStepTokens + token] = along_x[e] / width;
       }
     }
     __syncwarp();
@@ -152,7 +153,7 @@ __global__ void __launch_bounds__(kTokenThreads, kHeadGroups == 1 && sizeof(T) =
     for (int r = 0; r < 2; r++) {
       const int token = first_token + row8 + 8 * r;
       valid[r] = there && token < tokens;
-      one[r] = alongs[row8 + 8 * r], along[r] = alongs[kStepTokens + row8 + 8 * r];
+      one[r] = sums[row8 + 8 * r], along[r] = sums[kStepTokens + row8 + 8 * r];
       rstd[r] = valid[r] ? a.rstd[image * tokens + token] : 0;
     }
     // A gradient of T takes the tokens' place in shared memory, from where it is stored in 16 bytes.
@@ -222,7 +223,7 @@ __global__ void __launch_bounds__(kTokenThreads, kHeadGroups == 1 && sizeof(T) =
   // The warp groups of the block add up in their order.
   __syncthreads();
   const int grad_u_stride = plan.columns + 4;
-  float* const of_warp_groups = reinterpret_cast<float*>(memory + at.rings);
+  float* const of_warp_groups = at.grad_u.in<float>(memory);
   float* const rests = of_warp_groups + warp_groups * kHeads * grad_u_stride;
 #pragma unroll
   for (int g = 0; g < kHeadGroups; g++) {
@@ -266,7 +267,10 @@ Error launch_gradient(const TokenGradient& args, Stream stream) {
 
 TokenPlan plan_token_gradient(const Tokens& tokens, DType dtype) {
   return plan_tokens(tokens, dtype, [&](const TokenPlan& plan) {
-    return GradientMemory(plan, dtype == DType::float32 ? 4 : 2).total;
+    const GradientMemory at(plan, dtype == DType::float32 ? 4 : 2);
+    assert(in_order(at.u_grad_context, at.vectors, at.weights, at.sums, at.rings, at.exchange));
+    assert(in_order(at.sums, at.grad_u));
+    return at.total;
   });
 }
 

@@ -8,22 +8,26 @@
 
 namespace crossvit::cuda {
 
-// Where things lie in shared memory.
+// Where things lie in shared memory, for the host and the device.
 struct GradientMemory {
-  int u_grad_context, vectors, weights, alongs, rings, exchange, total;
+  Region u_grad_context;  // the rows u and grad_context of the heads
+  Region vectors;         // of every head: delta and the means of its two rows
+  Region weights;         // of every warp: ds and p, (2 heads, 16 tokens)
+  Region sums;            // of every warp: the sums of dx^ and of dx^ x^, (2, 16 tokens)
+  Region rings;           // the tokens of every warp group
+  Region exchange;        // every thread's part of the scores, where warps share a step's columns
+  Region grad_u;          // of every warp group, when the tokens are done, and its rest: where rings and exchange were
+  int total;
   __host__ __device__ GradientMemory(const TokenPlan& plan, int element) {
     const int warp_groups = kTokenWarps / plan.parts, heads = 8 * plan.head_groups;
-    u_grad_context = 0;
-    vectors =
-        u_grad_context + 2 * heads * row_stride(plan.columns, element) * element;  // delta and the means of these rows
-    weights = vectors + 3 * heads * 4;                                   // of every warp: ds and p (2 heads, 16)
-    alongs = weights + kTokenWarps * 2 * heads * kStepTokens * element;  // of every warp: (2, 16)
-    rings = alongs + kTokenWarps * 2 * kStepTokens * 4;
-    exchange = rings + warp_groups * plan.stages * kStepTokens * plan.row_bytes;
-    total = exchange + (plan.parts > 1 ? kTokenThreads * 32 * plan.head_groups : 0);
-    const int grad_u =
-        rings + warp_groups * heads * (plan.columns + 5) * 4;  // when the tokens are done: of every group
-    total = grad_u > total ? grad_u : total;
+    u_grad_context = {0, 2 * heads * row_stride(plan.columns, element) * element};
+    vectors = u_grad_context.behind(3 * heads * 4);
+    weights = vectors.behind(kTokenWarps * 2 * heads * kStepTokens * element);
+    sums = weights.behind(kTokenWarps * 2 * kStepTokens * 4);
+    rings = sums.behind(warp_groups * plan.stages * kStepTokens * plan.row_bytes);
+    exchange = rings.behind(plan.parts > 1 ? kTokenThreads * 32 * plan.head_groups : 0);
+    grad_u = sums.behind(warp_groups * heads * (plan.columns + 5) * 4);
+    total = exchange.end() > grad_u.end() ? exchange.end() : grad_u.end();
   }
 };
 

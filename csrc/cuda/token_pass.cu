@@ -1,5 +1,6 @@
 // cls_cross_attention's pass over the tokens: every token is read once, for its statistics, its scores and its share of the
 // contexts z. A warp holds z^T, 192 (or, of more than 8 heads, 96) columns of it, in 48 registers.
+#include <cassert>
 #include <cuda/ptx.cuh>
 
 #include "cuda/launch.cuh"
@@ -13,18 +14,20 @@ namespace {
 
 constexpr float kInfinity = __builtin_huge_valf();
 
-// Where things lie in shared memory; of the host and the device.
+// Where things lie in shared memory, for the host and the device.
 struct PassMemory {
-  int u, rings, exchange, contexts, total;
+  Region u;         // the heads' u, of 16 bits as the sum of two numbers
+  Region rings;     // the tokens of every warp group
+  Region exchange;  // every thread's part of the scores, where warps share a step's columns
+  Region contexts;  // of every warp group, when the tokens are done: where rings and exchange were
+  int total;
   __host__ __device__ PassMemory(const TokenPlan& plan, int element) {
     const int warp_groups = kTokenWarps / plan.parts, heads = 8 * plan.head_groups;
-    u = 0;  // of 16 bits as the sum of two numbers
-    rings = (element == 2 ? 2 : 1) * heads * row_stride(plan.columns, element) * element;
-    exchange = rings + warp_groups * plan.stages * kStepTokens * plan.row_bytes;
-    const int end = exchange + (plan.parts > 1 ? kTokenThreads * 16 * plan.head_groups : 0);
-    contexts = rings;  // when the tokens are done: of every warp group
-    total = contexts + warp_groups * heads * ((plan.columns + 4) + 3) * 4;
-    total = end > total ? end : total;
+    u = {0, (element == 2 ? 2 : 1) * heads * row_stride(plan.columns, element) * element};
+    rings = u.behind(warp_groups * plan.stages * kStepTokens * plan.row_bytes);
+    exchange = rings.behind(plan.parts > 1 ? kTokenThreads * 16 * plan.head_groups : 0);
+    contexts = u.behind(warp_groups * heads * ((plan.columns + 4) + 3) * 4);
+    total = exchange.end() > contexts.end() ? exchange.end() : contexts.end();
   }
 };
 
@@ -50,10 +53,10 @@ __global__ void __launch_bounds__(kTokenThreads,
 
   unsigned char* const memory = ptx::shared_memory();
   const PassMemory at(plan, sizeof(T));
-  T* const u = reinterpret_cast<T*>(memory + at.u);
-  float* const exchange = reinterpret_cast<float*>(memory + at.exchange);
+  T* const u = at.u.in<T>(memory);
+  float* const exchange = at.exchange.in<float>(memory);
   const int u_stride = row_stride(plan.columns, sizeof(T)), x_stride = plan.row_bytes / static_cast<int>(sizeof(T));
-  const TokenRing<X> ring(a.tokens, plan, memory + at.rings, image);
+  const TokenRing<X> ring(a.tokens, plan, at.rings.in<unsigned char>(memory), image);
 
   const int first_tile = ring.first_tile, tiles = ring.tiles;
   float z[kTiles<kHeadGroups>][kHeadGroups][4] = {};
@@ -169,7 +172,7 @@ __global__ void __launch_bounds__(kTokenThreads,
   // The warp groups of the block join in their order.
   __syncthreads();
   const int z_stride = plan.columns + 4;  // 8 lanes of adjacent columns, 4 of every other head: no bank twice
-  float* const contexts = reinterpret_cast<float*>(memory + at.contexts);
+  float* const contexts = at.contexts.in<float>(memory);
   float* const of_group =
       contexts + warp_groups * 8 * kHeadGroups * z_stride;  // (3, warp_groups, heads): highest, total, share
 #pragma unroll
@@ -235,8 +238,11 @@ Error launch_pass(const TokenPass& args, Stream stream) {
 }  // namespace
 
 TokenPlan plan_token_pass(const Tokens& tokens, DType dtype) {
-  return plan_tokens(tokens, dtype,
-                     [&](const TokenPlan& plan) { return PassMemory(plan, dtype == DType::float32 ? 4 : 2).total; });
+  return plan_tokens(tokens, dtype, [&](const TokenPlan& plan) {
+    const PassMemory at(plan, dtype == DType::float32 ? 4 : 2);
+    assert(in_order(at.u, at.rings, at.exchange) && in_order(at.u, at.contexts));
+    return at.total;
+  });
 }
 
 Error token_pass(const TokenPass& args, Stream stream) {

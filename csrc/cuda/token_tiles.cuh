@@ -12,6 +12,28 @@
 
 namespace crossvit::cuda {
 
+// A part of a block's shared memory, in bytes. What is made with behind() begins where this one ends.
+struct Region {
+  int begin = 0, size = 0;
+  __host__ __device__ constexpr int end() const { return begin + size; }
+  __host__ __device__ constexpr Region behind(int bytes) const { return {end(), bytes}; }
+  template <class T>
+  __device__ __forceinline__ T* in(unsigned char* memory) const {
+    return reinterpret_cast<T*>(memory + begin);
+  }
+};
+// Whether these lie one behind the other and all begin at multiples of 16 bytes.
+template <class... Regions>
+constexpr bool in_order(const Region& first, const Regions&... others) {
+  int end = first.begin;
+  bool right = true;
+  for (const Region& region : {first, others...}) {
+    right = right && region.begin >= end && region.begin % 16 == 0 && region.size >= 0;
+    end = region.end();
+  }
+  return right;
+}
+
 constexpr int kTokenWarps = 8, kTokenThreads = 32 * kTokenWarps;
 constexpr int kStepTokens = 16;
 
