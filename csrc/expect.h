@@ -108,7 +108,7 @@ class Expect {
       fail(name, "a value per sample, with as many dimensions as " + text(x.sizes()), "shape " + text(t.sizes()));
   }
 
-  // Of the first argument: rows (..., D), of at least one element.
+  // The main argument is rows (..., D) of at least one element.
   void rows(const char* name, const at::Tensor& t) const {
     if (t.numel() == 0 || t.dim() == 0) [[unlikely]]
       fail(name, "a tensor (..., D) that is not empty", "shape " + text(t.sizes()));
@@ -155,7 +155,7 @@ class Expect {
       return Needs{list.get(i)...};
     }(std::make_index_sequence<gradients>());
   }
-  // That the gradient of an argument which is not there is not asked for.
+  // The gradient of an argument is asked for only where the argument is given.
   void needed(const char* name, bool needed, const std::optional<at::Tensor>& t) const {
     if (needed && !t) [[unlikely]]
       fail(name, "a tensor, whose gradient is asked for", "None");

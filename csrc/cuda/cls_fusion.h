@@ -20,7 +20,7 @@ struct FusionQuery {
 };
 Error fusion_query(const FusionQuery& args, Stream stream);
 
-// Of every head W_o[:, h] (W_v,h (gamma z_h + beta) + b_v,h), to be added up: (batch, heads, width).
+// Every head's share of the output, W_o[:, h] (W_v,h (gamma z_h + beta) + b_v,h), is to be added up: (batch, heads, width).
 struct FusionValue {
   SplitContexts contexts;
   std::int64_t batch;

@@ -19,16 +19,16 @@ struct Scale {
 
 // What happens to the sums v of a product before they are stored, in this order; what has no data is left out.
 struct Epilogue {
-  // Of x weight^T; out is of the operands' type or, without pre and gelu, float32.
+  // These go with x weight^T; out is of the operands' type or, without pre and gelu, float32.
   Vector bias;        // v += bias[column]
   Rows pre;           // pre = v, of the operands' type
   bool gelu = false;  // v = gelu(v)
   Scale scale;        // v *= scale
   Rows residual;      // v += residual, of out's type
-  // Of x weight; all of the operands' type.
+  // These go with x weight; all are of the operands' type.
   Rows gelu_of;    // v *= gelu'(gelu_of)
   Rows activated;  // activated = gelu(gelu_of)
-  // Of both.
+  // This one goes with both.
   Rows out;  // out = v
 };
 

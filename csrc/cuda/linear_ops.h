@@ -38,7 +38,7 @@ Tensor input_gradient(const RowTensor& grad, const Tensor& weight, const Optiona
 void parameter_gradients(const RowTensor& grad, const Tensor& x, const Tensor& weight, at::ScalarType bias_dtype,
                          bool weight_wanted, bool bias_wanted, std::vector<Tensor>& result);
 
-// Of layer_norm_linear's five gradients those that are needed, from that of the Linear's output; `add` is added to x's.
+// Gives those of layer_norm_linear's gradients that are needed, from that of the Linear's output; `add` is added to x's.
 std::vector<Tensor> layer_norm_linear_gradients(const RowTensor& grad, const Tensor& x, const Tensor& norm_weight,
                                                 const OptionalTensor& norm_bias, const Tensor& weight,
                                                 at::ScalarType bias_dtype, const Tensor& mean, const Tensor& rstd,

@@ -98,7 +98,7 @@ Tensor patch_images_gradient(const RowTensor& grad, const Tensor& images, const 
                              std::int64_t width) {
   const bool resize = images.size(2) != height || images.size(3) != width;
   const std::int64_t planes = images.size(0) * images.size(1);
-  // Of the resized images, where there are any.
+  // This is the gradient of the resized images, where images are resized.
   Tensor pixels =
       empty({images.size(0), images.size(1), height, width}, resize ? at::kFloat : images.scalar_type(), images);
   PatchImagesGradientArgs args;

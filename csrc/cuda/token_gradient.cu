@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kTokenThreads, kHeadGroups == 1 && sizeof(T) =
     }
     if (!in_place || !a.grad_patches) return;
     __syncwarp();
-    // Of this warp's columns, `lanes` lanes to a row.
+    // A warp stores its own columns, with `lanes` lanes to a row.
     constexpr int kChunk = Chunk<T>::kSize;
     const int columns = min(ring.tiles * 16, width - ring.first_tile * 16), lanes = ring.lanes;
     for (int row = lane / lanes; row < kStepTokens; row += 32 / lanes) {
