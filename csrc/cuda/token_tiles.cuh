@@ -6,6 +6,7 @@
 #include <cuda/ptx.cuh>
 
 #include <cstdint>
+#include <initializer_list>
 
 #include "cuda/cls_cross_attention.h"
 #include "cuda/types.cuh"
