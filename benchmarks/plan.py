@@ -23,7 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from crossvit_kernels import backends
 from crossvit_kernels import triton as triton_kernels
-from crossvit_kernels.ops._registry import OPS
+from crossvit_kernels.dispatch.register import OPS
 from crossvit_kernels.triton._launch import Launch, recording
 
 from . import cuda_plan, timing

@@ -19,7 +19,7 @@ if not GPU:
     os.environ.setdefault("CROSSVIT_KERNELS_EMULATE", "1")
 
 from crossvit_kernels import backends
-from crossvit_kernels.ops._registry import OPS
+from crossvit_kernels.dispatch.register import OPS
 from inputs import Random
 from numerics import AUTOCAST, AUTOCAST16, BFLOAT16, FLOAT16, FLOAT32, PRECISIONS, RATIOS
 

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import crossvit_kernels
 from conftest import NATIVE
-from crossvit_kernels.ops._registry import OPS
+from crossvit_kernels.dispatch.register import OPS
 from inputs import DIFFERENTIABLE, EXAMPLES, Random
 from numerics import AUTOCAST, DEVICES, FLOAT32, Precision
 from test_registration import dispatcher_inputs

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import crossvit_kernels
 from conftest import NATIVE
-from crossvit_kernels.ops._registry import OPS
+from crossvit_kernels.dispatch.register import OPS
 from inputs import DIFFERENTIABLE, EXAMPLES, arrange
 from numerics import DEVICES, place
 from test_registration import backward_arguments, dispatcher_inputs, forward

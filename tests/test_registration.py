@@ -18,7 +18,7 @@ import crossvit_kernels
 import inputs
 from conftest import NATIVE, interpreted
 from crossvit_kernels import backends
-from crossvit_kernels.ops._registry import OPS, Op
+from crossvit_kernels.dispatch.register import OPS, Op
 from inputs import DIFFERENTIABLE, EXAMPLES, Random
 from numerics import AUTOCAST, DEVICES, FLOAT32, FLOAT64, Draw, Precision, evaluate, judge, nearby, place
 from rounding import Rounded

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ._registry import Op, plain_call
+from ..dispatch.register import Op, plain_call
 
 NAME = "transformer_block"
 

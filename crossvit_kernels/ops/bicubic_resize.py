@@ -9,8 +9,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dispatch.register import Op
 from . import _validate
-from ._registry import Op
 
 
 def _reference(images: Tensor, height: int, width: int) -> Tensor:

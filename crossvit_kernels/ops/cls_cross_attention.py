@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dispatch.register import Op
 from . import _validate
 from ._layer_norm import layer_norm
-from ._registry import Op
 
 
 def cls_cross_attention_reference(

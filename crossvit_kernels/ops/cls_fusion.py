@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dispatch.register import Op
 from . import _validate
-from ._registry import Op
 from .cls_cross_attention import CUDA_ROW_BYTES, cls_cross_attention_reference
 from .cls_cross_attention import _flops as attention_flops
 from .layer_norm_linear import layer_norm_linear_reference

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dispatch.register import Op
 from . import _validate
 from ._layer_norm import layer_norm
-from ._registry import Op
 from .layer_norm_linear import norm_statistics
 
 

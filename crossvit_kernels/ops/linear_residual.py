@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dispatch.register import Op
 from . import _validate
-from ._registry import Op
 
 
 def linear_residual_reference(

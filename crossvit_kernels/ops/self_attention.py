@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dispatch.register import Op
 from . import _validate
-from ._registry import Op
 
 
 def self_attention_reference(qkv: Tensor, num_heads: int) -> Tensor:

@@ -27,9 +27,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .. import backends
 from ..triton import triton_kernel
-from ._autograd import AUTOCAST, VMAP, Differentiable, below_autograd, second_derivative
-from ._fit import Fitting, fit, fit_backward
-from ._native import native_kernel
+from .autograd import AUTOCAST, VMAP, Differentiable, below_autograd, second_derivative
+from .fit import Fitting, fit, fit_backward
+from .native import native_kernel
 
 LIBRARY = torch.library.Library("crossvit_kernels", "DEF")
 

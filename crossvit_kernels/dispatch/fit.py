@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ._registry import Op
+    from .register import Op
 
 
 def fit(op: "Op", inputs: Sequence[Any], *, symbolic: bool = False, passed: str | None = None) -> None:
