@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from .torch_internals import schema_of
+
 
 def native_kernel(backend: str, name: str, given: list[str], strided: Iterable[str]) -> Callable:
     """Calls crossvit_kernels_<backend>::<name>, which picks its arguments from those called `given` by their names. It
@@ -15,18 +17,17 @@ def native_kernel(backend: str, name: str, given: list[str], strided: Iterable[s
     """
     strided = frozenset(strided)
     native: Any = None
-    order: list[int] = []  # of its arguments among those given
-    tensors: list[tuple[int, bool]] = []  # which of these are tensors, and whether they may be strided
+    order: list[int] = []  # where its arguments stand among those given
+    tensors: list[tuple[int, bool]] = []  # which of its arguments are tensors, and whether they may be strided
     single = False
 
     def look_up() -> None:
         nonlocal native, order, tensors, single
         found = getattr(getattr(torch.ops, f"crossvit_kernels_{backend}"), name).default
-        schema = found._schema
-        order = [given.index(a.name) for a in schema.arguments]
-        tensors = [(i, a.name in strided) for i, a in enumerate(schema.arguments) if "Tensor" in str(a.type)]
-        # A backward's only gradient, not in a list.
-        single = name.endswith("_backward") and str(schema.returns[0].type) == "Tensor"
+        schema = schema_of(found)
+        order = [given.index(argument) for argument, _ in schema.arguments]
+        tensors = [(i, argument in strided) for i, (argument, tensor) in enumerate(schema.arguments) if tensor]
+        single = name.endswith("_backward") and schema.single  # a backward's only gradient comes without a list
         native = found  # last: another thread may be about to call it
 
     def run(*args: Any) -> Any:

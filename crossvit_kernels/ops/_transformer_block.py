@@ -6,15 +6,16 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..dispatch.register import Op, plain_call
+from ..dispatch.torch_internals import any_autocast, observed, plain_call
 
 NAME = "transformer_block"
 
 
 def transformer_block(x: Tensor, *weights: Any, kernels: str) -> Tensor | None:
-    """What layer_norm_linear, self_attention, linear_residual and layer_norm_mlp come to behind one another, to the
-    bit, without Python between them; None where the ops themselves are to be called: where gradients are taken, under
-    autocast, where something is to see each op, on another backend, and where an argument is not what it should be.
+    """The result of layer_norm_linear, self_attention, linear_residual and layer_norm_mlp one after another, to the
+    bit, without Python between them; None where the ops themselves are to be called. That is so where gradients are
+    taken, under autocast, where something is to see each op, on another backend, and where an argument is not what it
+    should be.
 
     Args:
         x: (B, N, D).
@@ -23,9 +24,10 @@ def transformer_block(x: Tensor, *weights: Any, kernels: str) -> Tensor | None:
             MLP; its scale. The scales as `linear_residual` takes them.
         kernels: the backend, see `crossvit_kernels.backends`.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or any_autocast():
         return None
-    if not plain_call() or Op.observed([x, *(w for w in weights if isinstance(w, Tensor))]):
+    tensors = [x, *(w for w in weights if isinstance(w, Tensor))]
+    if not plain_call(tensors) or observed(tensors):
         return None
     if x.device.type != "cpu" or backends.resolve(kernels, x.device, x.dtype, NAME) != "cpu":
         return None

@@ -102,6 +102,15 @@ def norm(
         beside(bias_name, bias, shape, name, weight)
 
 
+def linear(
+    name: str, weight: Tensor, bias_name: str, bias: Tensor | None, shape: Sequence[int], first_name: str, first: Tensor
+) -> None:
+    """A Linear's weight, of this shape, and its bias, both in the first argument's dtype; see `beside`."""
+    beside(name, weight, shape, first_name, first)
+    if bias is not None:
+        beside(bias_name, bias, shape[:1], first_name, first)
+
+
 def matrix(name: str, value: Tensor, columns: int, first_name: str, first: Tensor) -> None:
     """A Linear's weight of any number of rows, see `beside`."""
     tensor(name, value, "(E, D)")
