@@ -9,7 +9,7 @@ CROSSVIT_KERNELS_PUBLIC_TORCH names probes, separated by commas, that are to fai
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -48,7 +48,8 @@ def _key_set(*names: str) -> Any:
 
 
 # Whether something watches the dispatcher: a mode, a tracer or a transform adds its key to the thread's set. Publicly
-# it cannot be known, and every call takes the way through the dispatcher, which costs 5 us.
+# it cannot be known, and every call takes the way through the dispatcher. That costs 5 us, and under autocast the
+# gradients of parameters are rounded to autocast's dtype, as PyTorch's own are.
 
 
 def _observers() -> int:
@@ -227,9 +228,9 @@ else:
         return _disabled()
 
 
-# The rest of the way of a dispatcher op, behind its autograd formula. Publicly the keys of autograd are taken one by
-# one from the set that the formula was called with; autograd then sees the op's inside, where nothing is recorded,
-# since gradients are off there or no input requires one.
+# The rest of the way of a dispatcher op, behind its autograd formula. Publicly the keys are taken one by one, the first
+# first, from the set that the formula was called with, until those of autograd are gone. Autograd then sees the op's
+# inside, where nothing is recorded, since gradients are off there or no input requires one.
 
 
 def _autograd_is_left() -> bool:
@@ -251,8 +252,8 @@ else:
 
     def below_autograd(op: Any, keyset: Any, *args: Any) -> Any:
         """Calls a dispatcher op without the autograd formula from which this is called, with the formula's keys."""
-        while (key := keyset.highestPriorityTypeId()).name.startswith("Autograd"):
-            keyset = keyset.remove(key)
+        while "Autograd" in str(keyset):
+            keyset = keyset.remove(keyset.highestPriorityTypeId())
         return op.redispatch(keyset, *args)
 
 
@@ -328,59 +329,132 @@ else:
         return Schema(arguments, returns[0] == "Tensor" and "," not in declared["returns"])
 
 
-# Who sees the calls of all modules and functions: global hooks, modes. Publicly neither can be known, and compositions
-# are run as the modules that they consist of.
+# What a call of a module runs, and who sees the calls of all modules and functions: hooks, modes. Publicly none of it
+# can be known, and compositions are run as the modules that they consist of (`composition.why_not`).
 
-GLOBAL_HOOKS: tuple[dict[int, Any], ...] = ()
-_len_function_stack: Callable[[], int] = int
-_function_modes: Callable[[], Sequence[Any]] = list
-_DefaultDevice: type = type(None)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # of a module
+CALLS = ("_wrapped_call_impl", "_call_impl")  # nn.Module's methods, the first of which is its __call__
+OVERRIDES = ("forward", "_call_impl", "_compiled_call_impl")  # on an instance, each changes what its call does
+STAND_INS = "torch._subclasses."  # where the classes of tensors are that stand in for plain ones while a tracer runs
 
 
 def _modules_are_known() -> bool:
-    global GLOBAL_HOOKS, _len_function_stack, _function_modes, _DefaultDevice
     from torch.nn.modules import module
     from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
     from torch.utils._device import DeviceContext
 
-    bare, names = nn.Module(), ("_modules", *HOOKS)
     with TorchFunctionMode() as mode:
-        seen = _C._len_torch_function_stack() == 1 and [*_get_current_function_mode_stack()] == [mode]
-    if not seen or _C._len_torch_function_stack() or not all(isinstance(bare.__dict__[name], dict) for name in names):
-        return False
-    if not all(name in nn.Module.__dict__ for name in CALLS) or nn.Module.__call__ is not nn.Module.__dict__[CALLS[0]]:
-        return False
-    GLOBAL_HOOKS = tuple(
-        getattr(module, f"_global_{when}_hooks") for when in ("forward", "forward_pre", "backward", "backward_pre")
+        modes_are_seen = _C._len_torch_function_stack() == 1 and [*_get_current_function_mode_stack()] == [mode]
+    bare, call = nn.Module().__dict__, nn.Module.__dict__
+    return (
+        modes_are_seen
+        and _C._len_torch_function_stack() == 0
+        and isinstance(DeviceContext, type)
+        and all(isinstance(bare[name], dict) for name in ("_modules", *HOOKS))
+        and all(name in call for name in CALLS)
+        and all(isinstance(getattr(module, name), dict) for name in _GLOBAL)
     )
-    _len_function_stack, _function_modes = _C._len_torch_function_stack, _get_current_function_mode_stack
-    _DefaultDevice = DeviceContext
-    return True
 
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # of a module
-CALLS = ("_wrapped_call_impl", "_call_impl")  # nn.Module's methods that a call of a module runs
-OVERRIDES = ("forward", "_call_impl", "_compiled_call_impl")  # on an instance, each changes what its call does
+_GLOBAL = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
 
-MODULES = _probe("modules", _modules_are_known)
+MODULES_UNKNOWN: str | None = None
+GLOBAL_HOOKS: tuple[dict[int, Any], ...] = ()
+
+if _probe("modules", _modules_are_known):
+    from torch.nn.modules import module as _module
+    from torch.overrides import _get_current_function_mode_stack as _function_modes
+    from torch.utils._device import DeviceContext as _DefaultDevice
+
+    GLOBAL_HOOKS = tuple(getattr(_module, name) for name in _GLOBAL)
+    _any_function_mode = _C._len_torch_function_stack
+
+    def watched_by_all() -> str | None:
+        """Which hook sees the calls of all modules, in words. PyTorch's module tracker, which the FLOP counter uses,
+        only takes names down."""
+        for hooks in GLOBAL_HOOKS:
+            for hook in hooks.values():
+                if not isinstance(getattr(hook, "__self__", None), ModuleTracker):
+                    return f"a global hook, {getattr(hook, '__qualname__', hook)}, sees every module's call"
+        return None
+
+    def foreign_mode() -> str | None:
+        """Which mode sees the calls of PyTorch's functions, in words; a default device is none that does."""
+        if _any_function_mode():
+            for mode in _function_modes():
+                if not isinstance(mode, _DefaultDevice):
+                    return f"a mode, {type(mode).__qualname__}, sees every call of a function"
+        return None
+
+    def hooked(module: nn.Module) -> bool:
+        """Whether a hook sees the calls of this module."""
+        return bool(
+            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        )
+
+    def returns_seen(module: nn.Module) -> bool:
+        """Whether a hook sees what this module returns."""
+        return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks or any(GLOBAL_HOOKS))
+
+    def own_call(cls: type) -> Any:
+        """What a call of an instance runs, without torch.fx's wrapper around it, which changes nothing for tensors."""
+        call: Any = cls.__call__
+        while getattr(call, "__globals__", {}).get("__name__") == "torch.fx._symbolic_trace":
+            call = call.__wrapped__
+        return call
+else:
+    MODULES_UNKNOWN = "PyTorch's modules are not made as this package knows them"
+
+    def watched_by_all() -> str | None:
+        """Which hook sees the calls of all modules, in words: perhaps one."""
+        return MODULES_UNKNOWN
+
+    def foreign_mode() -> str | None:
+        """Which mode sees the calls of PyTorch's functions, in words: perhaps one."""
+        return MODULES_UNKNOWN
+
+    def hooked(module: nn.Module) -> bool:
+        """Whether a hook sees the calls of this module: perhaps."""
+        return True
+
+    def returns_seen(module: nn.Module) -> bool:
+        """Whether a hook sees what this module returns: perhaps."""
+        return True
+
+    def own_call(cls: type) -> Any:
+        """What a call of an instance runs."""
+        return cls.__call__
 
 
-def watched_by_all() -> str | None:
-    """Which hook sees the calls of all modules, in words. PyTorch's module tracker, which the FLOP counter uses, only
-    takes names down."""
-    if not MODULES:
-        return "PyTorch's modules are not made as this package knows them"
-    for hooks in GLOBAL_HOOKS:
-        for hook in hooks.values():
-            if not isinstance(getattr(hook, "__self__", None), ModuleTracker):
-                return f"a global hook, {getattr(hook, '__qualname__', hook)}, sees every module's call"
-    return None
+# The tensors in nested tuples, lists and dictionaries, which a model takes and returns. Publicly only these three kinds
+# are looked into, where PyTorch's own also knows named tuples, ordered dictionaries and what is registered with it.
 
 
-def foreign_mode() -> str | None:
-    """Which mode sees the calls of PyTorch's functions, in words; a default device is none that does."""
-    if _len_function_stack():
-        for mode in _function_modes():
-            if not isinstance(mode, _DefaultDevice):
-                return f"a mode, {type(mode).__qualname__}, sees every call of a function"
-    return None
+def _trees_are_known() -> bool:
+    from torch.utils._pytree import tree_leaves, tree_map_only
+
+    nested = {"a": [1, 2.0], "b": (3,)}
+    return tree_leaves(nested) == [1, 2.0, 3] and tree_map_only(int, str, nested) == {"a": ["1", 2.0], "b": ("3",)}
+
+
+if _probe("trees", _trees_are_known):
+    from torch.utils import _pytree
+
+    tree_leaves: Callable[[Any], list[Any]] = _pytree.tree_leaves
+    tree_map_only: Callable[..., Any] = _pytree.tree_map_only
+else:
+
+    def tree_leaves(tree: Any) -> list[Any]:
+        """Everything in a nested value that is no tuple, list or dictionary itself."""
+        if not isinstance(tree, tuple | list | dict):
+            return [tree]
+        return [leaf for part in (tree.values() if isinstance(tree, dict) else tree) for leaf in tree_leaves(part)]
+
+    def tree_map_only(kind: Any, function: Callable, tree: Any) -> Any:
+        """The nested value with `function` of every leaf of this kind in its place."""
+        if isinstance(tree, dict):
+            return {key: tree_map_only(kind, function, part) for key, part in tree.items()}
+        if isinstance(tree, tuple | list):
+            parts = [tree_map_only(kind, function, part) for part in tree]
+            return parts if isinstance(tree, list) else tuple(parts)
+        return function(tree) if isinstance(tree, kind) else tree
