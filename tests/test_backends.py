@@ -14,6 +14,7 @@ import torch
 import crossvit_kernels
 from conftest import NATIVE
 from crossvit_kernels import backends
+from crossvit_kernels.backends import availability
 from inputs import EXAMPLES
 
 CPU = torch.device("cpu")
@@ -23,11 +24,11 @@ needs_cpu_kernels = pytest.mark.skipif("cpu" not in NATIVE, reason=f"no CPU kern
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """backends as after an import: nothing resolved yet, no warning given."""
-    monkeypatch.setattr(backends, "_resolved", {})
-    for function in (backends._environment, backends._fallback_warning):
+    monkeypatch.setattr(availability, "_resolved", {})
+    for function in (availability._environment, availability._fallback_warning):
         function.cache_clear()
     yield monkeypatch
-    for function in (backends._environment, backends._fallback_warning):
+    for function in (availability._environment, availability._fallback_warning):
         function.cache_clear()
 
 
@@ -114,7 +115,7 @@ def test_an_unknown_name_in_the_environment_names_the_variable(fresh: pytest.Mon
 
 
 def test_an_absent_backend_in_the_environment_raises(fresh: pytest.MonkeyPatch) -> None:
-    fresh.setattr(backends, "_extension_missing", "it was not built")
+    fresh.setattr(availability, "_extension_missing", "it was not built")
     fresh.setenv("CROSSVIT_KERNELS", "cpu")
     with pytest.raises(RuntimeError, match="kernels='cpu' is not there: it was not built"):
         crossvit_kernels.self_attention(**EXAMPLES["self_attention"]())
@@ -130,10 +131,10 @@ def test_report_lists_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_report_names_architectures_and_what_auto_was_measured_on(monkeypatch: pytest.MonkeyPatch) -> None:
     record = {"cuda": {"architectures": ["sm_80", "compute_90"], "nvcc": "13.0.88", "missing": None}}
-    monkeypatch.setattr(backends, "_read_record", lambda what: (record, None))
-    monkeypatch.setattr(backends, "_cuda_ops", lambda: ["cls_fusion", "patch_embed"])
-    monkeypatch.setattr(backends, "_environment", lambda: "auto")
-    monkeypatch.setitem(backends._MEASURED, "patch_embed", ("cuda", "an H100, bfloat16"))
+    monkeypatch.setattr(availability, "_read_record", lambda what: (record, None))
+    monkeypatch.setattr(availability, "_cuda_ops", lambda: ["cls_fusion", "patch_embed"])
+    monkeypatch.setattr(availability, "_environment", lambda: "auto")
+    monkeypatch.setitem(availability._MEASURED, "patch_embed", ("cuda", "an H100, bfloat16"))
     text = backends.report()
     assert "(built for sm_80, compute_90 by nvcc 13.0.88: cls_fusion, patch_embed)" in text
     assert "on a GPU, cls_fusion: triton, unmeasured against cuda" in text
@@ -142,14 +143,14 @@ def test_report_names_architectures_and_what_auto_was_measured_on(monkeypatch: p
 
 def test_on_a_gpu_auto_takes_what_measured_faster_and_else_triton(fresh: pytest.MonkeyPatch) -> None:
     fresh.setenv("CROSSVIT_KERNELS", "")
-    fresh.setattr(backends, "reason", lambda name: None)
-    fresh.setattr(backends, "serves", lambda name, op: True)
-    fresh.setitem(backends._MEASURED, "patch_embed", ("cuda", "an H100"))
+    fresh.setattr(availability, "reason", lambda name: None)
+    fresh.setattr(availability, "serves", lambda name, op: True)
+    fresh.setitem(availability._MEASURED, "patch_embed", ("cuda", "an H100"))
     gpu = torch.device("cuda", 0)
     assert backends.resolve("auto", gpu, torch.float16, "patch_embed") == "cuda"
     assert backends.resolve("auto", gpu, torch.float16, "linear_residual") == "triton"
-    fresh.setattr(backends, "_resolved", {})
-    fresh.setattr(backends, "reason", lambda name: "absent" if name == "cuda" else None)
+    fresh.setattr(availability, "_resolved", {})
+    fresh.setattr(availability, "reason", lambda name: "absent" if name == "cuda" else None)
     assert backends.resolve("auto", gpu, torch.float16, "patch_embed") == "triton"
 
 
@@ -169,7 +170,7 @@ def test_architectures_that_a_gpu_can_run(
     built: list[str], capability: tuple[int, int], fits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    why = backends._not_built_for(built)
+    why = availability._not_built_for(built)
     assert (why is None) == fits
     if why is not None:
         assert f"compute capability {capability[0]}.{capability[1]}" in why
@@ -194,11 +195,11 @@ RECORD = {"torch": str(torch.__version__), "abi": sysconfig.get_config_var("SOAB
 def test_an_extension_that_does_not_fit_is_not_loaded(
     record: str | None, expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(backends, "__file__", str(tmp_path / "backends.py"))
-    monkeypatch.setattr(backends.importlib, "import_module", pytest.fail)
+    monkeypatch.setattr(availability, "__file__", str(tmp_path / "backends" / "availability.py"))
+    monkeypatch.setattr(availability.importlib, "import_module", pytest.fail)
     if record is not None:
         (tmp_path / "_build.json").write_text(record)
-    extension, why = backends._load_extension()
+    extension, why = availability._load_extension()
     assert extension is None
     assert expected in why
     assert "pip install --no-build-isolation ." in why
@@ -208,16 +209,16 @@ def test_an_extension_that_fails_to_load_is_told_in_a_sentence(monkeypatch: pyte
     def undefined_symbol(name: str) -> None:
         raise ImportError(f"{name}: undefined symbol: _ZN2at")
 
-    monkeypatch.setattr(backends, "__file__", str(tmp_path / "backends.py"))
-    monkeypatch.setattr(backends.importlib, "import_module", undefined_symbol)
+    monkeypatch.setattr(availability, "__file__", str(tmp_path / "backends" / "availability.py"))
+    monkeypatch.setattr(availability.importlib, "import_module", undefined_symbol)
     (tmp_path / "_build.json").write_text(json.dumps(RECORD))
-    extension, why = backends._load_extension()
+    extension, why = availability._load_extension()
     assert extension is None
     assert "cannot be loaded (crossvit_kernels._C: undefined symbol: _ZN2at)" in why
 
 
 def test_without_the_extension_auto_runs_on_the_reference_and_says_so_once(fresh: pytest.MonkeyPatch) -> None:
-    fresh.setattr(backends, "_extension_missing", "it was not built")
+    fresh.setattr(availability, "_extension_missing", "it was not built")
     given = EXAMPLES["self_attention"]()
     with pytest.warns(RuntimeWarning, match="runs on its PyTorch reference: it was not built") as caught:
         out = crossvit_kernels.self_attention(**given)

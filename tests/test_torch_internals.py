@@ -8,16 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import crossvit_kernels
-from crossvit_kernels.dispatch import torch_internals
 from crossvit_kernels.dispatch.torch_internals import PRIVATE
 
 PACKAGE = Path(crossvit_kernels.__file__).parent
-TESTS = Path(__file__).parent
+TESTS = next(path for path in Path(__file__).parents if path.name == "tests")
 INTERNALS = PACKAGE / "dispatch" / "torch_internals.py"
 # A private module or name of torch: torch._C, torch._dynamo, from torch.utils._pytree import ..., forward_ad._level.
+IMPORTED = re.compile(r"from torch\b.* import (?:.*[ (])?_[A-Za-z]")
 FORBIDDEN = re.compile(r"\b(?:torch|forward_ad)(?:\.[A-Za-z]\w*)*\._[A-Za-z]")
 
 # Subjects over which every public way is gone: one op or two each of registration, autocast, backward, transforms,
@@ -68,7 +67,7 @@ def test_a_probe_fails_where_it_is_told_to() -> None:
         "x = torch.ones(1, 2, 6, requires_grad=True); out = k.self_attention(x, 1); out.sum().backward();"
         "print(sorted(n for n, passed in PRIVATE.items() if not passed))"
     )
-    for name in ("observers", "below_autograd", "schemas,modules", *(["all"] if PRIVATE else [])):
+    for name in ("observers", "below_autograd,decompositions", "all"):
         done = run(["-c", code], name)
         assert done.returncode == 0, done.stderr
         expected = sorted(PRIVATE) if name == "all" else sorted(name.split(","))
@@ -77,7 +76,8 @@ def test_a_probe_fails_where_it_is_told_to() -> None:
 
 def test_the_ops_pass_their_tests_over_the_public_ways() -> None:
     """In one fresh Python in which every probe fails."""
-    files = [str(path) for path in map(find, CHOSEN)]
+    files = [str(path) for name in CHOSEN for path in TESTS.rglob(name)]
+    assert len(files) == len(CHOSEN)
     chosen = " or ".join(f"({Path(name).stem} and ({expression}))" for name, expression in CHOSEN.items())
     done = run(["-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", "-k", chosen, *files], "all")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
@@ -85,12 +85,6 @@ def test_the_ops_pass_their_tests_over_the_public_ways() -> None:
     assert passed is not None
     assert int(passed[1]) > 50
     assert "skipped" not in done.stdout
-
-
-def find(name: str) -> Path:
-    """A test file, wherever below tests/ it lies."""
-    (path,) = TESTS.rglob(name) if TESTS.name == "tests" else next(p for p in TESTS.parents if p.name == "tests").rglob(name)
-    return path
 
 
 def test_compositions_are_run_as_their_modules() -> None:
@@ -113,38 +107,28 @@ def test_private_torch_is_in_one_file(package: str) -> None:
     for path in (PACKAGE.parent / package).rglob("*.py"):
         if path != INTERNALS:
             lines = [line for line in path.read_text().splitlines() if "__version__" not in line]
-            if uses := [line.strip() for line in lines if FORBIDDEN.search(line) or "from torch" in line and " _" in line]:
+            if uses := [
+                line.strip() for line in lines if FORBIDDEN.search(line) or ("from torch" in line and " _" in line)
+            ]:
                 found[str(path)] = uses
     assert not found
 
 
-def test_the_public_schema_is_the_private_one() -> None:
-    """Read from the error of a call without arguments."""
-    code = (
-        "import torch; from crossvit_kernels.dispatch.torch_internals import PRIVATE, Schema, schema_of\n"
-        "import crossvit_kernels\n"
-        "for op in (torch.ops.aten.mm.default, torch.ops.aten.native_layer_norm.default,\n"
-        "           torch.ops.crossvit_kernels.linear_residual_backward.default):\n"
-        "    schema = op._schema\n"
-        "    arguments = [(a.name, 'Tensor' in str(a.type)) for a in schema.arguments]\n"
-        "    assert not PRIVATE['schemas']\n"
-        "    assert schema_of(op) == Schema(arguments, str(schema.returns[0].type) == 'Tensor' and\n"
-        "                                   len(schema.returns) == 1), (schema_of(op), schema)\n"
-    )
-    done = run(["-c", code], "schemas")
+def test_schemas_and_trees_are_the_private_ones() -> None:
+    """Schemas are read from the error of a call without arguments, trees walked by hand."""
+    code = """
+import torch, crossvit_kernels
+from crossvit_kernels.dispatch.torch_internals import PRIVATE, schema_of, tree_leaves, tree_map_only
+from torch.utils import _pytree
+assert not PRIVATE["schemas"] and not PRIVATE["trees"]
+for op in (torch.ops.aten.mm.default, torch.ops.aten.native_layer_norm.default,
+           torch.ops.crossvit_kernels.linear_residual_backward.default):
+    found, schema = schema_of(op), op._schema
+    assert found.arguments == [(a.name, "Tensor" in str(a.type)) for a in schema.arguments], found
+    assert found.single == (len(schema.returns) == 1 and str(schema.returns[0].type) == "Tensor"), found
+tree = {"a": [1, (2.0,)], "b": None}
+assert tree_leaves(tree) == _pytree.tree_leaves(tree)
+assert tree_map_only(int, str, tree) == _pytree.tree_map_only(int, str, tree)
+"""
+    done = run(["-c", code], "schemas,trees")
     assert done.returncode == 0, done.stderr
-
-
-def test_trees_by_hand() -> None:
-    assert torch_internals.tree_leaves({"a": [1, (2.0,)], "b": None}) == [1, 2.0, None]
-    done = run(
-        [
-            "-c",
-            "from crossvit_kernels.dispatch.torch_internals import tree_leaves as l, tree_map_only as m;"
-            "t = {'a': [1, (2.0,)], 'b': None};"
-            "assert l(t) == [1, 2.0, None]; assert m(int, str, t) == {'a': ['1', (2.0,)], 'b': None}",
-        ],
-        "trees",
-    )
-    assert done.returncode == 0, done.stderr
-    assert torch.is_tensor(torch_internals.tree_map_only(torch.Tensor, torch.clone, torch.ones(1)))

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from . import triton
+from .. import triton
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 _CHOICES = "'auto' or one of " + ", ".join(map(repr, BACKENDS))
@@ -40,7 +40,7 @@ _INSTALL = "to build it, type `pip install --no-build-isolation .` in the source
 
 def _read_record(what: str) -> tuple[dict[str, Any], str | None]:
     """What setup.py wrote down of the build, and why `what`, a part of it, is not to be loaded."""
-    path = Path(__file__).with_name("_build.json")
+    path = Path(__file__).parent.with_name("_build.json")
     try:
         record = json.loads(path.read_text())
     except FileNotFoundError:
@@ -131,7 +131,7 @@ def _cuda_missing() -> str | None:
 def _load_cuda(name: str) -> str | None:
     """Registers the ops of a library, or says why it cannot."""
     try:
-        torch.ops.load_library(Path(__file__).with_name(name))
+        torch.ops.load_library(Path(__file__).parent.with_name(name))
     except OSError as error:
         return f"crossvit_kernels/{name} cannot be loaded ({error}); {_INSTALL} again"
     return None
