@@ -14,7 +14,7 @@ import torch
 import crossvit_kernels
 from conftest import NATIVE
 from crossvit_kernels import backends
-from crossvit_kernels.backends import availability
+from crossvit_kernels.backends import availability, build_record, choice, reporting
 from inputs import EXAMPLES
 
 CPU = torch.device("cpu")
@@ -24,11 +24,11 @@ needs_cpu_kernels = pytest.mark.skipif("cpu" not in NATIVE, reason=f"no CPU kern
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """backends as after an import: nothing resolved yet, no warning given."""
-    monkeypatch.setattr(availability, "_resolved", {})
-    for function in (availability._environment, availability._fallback_warning):
+    monkeypatch.setattr(choice, "_resolved", {})
+    for function in (choice.environment, choice._fallback_warning):
         function.cache_clear()
     yield monkeypatch
-    for function in (availability._environment, availability._fallback_warning):
+    for function in (choice.environment, choice._fallback_warning):
         function.cache_clear()
 
 
@@ -115,7 +115,7 @@ def test_an_unknown_name_in_the_environment_names_the_variable(fresh: pytest.Mon
 
 
 def test_an_absent_backend_in_the_environment_raises(fresh: pytest.MonkeyPatch) -> None:
-    fresh.setattr(availability, "_extension_missing", "it was not built")
+    fresh.setattr(availability, "extension_missing", "it was not built")
     fresh.setenv("CROSSVIT_KERNELS", "cpu")
     with pytest.raises(RuntimeError, match="kernels='cpu' is not there: it was not built"):
         crossvit_kernels.self_attention(**EXAMPLES["self_attention"]())
@@ -131,10 +131,10 @@ def test_report_lists_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_report_names_architectures_and_what_auto_was_measured_on(monkeypatch: pytest.MonkeyPatch) -> None:
     record = {"cuda": {"architectures": ["sm_80", "compute_90"], "nvcc": "13.0.88", "missing": None}}
-    monkeypatch.setattr(availability, "_read_record", lambda what: (record, None))
-    monkeypatch.setattr(availability, "_cuda_ops", lambda: ["cls_fusion", "patch_embed"])
-    monkeypatch.setattr(availability, "_environment", lambda: "auto")
-    monkeypatch.setitem(availability._MEASURED, "patch_embed", ("cuda", "an H100, bfloat16"))
+    monkeypatch.setattr(build_record, "read_record", lambda what: (record, None))
+    monkeypatch.setattr(reporting, "cuda_ops", lambda: ["cls_fusion", "patch_embed"])
+    monkeypatch.setattr(choice, "environment", lambda: "auto")
+    monkeypatch.setitem(choice.MEASURED, "patch_embed", ("cuda", "an H100, bfloat16"))
     text = backends.report()
     assert "(built for sm_80, compute_90 by nvcc 13.0.88: cls_fusion, patch_embed)" in text
     assert "on a GPU, cls_fusion: triton, unmeasured against cuda" in text
@@ -145,11 +145,11 @@ def test_on_a_gpu_auto_takes_what_measured_faster_and_else_triton(fresh: pytest.
     fresh.setenv("CROSSVIT_KERNELS", "")
     fresh.setattr(availability, "reason", lambda name: None)
     fresh.setattr(availability, "serves", lambda name, op: True)
-    fresh.setitem(availability._MEASURED, "patch_embed", ("cuda", "an H100"))
+    fresh.setitem(choice.MEASURED, "patch_embed", ("cuda", "an H100"))
     gpu = torch.device("cuda", 0)
     assert backends.resolve("auto", gpu, torch.float16, "patch_embed") == "cuda"
     assert backends.resolve("auto", gpu, torch.float16, "linear_residual") == "triton"
-    fresh.setattr(availability, "_resolved", {})
+    fresh.setattr(choice, "_resolved", {})
     fresh.setattr(availability, "reason", lambda name: "absent" if name == "cuda" else None)
     assert backends.resolve("auto", gpu, torch.float16, "patch_embed") == "triton"
 
@@ -195,7 +195,7 @@ RECORD = {"torch": str(torch.__version__), "abi": sysconfig.get_config_var("SOAB
 def test_an_extension_that_does_not_fit_is_not_loaded(
     record: str | None, expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(availability, "__file__", str(tmp_path / "backends" / "availability.py"))
+    monkeypatch.setattr(build_record, "__file__", str(tmp_path / "backends" / "build_record.py"))
     monkeypatch.setattr(availability.importlib, "import_module", pytest.fail)
     if record is not None:
         (tmp_path / "_build.json").write_text(record)
@@ -209,7 +209,7 @@ def test_an_extension_that_fails_to_load_is_told_in_a_sentence(monkeypatch: pyte
     def undefined_symbol(name: str) -> None:
         raise ImportError(f"{name}: undefined symbol: _ZN2at")
 
-    monkeypatch.setattr(availability, "__file__", str(tmp_path / "backends" / "availability.py"))
+    monkeypatch.setattr(build_record, "__file__", str(tmp_path / "backends" / "build_record.py"))
     monkeypatch.setattr(availability.importlib, "import_module", undefined_symbol)
     (tmp_path / "_build.json").write_text(json.dumps(RECORD))
     extension, why = availability._load_extension()
@@ -218,7 +218,7 @@ def test_an_extension_that_fails_to_load_is_told_in_a_sentence(monkeypatch: pyte
 
 
 def test_without_the_extension_auto_runs_on_the_reference_and_says_so_once(fresh: pytest.MonkeyPatch) -> None:
-    fresh.setattr(availability, "_extension_missing", "it was not built")
+    fresh.setattr(availability, "extension_missing", "it was not built")
     given = EXAMPLES["self_attention"]()
     with pytest.warns(RuntimeWarning, match="runs on its PyTorch reference: it was not built") as caught:
         out = crossvit_kernels.self_attention(**given)

@@ -5,18 +5,9 @@
 `_emulation.so`. The environment variable CROSSVIT_KERNELS, read once, says what kernels="auto" means in this process.
 """
 
-from .availability import (
-    BACKENDS,
-    available,
-    devices,
-    dtypes,
-    emulated,
-    reason,
-    report,
-    resolve,
-    serves,
-    triton_interprets,
-)
+from .availability import BACKENDS, available, devices, dtypes, emulated, reason, serves, triton_interprets
+from .choice import resolve
+from .reporting import report
 
 __all__ = [
     "BACKENDS",
