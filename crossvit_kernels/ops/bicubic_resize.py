@@ -13,7 +13,7 @@ from torch import Tensor
 from ..dispatch.call import call, needs_reference
 from ..dispatch.register import register
 from ..dispatch.spec import Argument, OpSpec, Result, Shapes
-from . import _validate
+from . import validate
 
 
 def _reference(images: Tensor, height: int, width: int) -> Tensor:
@@ -27,9 +27,9 @@ def bicubic_resize_reference(images: Tensor, image_size: int | tuple[int, int]) 
 
 
 def _shapes(images: Tensor, height: int, width: int) -> Shapes:
-    _validate.tensor("images", images, "(B, C, H, W)")
-    _validate.positive("height", height)
-    _validate.positive("width", width)
+    validate.tensor("images", images, "(B, C, H, W)")
+    validate.positive("height", height)
+    validate.positive("width", width)
     return {"images": images.shape}
 
 
@@ -67,9 +67,9 @@ def bicubic_resize(images: Tensor, image_size: int | tuple[int, int], *, kernels
         TypeError, ValueError: an argument's type, dtype, shape, device or value is wrong; RuntimeError: the backend
             asked for is not there.
     """
-    _validate.tensor("images", images, "(B, C, H, W)")
-    _validate.positive("images' smallest side", min(images.shape[1:]))
-    height, width = _validate.size("image_size", image_size)
+    validate.tensor("images", images, "(B, C, H, W)")
+    validate.positive("images' smallest side", min(images.shape[1:]))
+    height, width = validate.size("image_size", image_size)
     inputs = (images, height, width)
     reference = needs_reference(_op, inputs, kernels)
     if images.shape[2] == height and images.shape[3] == width:

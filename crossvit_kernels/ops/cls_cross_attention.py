@@ -26,8 +26,8 @@ from torch import Tensor
 from ..dispatch.call import call, needs_reference
 from ..dispatch.register import register
 from ..dispatch.spec import Argument, LinearParams, NormParams, OpSpec, Result, Shapes
-from . import _validate
-from ._layer_norm import layer_norm
+from . import validate
+from .layer_norm import layer_norm
 
 
 def cls_cross_attention_reference(
@@ -97,9 +97,9 @@ def parameter_shapes(width: int) -> Shapes:
 
 
 def _shapes(patches: Tensor, num_heads: int) -> Shapes:
-    _validate.tensor("patches", patches, "(B, N, D)")
+    validate.tensor("patches", patches, "(B, N, D)")
     batch, _, width = patches.shape
-    _validate.heads(num_heads, width, "the width")
+    validate.heads(num_heads, width, "the width")
     return {"cls": (batch, width), "patches": patches.shape, **parameter_shapes(width)}
 
 
@@ -203,20 +203,20 @@ def cls_cross_attention(
         TypeError, ValueError: an argument's type, dtype, shape, device or value is wrong; RuntimeError: the backend
             asked for is not there.
     """
-    _validate.tensor("patches", patches, "(B, N, D)")
+    validate.tensor("patches", patches, "(B, N, D)")
     batch, _, width = patches.shape
-    _validate.positive("patches' width", width)
-    _validate.beside("cls", cls, (batch, width), "patches", patches, any_dtype=True)
+    validate.positive("patches' width", width)
+    validate.beside("cls", cls, (batch, width), "patches", patches, any_dtype=True)
     if cls.dtype is not patches.dtype:
         dtype = torch.promote_types(cls.dtype, patches.dtype)  # as in torch.cat
         cls, patches = cls.to(dtype), patches.to(dtype)
     square = (width, width)
-    _validate.norm("norm_weight", norm_weight, "norm_bias", norm_bias, (width,), "patches", patches)
-    _validate.linear("q_weight", q_weight, "q_bias", q_bias, square, "patches", patches)
-    _validate.linear("k_weight", k_weight, "k_bias", k_bias, square, "patches", patches)
-    _validate.linear("v_weight", v_weight, "v_bias", v_bias, square, "patches", patches)
-    _validate.heads(num_heads, width, "the width")
-    _validate.epsilon(eps)
+    validate.norm("norm_weight", norm_weight, "norm_bias", norm_bias, (width,), "patches", patches)
+    validate.linear("q_weight", q_weight, "q_bias", q_bias, square, "patches", patches)
+    validate.linear("k_weight", k_weight, "k_bias", k_bias, square, "patches", patches)
+    validate.linear("v_weight", v_weight, "v_bias", v_bias, square, "patches", patches)
+    validate.heads(num_heads, width, "the width")
+    validate.epsilon(eps)
     projections = q_weight, q_bias, k_weight, k_bias, v_weight, v_bias
     inputs = (cls, patches, norm_weight, norm_bias, *projections, num_heads, eps)
     if needs_reference(_op, inputs, kernels):

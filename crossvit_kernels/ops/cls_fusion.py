@@ -14,7 +14,7 @@ from torch import Tensor
 from ..dispatch.call import call, needs_reference
 from ..dispatch.register import register
 from ..dispatch.spec import Argument, LinearParams, NormParams, OpSpec, Result, Shapes
-from . import _validate
+from . import validate
 from .cls_cross_attention import CUDA_ROW_BYTES, cls_cross_attention_reference
 from .cls_cross_attention import PARAMETERS as ATTENTION
 from .cls_cross_attention import flops as attention_flops
@@ -65,10 +65,10 @@ _PROJ, _OUT, _REVERT = map(LinearParams.named, ("proj", "out", "revert"))
 
 
 def _shapes(cls: Tensor, patches: Tensor, num_heads: int) -> Shapes:
-    _validate.tensor("cls", cls, "(B, D_d)")
-    _validate.tensor("patches", patches, "(B, N, D)")
+    validate.tensor("cls", cls, "(B, D_d)")
+    validate.tensor("patches", patches, "(B, N, D)")
     (batch, _, width), own_width = patches.shape, cls.shape[1]
-    _validate.heads(num_heads, width, "patches' width")
+    validate.heads(num_heads, width, "patches' width")
     return {
         "cls": (batch, own_width),
         "patches": patches.shape,
@@ -173,16 +173,16 @@ def cls_fusion(
             training), or the backend asked for is not there.
         TypeError, ValueError: an argument's type, dtype, shape, device or value is wrong.
     """
-    _validate.tensor("patches", patches, "(B, N, D)")
-    _validate.tensor("cls", cls, "(B, D_d)")
+    validate.tensor("patches", patches, "(B, N, D)")
+    validate.tensor("cls", cls, "(B, D_d)")
     batch, _, width = patches.shape
     own_width = cls.shape[-1]
-    _validate.positive("the smaller width", min(width, own_width))
+    validate.positive("the smaller width", min(width, own_width))
     # A projection computes in the dtype of its cls, what follows in the one to which that and the patches' promote.
-    _validate.beside("cls", cls, (batch, own_width), "patches", patches, any_dtype=True)
-    mixed = cls.dtype is not patches.dtype and not _validate.autocast(patches)
+    validate.beside("cls", cls, (batch, own_width), "patches", patches, any_dtype=True)
+    mixed = cls.dtype is not patches.dtype and not validate.autocast(patches)
     met = patches.new_empty(0, dtype=torch.promote_types(cls.dtype, patches.dtype)) if mixed else patches
-    norm, linear, square = _validate.norm, _validate.linear, (width, width)
+    norm, linear, square = validate.norm, validate.linear, (width, width)
     norm("proj_norm_weight", proj_norm_weight, "proj_norm_bias", proj_norm_bias, (own_width,), "cls", cls)
     linear("proj_weight", proj_weight, "proj_bias", proj_bias, (width, own_width), "cls", cls)
     norm("norm_weight", norm_weight, "norm_bias", norm_bias, (width,), "patches", met)
@@ -192,8 +192,8 @@ def cls_fusion(
     linear("v_weight", v_weight, "v_bias", v_bias, square, "patches", met)
     linear("out_weight", out_weight, "out_bias", out_bias, square, "patches", met)
     linear("revert_weight", revert_weight, "revert_bias", revert_bias, (own_width, width), "patches", met)
-    _validate.heads(num_heads, width, "patches' width")
-    _validate.epsilon(eps)
+    validate.heads(num_heads, width, "patches' width")
+    validate.epsilon(eps)
     projection = proj_norm_weight, proj_norm_bias, proj_weight, proj_bias
     attended = norm_weight, norm_bias, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, out_weight, out_bias
     reverted = revert_norm_weight, revert_norm_bias, revert_weight, revert_bias

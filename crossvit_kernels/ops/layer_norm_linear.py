@@ -19,8 +19,8 @@ from torch import Tensor
 from ..dispatch.call import call, needs_reference
 from ..dispatch.register import register
 from ..dispatch.spec import Argument, LinearParams, NormParams, OpSpec, Result, Shapes
-from . import _validate
-from ._layer_norm import layer_norm
+from . import validate
+from .layer_norm import layer_norm
 
 
 def layer_norm_linear_reference(
@@ -83,10 +83,10 @@ _NORM, _LINEAR = NormParams("norm_weight", "norm_bias"), LinearParams("weight", 
 
 
 def _shapes(x: Tensor, weight: Tensor) -> Shapes:
-    _validate.tensor("x", x, "(..., D)")
-    _validate.tensor("weight", weight, "(E, D)")
+    validate.tensor("x", x, "(..., D)")
+    validate.tensor("weight", weight, "(E, D)")
     width, features = x.shape[-1], weight.shape[0]
-    _validate.positive("weight's rows", features)
+    validate.positive("weight's rows", features)
     return {"x": x.shape, **_NORM.shapes(width), **_LINEAR.shapes(features, width)}
 
 
@@ -159,16 +159,16 @@ def layer_norm_linear(
         TypeError, ValueError: an argument's type, dtype, shape, device or value is wrong; RuntimeError: the backend
             asked for is not there.
     """
-    _validate.tensor("x", x, "(..., D)")
+    validate.tensor("x", x, "(..., D)")
     width = x.shape[-1]
-    _validate.positive("x's width", width)
-    _validate.norm("norm_weight", norm_weight, "norm_bias", norm_bias, (width,), "x", x)
-    _validate.matrix("weight", weight, width, "x", x)
+    validate.positive("x's width", width)
+    validate.norm("norm_weight", norm_weight, "norm_bias", norm_bias, (width,), "x", x)
+    validate.matrix("weight", weight, width, "x", x)
     if bias is not None:
-        _validate.beside("bias", bias, weight.shape[:1], "x", x)
-    _validate.epsilon(eps)
-    gelu_in = _validate.activation("pre_activation", pre_activation)
-    gelu_out = _validate.activation("activation", activation)
+        validate.beside("bias", bias, weight.shape[:1], "x", x)
+    validate.epsilon(eps)
+    gelu_in = validate.activation("pre_activation", pre_activation)
+    gelu_out = validate.activation("activation", activation)
     inputs = (x, norm_weight, norm_bias, weight, bias, eps, gelu_in, gelu_out)
     if needs_reference(_op, inputs, kernels):
         return _reference(*inputs)

@@ -13,8 +13,8 @@ from torch import Tensor
 from ..dispatch.call import call, needs_reference
 from ..dispatch.register import register
 from ..dispatch.spec import Argument, LinearParams, NormParams, OpSpec, Result, Shapes
-from . import _validate
-from ._layer_norm import layer_norm
+from . import validate
+from .layer_norm import layer_norm
 from .layer_norm_linear import norm_statistics
 
 
@@ -62,16 +62,16 @@ _NORM, _FIRST, _SECOND = NormParams("norm_weight", "norm_bias"), LinearParams("w
 
 
 def _shapes(x: Tensor, w1: Tensor, scale: Tensor | None, per_sample: bool) -> Shapes:
-    _validate.tensor("x", x, "(..., D)")
-    _validate.tensor("w1", w1, "(hidden, D)")
+    validate.tensor("x", x, "(..., D)")
+    validate.tensor("w1", w1, "(hidden, D)")
     width, hidden = x.shape[-1], w1.shape[0]
-    _validate.positive("w1's rows", hidden)
+    validate.positive("w1's rows", hidden)
     return {
         "x": x.shape,
         **_NORM.shapes(width),
         **_FIRST.shapes(hidden, width),
         **_SECOND.shapes(width, hidden),
-        "scale": _validate.scale_shape(scale, per_sample, x, width),
+        "scale": validate.scale_shape(scale, per_sample, x, width),
     }
 
 
@@ -147,20 +147,20 @@ def layer_norm_mlp(
         TypeError, ValueError: an argument's type, dtype, shape, device or value is wrong; RuntimeError: the backend
             asked for is not there.
     """
-    _validate.tensor("x", x, "(..., D)")
+    validate.tensor("x", x, "(..., D)")
     width = x.shape[-1]
-    _validate.positive("x's width", width)
-    _validate.norm("norm_weight", norm_weight, "norm_bias", norm_bias, (width,), "x", x)
-    _validate.matrix("w1", w1, width, "x", x)
+    validate.positive("x's width", width)
+    validate.norm("norm_weight", norm_weight, "norm_bias", norm_bias, (width,), "x", x)
+    validate.matrix("w1", w1, width, "x", x)
     hidden = w1.shape[0]
     if b1 is not None:
-        _validate.beside("b1", b1, (hidden,), "x", x)
-    _validate.beside("w2", w2, (width, hidden), "x", x)
+        validate.beside("b1", b1, (hidden,), "x", x)
+    validate.beside("w2", w2, (width, hidden), "x", x)
     if b2 is not None:
-        _validate.beside("b2", b2, (width,), "x", x)
-    _validate.epsilon(eps)
-    per_sample = scale is not None and _validate.scale(scale, x, width)
+        validate.beside("b2", b2, (width,), "x", x)
+    validate.epsilon(eps)
+    per_sample = scale is not None and validate.scale(scale, x, width)
     if needs_reference(_op, (x, norm_weight, norm_bias, w1, b1, w2, b2, eps, scale, per_sample), kernels):
         return _reference(x, norm_weight, norm_bias, w1, b1, w2, b2, eps, scale, per_sample)
-    x, scale = _validate.promoted(x, scale, w1)
+    x, scale = validate.promoted(x, scale, w1)
     return call(_op, (x, norm_weight, norm_bias, w1, b1, w2, b2, eps, scale, per_sample), kernels)

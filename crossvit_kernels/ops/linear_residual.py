@@ -12,7 +12,7 @@ from torch import Tensor
 from ..dispatch.call import call, needs_reference
 from ..dispatch.register import register
 from ..dispatch.spec import Argument, LinearParams, OpSpec, Result, Shapes
-from . import _validate
+from . import validate
 
 
 def linear_residual_reference(
@@ -33,15 +33,15 @@ _LINEAR = LinearParams("weight", "bias")
 
 
 def _shapes(x: Tensor, weight: Tensor, scale: Tensor | None, per_sample: bool) -> Shapes:
-    _validate.tensor("x", x, "(..., K)")
-    _validate.tensor("weight", weight, "(E, K)")
+    validate.tensor("x", x, "(..., K)")
+    validate.tensor("weight", weight, "(E, K)")
     features = weight.shape[0]
-    _validate.positive("weight's rows", features)
+    validate.positive("weight's rows", features)
     return {
         "x": x.shape,
         **_LINEAR.shapes(features, x.shape[-1]),
         "residual": (*x.shape[:-1], features),
-        "scale": _validate.scale_shape(scale, per_sample, x, features),
+        "scale": validate.scale_shape(scale, per_sample, x, features),
     }
 
 
@@ -105,15 +105,15 @@ def linear_residual(
         TypeError, ValueError: an argument's type, dtype, shape, device or value is wrong; RuntimeError: the backend
             asked for is not there.
     """
-    _validate.tensor("x", x, "(..., K)")
-    _validate.positive("x's width", x.shape[-1])
-    _validate.matrix("weight", weight, x.shape[-1], "x", x)
+    validate.tensor("x", x, "(..., K)")
+    validate.positive("x's width", x.shape[-1])
+    validate.matrix("weight", weight, x.shape[-1], "x", x)
     width = weight.shape[0]
     if bias is not None:
-        _validate.beside("bias", bias, (width,), "x", x)
-    _validate.beside("residual", residual, (*x.shape[:-1], width), "x", x, any_dtype=True)
-    per_sample = scale is not None and _validate.scale(scale, x, width)
+        validate.beside("bias", bias, (width,), "x", x)
+    validate.beside("residual", residual, (*x.shape[:-1], width), "x", x, any_dtype=True)
+    per_sample = scale is not None and validate.scale(scale, x, width)
     if needs_reference(_op, (x, weight, bias, residual, scale, per_sample), kernels):
         return _reference(x, weight, bias, residual, scale, per_sample)
-    residual, scale = _validate.promoted(residual, scale, weight)
+    residual, scale = validate.promoted(residual, scale, weight)
     return call(_op, (x, weight, bias, residual, scale, per_sample), kernels)

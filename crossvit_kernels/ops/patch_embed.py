@@ -14,7 +14,7 @@ from torch import Tensor
 from ..dispatch.call import call, needs_reference
 from ..dispatch.register import register
 from ..dispatch.spec import Argument, OpSpec, Result, Shapes
-from . import _validate
+from . import validate
 
 
 def patch_embed_reference(
@@ -47,10 +47,10 @@ def _reference(
 
 
 def _shapes(images: Tensor, weight: Tensor, height: int, width: int) -> Shapes:
-    _validate.tensor("images", images, "(B, C, H, W)")
-    _validate.tensor("weight", weight, "(D, C, P, P)")
+    validate.tensor("images", images, "(B, C, H, W)")
+    validate.tensor("weight", weight, "(D, C, P, P)")
     embed, _, _, patch = weight.shape
-    _validate.positive("weight's smallest side", min(embed, patch))
+    validate.positive("weight's smallest side", min(embed, patch))
     for name, side in ("height", height), ("width", width):
         if side <= 0 or side % patch:
             raise ValueError(f"{name}: expected a multiple of the patch's {patch}, got {side}")
@@ -130,28 +130,28 @@ def patch_embed(
         TypeError, ValueError: an argument's type, dtype, shape, device or value is wrong; RuntimeError: the backend
             asked for is not there.
     """
-    _validate.tensor("images", images, "(B, C, H, W)")
+    validate.tensor("images", images, "(B, C, H, W)")
     _, channels, height, width = images.shape
-    _validate.positive("images' smallest side", min(channels, height, width))
-    _validate.tensor("weight", weight, "(D, C, P, P)")
+    validate.positive("images' smallest side", min(channels, height, width))
+    validate.tensor("weight", weight, "(D, C, P, P)")
     embed, _, patch, _ = weight.shape
-    _validate.beside("weight", weight, (embed, channels, patch, patch), "images", images)
-    _validate.positive("weight's smallest side", min(embed, patch))
+    validate.beside("weight", weight, (embed, channels, patch, patch), "images", images)
+    validate.positive("weight's smallest side", min(embed, patch))
     if bias is not None:
-        _validate.beside("bias", bias, (embed,), "images", images)
+        validate.beside("bias", bias, (embed,), "images", images)
     if image_size is not None:
-        height, width = _validate.size("image_size", image_size)
+        height, width = validate.size("image_size", image_size)
     if height % patch or width % patch:
         name = "images" if image_size is None else "image_size"
         raise ValueError(
             f"{name}: expected a height and width that are multiples of the patch's {patch}, got {height} x {width}"
         )
-    _validate.beside("cls_token", cls_token, (1, 1, embed), "images", images, any_dtype=True)
+    validate.beside("cls_token", cls_token, (1, 1, embed), "images", images, any_dtype=True)
     tokens = 1 + (height // patch) * (width // patch)
-    _validate.beside("pos_embed", pos_embed, (1, tokens, embed), "images", images, any_dtype=True)
+    validate.beside("pos_embed", pos_embed, (1, tokens, embed), "images", images, any_dtype=True)
     if needs_reference(_op, (images, weight, bias, cls_token, pos_embed, height, width), kernels):
         return _reference(images, weight, bias, cls_token, pos_embed, height, width)
-    if not (cls_token.dtype is pos_embed.dtype is weight.dtype) and not _validate.autocast(images):
+    if not (cls_token.dtype is pos_embed.dtype is weight.dtype) and not validate.autocast(images):
         dtype = torch.promote_types(torch.promote_types(weight.dtype, cls_token.dtype), pos_embed.dtype)
         cls_token, pos_embed = cls_token.to(dtype), pos_embed.to(dtype)
     return call(_op, (images, weight, bias, cls_token, pos_embed, height, width), kernels)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..dispatch.call import call, needs_reference
 from ..dispatch.register import register
 from ..dispatch.spec import Argument, OpSpec, Result, Shapes
-from . import _validate
+from . import validate
 
 
 def self_attention_reference(qkv: Tensor, num_heads: int) -> Tensor:
@@ -24,10 +24,10 @@ def self_attention_reference(qkv: Tensor, num_heads: int) -> Tensor:
 
 
 def _check(qkv: Tensor, num_heads: int) -> None:
-    _validate.tensor("qkv", qkv, "(B, N, 3 D)")
+    validate.tensor("qkv", qkv, "(B, N, 3 D)")
     if qkv.shape[-1] % 3 or qkv.shape[-1] == 0:
         raise ValueError(f"qkv: expected three equal parts (B, N, 3 D), got shape {tuple(qkv.shape)}")
-    _validate.heads(num_heads, qkv.shape[-1] // 3, "qkv's D")
+    validate.heads(num_heads, qkv.shape[-1] // 3, "qkv's D")
 
 
 def _save(qkv: Tensor, num_heads: int) -> tuple[Tensor]:
