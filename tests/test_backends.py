@@ -15,6 +15,7 @@ import crossvit_kernels
 from conftest import NATIVE
 from crossvit_kernels import backends
 from crossvit_kernels.backends import availability, build_record, choice, reporting
+from crossvit_kernels.dispatch.register import OPS
 from inputs import EXAMPLES
 
 CPU = torch.device("cpu")
@@ -127,6 +128,10 @@ def test_report_lists_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
     for name in backends.BACKENDS:
         line = next(line for line in text.splitlines() if line.startswith(f"{name}: "))
         assert (backends.reason(name) or "available") in line
+
+
+def test_the_report_knows_every_op() -> None:
+    assert set(reporting.OPS) == set(OPS)
 
 
 def test_report_names_architectures_and_what_auto_was_measured_on(monkeypatch: pytest.MonkeyPatch) -> None:

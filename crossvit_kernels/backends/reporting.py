@@ -4,8 +4,8 @@ import torch
 
 from . import availability, build_record, choice
 
-# The ops that a library of kernels may have, each with a backward.
-_OPS = (
+# The ops that a library of kernels may have, with or without a backward.
+OPS = (
     *("bicubic_resize", "cls_cross_attention", "cls_fusion", "layer_norm_linear", "layer_norm_mlp", "linear_residual"),
     *("patch_embed", "self_attention"),
 )
@@ -17,7 +17,7 @@ def cuda_ops() -> list[str]:
         build_record.read_record("crossvit_kernels/_cuda.so")[1] or availability.load_cuda("_cuda.so")
     ):
         return []
-    names = sorted([*_OPS, *(f"{name}_backward" for name in _OPS)])
+    names = sorted([*OPS, *(f"{name}_backward" for name in OPS)])
     return [name for name in names if hasattr(torch.ops.crossvit_kernels_cuda, name)]
 
 

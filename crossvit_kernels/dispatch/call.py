@@ -13,11 +13,12 @@ from .op import Op
 from .torch_internals import DECOMPOSES, any_autocast, any_requires_grad, observed, plain_call, without_autocast
 
 
-def needs_reference(op: Op, inputs: Sequence[Any], kernels: str) -> bool:
+def needs_reference(op: Op, inputs: Sequence[Any], kernels: str, dtype: torch.dtype | None = None) -> bool:
     """Whether the op's plain PyTorch is to be called instead: where the backend is the reference, and where derivatives
-    are taken in ways that only plain PyTorch knows (torch.func, forward mode) or TorchScript traces."""
+    are taken in ways that only plain PyTorch knows (torch.func, forward mode) or TorchScript traces. `dtype` stands for
+    the one that the op computes in, where that is not its `computes_in`'s."""
     compute = inputs[op.spec.compute]
-    if backends.resolve(kernels, compute.device, compute.dtype, op.spec.name) == "reference":
+    if backends.resolve(kernels, compute.device, dtype or compute.dtype, op.spec.name) == "reference":
         return True
     if not DECOMPOSES and torch.onnx.is_in_onnx_export():
         return True

@@ -218,7 +218,7 @@ class OpSpec:
         """The inputs, with these of them as autocast to this dtype has them."""
         result = list(inputs)
         for i in which:
-            # Of the others a float16 one under bfloat16, or the reverse, is the only kind that kernels do not know.
+            # What is no matrix may stay in float32. Kernels do not know float16 beside bfloat16: it becomes float32.
             wanted = (dtype,) if self.arguments[i].matrix else (dtype, torch.float32)
             if result[i] is not None and result[i].dtype not in (*wanted, torch.float64):
                 result[i] = result[i].to(wanted[-1])

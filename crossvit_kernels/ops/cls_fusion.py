@@ -202,6 +202,6 @@ def cls_fusion(
         raise RuntimeError(
             "cls_fusion is for inference: call it under torch.no_grad(), or compose the other ops for training"
         )
-    if needs_reference(_op, inputs, kernels) or mixed:
+    if needs_reference(_op, inputs, kernels, q_weight.dtype) or mixed:
         return cls_fusion_reference(*inputs)
     return call(_op, inputs, kernels)
