@@ -74,6 +74,18 @@ def test_a_probe_fails_where_it_is_told_to() -> None:
         assert ast.literal_eval(done.stdout) == expected
 
 
+def test_probes_pass_wherever_the_package_is_imported() -> None:
+    """Under a default device, autocast, a mode, without gradients."""
+    code = (
+        "import torch; from torch._subclasses.fake_tensor import FakeTensorMode\n"
+        "with torch.device('meta'), torch.autocast('cpu', torch.bfloat16), FakeTensorMode(), torch.inference_mode():\n"
+        "    from crossvit_kernels.dispatch.torch_internals import PRIVATE\n"
+        "assert all(PRIVATE.values()), PRIVATE"
+    )
+    done = run(["-c", code], "")
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_ops_pass_their_tests_over_the_public_ways() -> None:
     """In one fresh Python in which every probe fails."""
     files = [str(path) for name in CHOSEN for path in TESTS.rglob(name)]

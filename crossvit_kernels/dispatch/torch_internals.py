@@ -10,7 +10,8 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from threading import Thread
 from typing import Any, NamedTuple
 
 import torch
@@ -26,13 +27,19 @@ PRIVATE: dict[str, bool] = {}
 
 
 def _probe(name: str, works: Callable[[], bool]) -> bool:
-    """Runs a probe and keeps its answer; an exception is a no."""
-    try:
-        found = not _FORCED & {name, "all"} and works()
-    except Exception:
-        found = False
-    PRIVATE[name] = found
-    return found
+    """Runs a probe and keeps its answer; an exception is a no. It runs in a thread of its own, where no mode, autocast
+    region or default device is in force that the package may be imported under."""
+    PRIVATE[name] = False
+
+    def run() -> None:
+        with suppress(Exception):
+            PRIVATE[name] = bool(works())
+
+    if not _FORCED & {name, "all"}:
+        thread = Thread(target=run)
+        thread.start()
+        thread.join()
+    return PRIVATE[name]
 
 
 _C: Any = torch._C
