@@ -54,7 +54,7 @@ def _no_tensor(name: str, expected: str, value: Any) -> NoReturn:
 
 
 def autocast(first: Tensor) -> bool:
-    """Whether autocast, which knows no meta device, brings the arguments to one dtype."""
+    """Whether autocast brings the arguments to one dtype; it knows no meta device."""
     device = first.device.type
     return device != "meta" and torch.is_autocast_enabled(device)
 
@@ -69,8 +69,8 @@ def beside(
     any_dtype: bool = False,
     float32: bool = False,
 ) -> None:
-    """A tensor of this shape that goes together with the op's first argument: on its device and, outside autocast, of
-    its dtype; with `float32` of that also, with `any_dtype` of any but float64."""
+    """The tensor must have this shape and go together with the op's first argument: be on its device and, outside
+    autocast, have its dtype. With `float32` it may have that dtype too, with `any_dtype` any but float64."""
     if not isinstance(value, Tensor):
         _no_tensor(name, f"of shape {tuple(shape)}", value)
     if value.shape != shape:
@@ -162,7 +162,7 @@ def scale(value: Tensor, x: Tensor, width: int) -> bool:
 
 
 def scale_shape(value: Tensor | None, per_sample: bool, x: Tensor, width: int) -> Sequence[int]:
-    """The shape of a factor of which it is known what it is, see `scale`."""
+    """The shape that a factor must have once it is decided whether it is one per sample; see `scale`."""
     if not per_sample:
         return (width,)
     if value is None or x.dim() < 2:
