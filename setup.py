@@ -1,6 +1,6 @@
 """Builds the extension module ``crossvit_kernels._C`` and the CUDA kernels; the rest is in pyproject.toml.
 
-``csrc/bindings.cpp`` and ``csrc/cpu/*.cpp`` see torch and are compiled once, together, for the baseline CPU.
+``csrc/*.cpp`` and ``csrc/cpu/*.cpp`` see torch and are compiled once, together, for the baseline CPU.
 ``csrc/cpu/isa.cpp`` sees no torch header and is compiled once per instruction set that the compiler knows, each time
 into an object of its own; which one runs is chosen at run time. Beside the module go the CUDA kernels
 (``csrc/build_cuda.py``) and ``_build.json``: what was built, against which torch, or why it was not.
@@ -214,7 +214,11 @@ class BuildKernels(BuildExtension):
 
 extension = CppExtension(
     "crossvit_kernels._C",
-    [str(CSRC / "bindings.cpp"), *(str(path) for path in sorted(CSRC.glob("cpu/*.cpp")) if path != ISA_SOURCE)],
+    [
+        str(CSRC / "bindings.cpp"),
+        str(CSRC / "views.cpp"),
+        *(str(path) for path in sorted(CSRC.glob("cpu/*.cpp")) if path != ISA_SOURCE),
+    ],
     depends=[str(path) for path in (*sorted(CSRC.rglob("*.h")), *sorted(CSRC.glob("**/*.cpp")))],
     # -fopenmp when compiling only: linked without libgomp, its calls go to the one that torch loaded: one thread pool.
     extra_compile_args={"cxx": [*TORCH_FLAGS, "-fopenmp"]},

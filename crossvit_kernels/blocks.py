@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from .composition import Composition, fuses, why_not
 from .kinds import plain, takes
-from .ops import _transformer_block as native
 from .ops import (
     cls_cross_attention,
     cls_fusion,
@@ -30,6 +29,7 @@ from .ops import (
     patch_embed,
     self_attention,
 )
+from .ops import transformer_block as native
 
 
 def regular(*linears: tuple[Tensor, Tensor | None]) -> bool:

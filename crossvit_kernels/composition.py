@@ -11,26 +11,30 @@ import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
 from operator import is_
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as torch_module
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
-from torch.utils.module_tracker import ModuleTracker
 
+from .dispatch.torch_internals import (
+    CALLS,
+    GLOBAL_HOOKS,
+    HOOKS,
+    MODULES_UNKNOWN,
+    OVERRIDES,
+    foreign_mode,
+    hooked,
+    own_call,
+    returns_seen,
+    watched_by_all,
+)
 from .kinds import Kind
 
 _WATCHES = "_crossvit_watches"
 _ENTRY = "_crossvit_entry"  # of a class that stands in for another: that class and the method that is overridden
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(
-    getattr(torch_module, f"_global_{when}_hooks") for when in ("forward", "forward_pre", "backward", "backward_pre")
-)
-_OVERRIDES = ("forward", "_call_impl", "_compiled_call_impl")  # on an instance, each changes what its call does
+_OUTSIDE, _INSIDE = CALLS
+_METHODS = ("forward", "__call__", _INSIDE)  # of a class, what a call of an instance runs
 _get: Any = dict.get
 _attribute: Any = getattr
 
@@ -52,7 +56,9 @@ class Composition:
 def why_not(owner: nn.Module, composition: Composition) -> str | None:
     """What stands against applying the weights of these children of `owner` without calling them, in words; None where
     nothing does."""
-    if not torch.compiler.is_compiling() and (why := _watched_by_all() or _foreign_mode()) is not None:
+    if MODULES_UNKNOWN is not None:
+        return MODULES_UNKNOWN
+    if not torch.compiler.is_compiling() and (why := watched_by_all() or foreign_mode()) is not None:
         return why
     if composition.entry is not None and not _genuine(*composition.entry):
         cls, method = composition.entry
@@ -72,7 +78,7 @@ def fuses(owner: nn.Module, composition: Composition) -> bool:
     """Whether nothing stands against it now: `why_not` in its quick form."""
     if torch.compiler.is_compiling():
         return why_not(owner, composition) is None
-    if torch._C._len_torch_function_stack() and _foreign_mode() is not None:
+    if foreign_mode() is not None:
         return False
     watches = owner.__dict__.get(_WATCHES)
     if watches is None or watches.owner() is not owner:  # none, or those of the module that this one is a copy of
@@ -115,18 +121,18 @@ class Watch:
                 own = child.__dict__
                 if child._modules:
                     containers.append(child._modules)
-                places += [(own, name, None) for name in _OVERRIDES]
-                places += [(own, name, own.get(name)) for name in (*_HOOKS, *expected.settings)]
+                places += [(own, name, None) for name in OVERRIDES]
+                places += [(own, name, own.get(name)) for name in (*HOOKS, *expected.settings)]
         places = list({(id(home), name): (home, name, value) for home, name, value in places}.values())
         classes = dict.fromkeys(map(type, modules))
-        methods: list[tuple[type, str]] = [(c, name) for c in classes for name in ("forward", "__call__", "_call_impl")]
+        methods: list[tuple[type, str]] = [(c, name) for c in classes for name in _METHODS]
         methods += [c.__dict__[_ENTRY] for c in classes if _ENTRY in c.__dict__]
         if composition.entry is not None:
             methods.append(composition.entry)
         self.homes, self.names, self.values = (tuple(place[i] for place in places) for i in range(3))
         self.modules, self.types = tuple(modules), tuple(map(type, modules))
         self.containers, self.counts = tuple(containers), tuple(map(len, containers))
-        self.hooks = (*_GLOBAL_HOOKS, *(getattr(child, name) for child in modules for name in _HOOKS))
+        self.hooks = (*GLOBAL_HOOKS, *(getattr(child, name) for child in modules for name in HOOKS))
         self.classes, self.methods = (tuple(method[i] for method in methods) for i in range(2))
         self.functions = tuple(map(_attribute, self.classes, self.methods))
 
@@ -185,12 +191,12 @@ def _is_plain_attribute(owner: nn.Module, path: str) -> bool:
 
 def _disturbance(child: nn.Module) -> str | None:
     """Why calling this module does more than its class's own forward, as the end of a sentence."""
-    if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
+    if hooked(child):
         return "has a hook"
-    if "forward" in child.__dict__ or "_call_impl" in child.__dict__:
+    if "forward" in child.__dict__ or _INSIDE in child.__dict__:
         return "has a forward of its own"
     cls = type(child)
-    if not _genuine(cls, "forward") or not _genuine(cls, "_call_impl"):
+    if not _genuine(cls, "forward") or not _genuine(cls, _INSIDE):
         return f"is a {cls.__qualname__}, whose forward was replaced"
     entry = cls.__dict__.get(_ENTRY)
     if entry is not None and not _genuine(*entry):
@@ -204,9 +210,7 @@ def _disturbance(child: nn.Module) -> str | None:
 
 def unseen(module: nn.Module) -> bool:
     """Whether no hook, and no forward but its class's, sees what this module returns."""
-    if module._forward_hooks or module._backward_hooks or module._backward_pre_hooks or any(_GLOBAL_HOOKS):
-        return False
-    return module.__dict__.keys().isdisjoint(_OVERRIDES)
+    return not returns_seen(module) and module.__dict__.keys().isdisjoint(OVERRIDES)
 
 
 @torch.compiler.assume_constant_result
@@ -226,30 +230,5 @@ def _genuine(cls: type, method: str) -> bool:
 
 
 def _called_by_torch(cls: type) -> bool:
-    """Whether a call of an instance runs nn.Module's own code; torch.fx's wrapper around it changes nothing for
-    tensors."""
-    call: Any = cls.__call__
-    while getattr(call, "__globals__", {}).get("__name__") == "torch.fx._symbolic_trace":
-        call = call.__wrapped__
-    return (
-        call is nn.Module.__dict__["_wrapped_call_impl"]
-        and _genuine(nn.Module, "_wrapped_call_impl")
-        and _genuine(nn.Module, "_call_impl")
-    )
-
-
-def _watched_by_all() -> str | None:
-    """Which hook sees the calls of all modules; torch's module tracker, which the FLOP counter uses, only takes names
-    down."""
-    for hook in chain.from_iterable(hooks.values() for hooks in _GLOBAL_HOOKS):
-        if not isinstance(getattr(hook, "__self__", None), ModuleTracker):
-            return f"a global hook, {getattr(hook, '__qualname__', hook)}, sees every module's call"
-    return None
-
-
-def _foreign_mode() -> str | None:
-    """Which mode sees the children's calls of PyTorch's functions; a default device is none that does."""
-    for mode in _get_current_function_mode_stack():
-        if not isinstance(mode, DeviceContext):
-            return f"a mode, {type(mode).__qualname__}, sees every call of a function"
-    return None
+    """Whether a call of an instance runs nn.Module's own code."""
+    return own_call(cls) is nn.Module.__dict__[_OUTSIDE] and all(_genuine(nn.Module, name) for name in CALLS)

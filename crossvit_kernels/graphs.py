@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+
+from .dispatch.torch_internals import tree_leaves, tree_map_only
 
 
 class GraphedModule(nn.Module):

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .dispatch.torch_internals import STAND_INS
+
 _PLAIN = frozenset({Tensor, nn.Parameter, type(None)})
 _AUTOCAST_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
@@ -118,7 +120,7 @@ def plain(*tensors: Any) -> bool:
 def strange_type(value: Any) -> type | None:
     """The class of a value that is neither a plain tensor nor a tracer's stand-in for one."""
     cls = type(value)
-    return None if cls in _PLAIN or cls.__module__.startswith("torch._subclasses.") else cls
+    return None if cls in _PLAIN or cls.__module__.startswith(STAND_INS) else cls
 
 
 def takes(x: Tensor, matrices: Iterable[Tensor | None], norms: Iterable[Tensor | None] = ()) -> bool:

@@ -1,5 +1,6 @@
 // The arguments of every native op: which shapes, dtypes and saved tensors go with each other, in the words of the contracts in
-// crossvit_kernels/ops/<op>.py. Each function throws where they do not. What is empty does not come here: the reference serves it.
+// crossvit_kernels/ops/<op>.py. Each function throws where they do not; that of a backward also reads the list of wanted gradients.
+// What is empty does not come here: the reference serves it.
 #pragma once
 
 #include "expect.h"
@@ -8,7 +9,6 @@ namespace crossvit::arguments {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-using Needs = c10::List<bool>;
 
 inline std::int64_t rows_of(const Tensor& x) { return x.numel() / x.sizes().back(); }
 
@@ -40,9 +40,10 @@ inline void layer_norm_linear(Taken taken, const Tensor& x, const Tensor& norm_w
   expect.countable("x", rows_of(x), weight.sizes()[0]);
 }
 
-inline void layer_norm_linear_backward(Taken taken, const Tensor& grad_out, const Tensor& x, const Tensor& norm_weight,
-                                       const OptionalTensor& norm_bias, const Tensor& weight, const Tensor& mean,
-                                       const Tensor& rstd, const Tensor& pre, bool gelu_out, const Needs& needs) {
+inline LayerNormLinearNeeds layer_norm_linear_backward(Taken taken, const Tensor& grad_out, const Tensor& x,
+                                                       const Tensor& norm_weight, const OptionalTensor& norm_bias,
+                                                       const Tensor& weight, const Tensor& mean, const Tensor& rstd,
+                                                       const Tensor& pre, bool gelu_out, const NeedsList& list) {
   const Expect expect("layer_norm_linear_backward", taken, "x", x);
   normalized(expect, x, norm_weight, norm_bias);
   expect.matrix("weight", weight, x.sizes().back());
@@ -54,8 +55,9 @@ inline void layer_norm_linear_backward(Taken taken, const Tensor& grad_out, cons
   expect.saved("mean", mean, {rows});
   expect.saved("rstd", rstd, {rows});
   expect.saved("pre", pre, {gelu_out ? rows : 0, features}, weight.scalar_type());
-  expect.needs(needs, 5);
-  expect.needed("norm_bias", needs.get(2), norm_bias);
+  const auto needs = expect.needs<LayerNormLinearNeeds>(list);
+  expect.needed("norm_bias", needs.norm_bias, norm_bias);
+  return needs;
 }
 
 // --- linear_residual: x (..., K), weight (E, K), residual (..., E) ------------------------------------------------------
@@ -72,9 +74,10 @@ inline void linear_residual(Taken taken, const Tensor& x, const Tensor& weight, 
   expect.countable("x", rows_of(x), weight.sizes()[0]);
 }
 
-inline void linear_residual_backward(Taken taken, const Tensor& grad_out, const Tensor& x, const Tensor& weight,
-                                     const OptionalTensor& bias, const OptionalTensor& scale, bool per_sample,
-                                     const Needs& needs) {
+inline LinearResidualNeeds linear_residual_backward(Taken taken, const Tensor& grad_out, const Tensor& x,
+                                                    const Tensor& weight, const OptionalTensor& bias,
+                                                    const OptionalTensor& scale, bool per_sample,
+                                                    const NeedsList& list) {
   const Expect expect("linear_residual_backward", taken, "x", x);
   expect.rows("x", x);
   expect.matrix("weight", weight, x.sizes().back());
@@ -84,9 +87,10 @@ inline void linear_residual_backward(Taken taken, const Tensor& grad_out, const 
   scaled(expect, scale, per_sample, grad_out);
   expect.countable("x", rows_of(x), x.sizes().back());
   expect.countable("grad_out", rows_of(x), weight.sizes()[0]);
-  expect.needs(needs, 4);
-  expect.needed("bias", needs.get(2), bias);
-  expect.needed("scale", needs.get(3), scale);
+  const auto needs = expect.needs<LinearResidualNeeds>(list);
+  expect.needed("bias", needs.bias, bias);
+  expect.needed("scale", needs.scale, scale);
+  return needs;
 }
 
 // --- layer_norm_mlp: x (..., D), w1 (hidden, D), w2 (D, hidden) ---------------------------------------------------------
@@ -107,10 +111,11 @@ inline void layer_norm_mlp(Taken taken, const Tensor& x, const Tensor& norm_weig
   expect.countable("x", rows_of(x), hidden);
 }
 
-inline void layer_norm_mlp_backward(Taken taken, const Tensor& grad_out, const Tensor& x, const Tensor& norm_weight,
-                                    const OptionalTensor& norm_bias, const Tensor& w1, const Tensor& w2,
-                                    const OptionalTensor& b2, const OptionalTensor& scale, bool per_sample,
-                                    const Tensor& mean, const Tensor& rstd, const Tensor& pre, const Needs& needs) {
+inline LayerNormMlpNeeds layer_norm_mlp_backward(Taken taken, const Tensor& grad_out, const Tensor& x,
+                                                 const Tensor& norm_weight, const OptionalTensor& norm_bias,
+                                                 const Tensor& w1, const Tensor& w2, const OptionalTensor& b2,
+                                                 const OptionalTensor& scale, bool per_sample, const Tensor& mean,
+                                                 const Tensor& rstd, const Tensor& pre, const NeedsList& list) {
   const Expect expect("layer_norm_mlp_backward", taken, "x", x);
   normalized(expect, x, norm_weight, norm_bias);
   expect.matrix("w1", w1, x.sizes().back());
@@ -125,10 +130,11 @@ inline void layer_norm_mlp_backward(Taken taken, const Tensor& grad_out, const T
   expect.saved("mean", mean, {rows});
   expect.saved("rstd", rstd, {rows});
   expect.saved("pre", pre, {rows, hidden}, w1.scalar_type());
-  expect.needs(needs, 8);
-  expect.needed("norm_bias", needs.get(2), norm_bias);
-  expect.needed("b2", needs.get(6), b2);
-  expect.needed("scale", needs.get(7), scale);
+  const auto needs = expect.needs<LayerNormMlpNeeds>(list);
+  expect.needed("norm_bias", needs.norm_bias, norm_bias);
+  expect.needed("b2", needs.b2, b2);
+  expect.needed("scale", needs.scale, scale);
+  return needs;
 }
 
 // --- cls_cross_attention: cls (B, D), patches (B, N, D), weights (D, D) -------------------------------------------------
@@ -163,12 +169,11 @@ inline void cls_cross_attention(Taken taken, const Tensor& cls, const Tensor& pa
   expect.epsilon(eps);
 }
 
-inline void cls_cross_attention_backward(Taken taken, const Tensor& grad_out, const Tensor& cls, const Tensor& patches,
-                                         const Tensor& norm_weight, const OptionalTensor& norm_bias,
-                                         const Tensor& q_weight, const Tensor& k_weight, const Tensor& v_weight,
-                                         const Tensor& mean, const Tensor& rstd, const Tensor& probs,
-                                         const Tensor& context, const Tensor& query, const Tensor& key_query,
-                                         std::int64_t num_heads, const Needs& needs) {
+inline ClsCrossAttentionNeeds cls_cross_attention_backward(
+    Taken taken, const Tensor& grad_out, const Tensor& cls, const Tensor& patches, const Tensor& norm_weight,
+    const OptionalTensor& norm_bias, const Tensor& q_weight, const Tensor& k_weight, const Tensor& v_weight,
+    const Tensor& mean, const Tensor& rstd, const Tensor& probs, const Tensor& context, const Tensor& query,
+    const Tensor& key_query, std::int64_t num_heads, const NeedsList& list) {
   const Expect expect("cls_cross_attention_backward", taken, "patches", patches);
   tokens(expect, patches, norm_weight, norm_bias, q_weight, k_weight, v_weight, num_heads);
   const std::int64_t batch = patches.sizes()[0], all = 1 + patches.sizes()[1], width = patches.sizes()[2];
@@ -181,8 +186,9 @@ inline void cls_cross_attention_backward(Taken taken, const Tensor& grad_out, co
   expect.saved("context", context, {batch, num_heads, width});
   expect.saved("query", query, {batch, width});
   expect.saved("key_query", key_query, {batch, num_heads, width});
-  expect.needs(needs, 10);
-  expect.needed("norm_bias", needs.get(3), norm_bias);
+  const auto needs = expect.needs<ClsCrossAttentionNeeds>(list);
+  expect.needed("norm_bias", needs.norm_bias, norm_bias);
+  return needs;
 }
 
 // --- cls_fusion: cls (B, D_d), patches (B, N, D), out (B, D_d) ----------------------------------------------------------
@@ -291,14 +297,16 @@ inline void patch_embed(Taken taken, const Tensor& images, const Tensor& weight,
   patches(Expect("patch_embed", taken, "images", images), images, weight, bias, cls_token, pos_embed, height, width);
 }
 
-inline void patch_embed_backward(Taken taken, const Tensor& grad_out, const Tensor& images, const Tensor& weight,
-                                 const OptionalTensor& bias, const Tensor& cls_token, const Tensor& pos_embed,
-                                 std::int64_t height, std::int64_t width, const Needs& needs) {
+inline PatchEmbedNeeds patch_embed_backward(Taken taken, const Tensor& grad_out, const Tensor& images,
+                                            const Tensor& weight, const OptionalTensor& bias, const Tensor& cls_token,
+                                            const Tensor& pos_embed, std::int64_t height, std::int64_t width,
+                                            const NeedsList& list) {
   const Expect expect("patch_embed_backward", taken, "images", images);
   const std::int64_t all = patches(expect, images, weight, bias, cls_token, pos_embed, height, width);
   expect.tensor("grad_out", grad_out, {images.sizes()[0], all, weight.sizes()[0]});
-  expect.needs(needs, 5);
-  expect.needed("bias", needs.get(2), bias);
+  const auto needs = expect.needs<PatchEmbedNeeds>(list);
+  expect.needed("bias", needs.bias, bias);
+  return needs;
 }
 
 }  // namespace crossvit::arguments

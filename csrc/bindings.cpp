@@ -100,21 +100,17 @@ const Kernels& active() { return *chosen; }
 
 TORCH_LIBRARY(crossvit_kernels_cpu, m) {
   using namespace crossvit;
-  const auto op = [&m](const char* schema, auto function) {
-    m.def(schema, torch::dispatch(c10::DispatchKey::CPU, function));
-  };
-  // The backward of an op with a weight, see ops.h.
-  const auto backward = [&op](std::string schema, auto function) {
-    op(schema.insert(schema.rfind(") ->"), ", bool wide").c_str(), function);
+  const auto op = [&m](const std::string& schema, auto function) {
+    m.def(schema.c_str(), torch::dispatch(c10::DispatchKey::CPU, function));
   };
   op(schema::layer_norm_linear, TORCH_FN(layer_norm_linear));
-  backward(schema::layer_norm_linear_backward, TORCH_FN(layer_norm_linear_backward));
+  op(schema::layer_norm_linear_backward.cpu(), TORCH_FN(layer_norm_linear_backward));
   op(schema::linear_residual, TORCH_FN(linear_residual));
-  backward(schema::linear_residual_backward, TORCH_FN(linear_residual_backward));
+  op(schema::linear_residual_backward.cpu(), TORCH_FN(linear_residual_backward));
   op(schema::layer_norm_mlp, TORCH_FN(layer_norm_mlp));
-  backward(schema::layer_norm_mlp_backward, TORCH_FN(layer_norm_mlp_backward));
+  op(schema::layer_norm_mlp_backward.cpu(), TORCH_FN(layer_norm_mlp_backward));
   op(schema::cls_cross_attention, TORCH_FN(cls_cross_attention));
-  backward(schema::cls_cross_attention_backward, TORCH_FN(cls_cross_attention_backward));
+  op(schema::cls_cross_attention_backward.cpu(), TORCH_FN(cls_cross_attention_backward));
   op(schema::cls_fusion, TORCH_FN(cls_fusion));
   op(schema::transformer_block, TORCH_FN(transformer_block));
   op(schema::self_attention, TORCH_FN(self_attention));
@@ -122,7 +118,7 @@ TORCH_LIBRARY(crossvit_kernels_cpu, m) {
   op(schema::bicubic_resize, TORCH_FN(bicubic_resize));
   op(schema::bicubic_resize_backward, TORCH_FN(bicubic_resize_backward));
   op(schema::patch_embed, TORCH_FN(patch_embed));
-  backward(schema::patch_embed_backward, TORCH_FN(patch_embed_backward));
+  op(schema::patch_embed_backward.cpu(), TORCH_FN(patch_embed_backward));
 }
 
 PYBIND11_MODULE(_C, m) {

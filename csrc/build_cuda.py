@@ -2,7 +2,7 @@
 
 Two plain libraries, loaded with torch.ops.load_library and each whole in itself:
 
-    _cuda.so        csrc/cuda/*.cpp by the C++ compiler, csrc/cuda/*.cu by nvcc, CUDA's runtime inside
+    _cuda.so        csrc/views.cpp and csrc/cuda/*.cpp by the C++ compiler, csrc/cuda/*.cu by nvcc, CUDA's runtime
     _emulation.so   the same objects of *.cpp; *.cu as C++ over the headers of tests/cuda_emulation; its runtime
 
 A file is compiled when what it is made of has changed: beside an object lies a record of the command and of the
@@ -172,7 +172,7 @@ class Build:
         self.folder, self.package = folder / "cuda", package
         self.flags = [*flags, "-fPIC", "-Icsrc", *(f"-isystem{path}" for path in include_paths())]
         self.kernels = sorted(SOURCES.glob("*.cu"), key=lambda path: (path.stem not in LONGEST, path.stem))
-        self.sources = sorted(SOURCES.glob("*.cpp"))
+        self.sources = sorted([*SOURCES.glob("*.cpp"), *SOURCES.parent.glob("views.cpp")])
         self.cuda: dict[str, Any] = {"nvcc": None, "architectures": [], "missing": None}
         self.emulation: dict[str, Any] = {"missing": None}
         self.started = False

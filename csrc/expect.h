@@ -2,7 +2,6 @@
 // integers. A message is made only where one of them fails, and names the argument, what was expected and what came.
 #pragma once
 
-#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/Device.h>
 #include <c10/core/ScalarType.h>
@@ -12,6 +11,9 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
+
+#include "needs.h"
 
 namespace crossvit {
 
@@ -48,13 +50,13 @@ constexpr std::int64_t kLongestSide = (std::int64_t{1} << 24) - 1;
 
 class Expect {
  public:
-  // op: whose arguments these are. first: its main activation, on whose device all others are.
-  Expect(const char* op, Taken taken, const char* name, const at::Tensor& first)
-      : op_(op), first_name_(name), taken_(taken), device_(taken.device) {
-    if (!first.defined() || first.device().type() != taken.device) [[unlikely]]
-      explain_device(name, first);
-    device_ = first.device();
-    plain(name, first);
+  // op names whose arguments these are; main is the op's main activation, on whose device all others are.
+  Expect(const char* op, Taken taken, const char* name, const at::Tensor& main)
+      : op_(op), main_name_(name), taken_(taken), device_(taken.device) {
+    if (!main.defined() || main.device().type() != taken.device) [[unlikely]]
+      explain_device(name, main);
+    device_ = main.device();
+    plain(name, main);
   }
 
   // A tensor of these sizes, whatever its strides.
@@ -106,7 +108,7 @@ class Expect {
       fail(name, "a value per sample, with as many dimensions as " + text(x.sizes()), "shape " + text(t.sizes()));
   }
 
-  // Of the first argument: rows (..., D), of at least one element.
+  // The main argument is rows (..., D) of at least one element.
   void rows(const char* name, const at::Tensor& t) const {
     if (t.numel() == 0 || t.dim() == 0) [[unlikely]]
       fail(name, "a tensor (..., D) that is not empty", "shape " + text(t.sizes()));
@@ -143,12 +145,17 @@ class Expect {
       fail(name, "fewer elements than " + std::to_string(kMostElements),
            std::to_string(rows) + " rows of " + std::to_string(features));
   }
-  // The length of `needs`, of what has so many gradients.
-  void needs(const c10::List<bool>& needs, std::size_t gradients) const {
-    if (needs.size() != gradients) [[unlikely]]
-      fail("needs", std::to_string(gradients) + " entries", std::to_string(needs.size()));
+  // The list of wanted gradients under their names, one for each bool of Needs.
+  template <class Needs>
+  Needs needs(const NeedsList& list) const {
+    constexpr std::size_t gradients = sizeof(Needs) / sizeof(bool);
+    if (list.size() != gradients) [[unlikely]]
+      fail("needs", std::to_string(gradients) + " entries", std::to_string(list.size()));
+    return [&]<std::size_t... i>(std::index_sequence<i...>) {
+      return Needs{list.get(i)...};
+    }(std::make_index_sequence<gradients>());
   }
-  // That the gradient of an argument which is not there is not asked for.
+  // The gradient of an argument is asked for only where the argument is given.
   void needed(const char* name, bool needed, const std::optional<at::Tensor>& t) const {
     if (needed && !t) [[unlikely]]
       fail(name, "a tensor, whose gradient is asked for", "None");
@@ -160,7 +167,7 @@ class Expect {
   }
 
  private:
-  // A dense tensor of a dtype that the kernels take, on the device of the first, and in_memory().
+  // A dense tensor of a dtype that the kernels take, on the device of the main one, and in_memory().
   bool is_plain(const at::Tensor& t) const {
     return t.defined() && taken_.takes(t.scalar_type()) && t.layout() == at::kStrided && t.device() == device_ &&
            in_memory(t);
@@ -190,7 +197,7 @@ class Expect {
     if (!taken_.takes(t.scalar_type()))
       fail(name, taken_.float16 ? "float32, bfloat16 or float16" : "float32 or bfloat16",
            c10::toString(t.scalar_type()));
-    if (t.device() != device_) fail(name, device_.str() + " as " + first_name_ + " is on", t.device().str());
+    if (t.device() != device_) fail(name, device_.str() + " as " + main_name_ + " is on", t.device().str());
     fail(name, "memory of its own",
          "a storage of " + std::to_string(t.storage().nbytes()) + " bytes for " + text(t.sizes()));
   }
@@ -225,7 +232,7 @@ class Expect {
   }
 
   const char* op_;
-  const char* first_name_;
+  const char* main_name_;
   Taken taken_;
   c10::Device device_;
 };

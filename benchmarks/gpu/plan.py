@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from crossvit_kernels import triton
+from crossvit_kernels import triton_kernels
 
 from ..cases import OPS
 from .stages import Stage, Verdict, by_last_line
@@ -62,7 +62,7 @@ def _untimed(smoke: bool, cores: int) -> list[Stage]:
     ]
     if smoke:
         return [*stages, *(_sanitizer("memcheck", "linear_residual", kernels) for kernels in ("cuda", "triton"))]
-    written = [op for op in OPS if op in triton.OPS]  # the others are torch's, on a GPU
+    written = [op for op in OPS if op in triton_kernels.OPS]  # the others are torch's, on a GPU
     stages += [_sanitizer("memcheck", ",".join(written), "cuda"), *(_sanitizer("memcheck", op) for op in written)]
     ahead = ("benchmarks.gpu.exercise", "--device", "cuda", "--sizes", "model")
     return [
@@ -91,7 +91,7 @@ def _timed() -> list[Stage]:
     ]
     return [
         _figures("models", "throughput", "CrossViT-15†", 50, *largest, "256,32,1", *plain),
-        *(_op(op, 20) for op in OPS if op in triton.OPS),
+        *(_op(op, 20) for op in OPS if op in triton_kernels.OPS),
         _figures("train", "throughput", "training", 32, *train, "timm-eager"),
         _op("self_attention", 10),  # torch's, here
         _figures("models", "throughput", "CrossViT-9", 20, "--model", "crossvit_9_240", "--batch", "32,1,256", *plain),

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from crossvit_kernels.triton._launch import Launch
+from crossvit_kernels.triton_kernels.launch import Launch
 
 # Shared memory of a block (at most) and of a multiprocessor, in bytes, and a multiprocessor's threads: CUDA C++
 # Programming Guide, "Technical Specifications per Compute Capability".

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from crossvit_kernels import backends
-from crossvit_kernels.ops._registry import OPS
+from crossvit_kernels.dispatch.op import REGISTERED
 
 from ..cases import Cell
 from . import cuda_report
@@ -82,9 +82,9 @@ def recording(run: bool = False) -> Iterator[list[Launch]]:
 
 def call(cell: Cell, inputs: list[Any], run: bool = False) -> Call:
     """The op's forward, or its forward for training and its backward."""
-    op = OPS[cell.op]
+    op, kernels = REGISTERED[cell.op].spec, REGISTERED[cell.op]
     with _Allocations() as allocated, recording(run) as launches:
-        result = op.forwards["cuda"](*inputs, cell.backward)
+        result = kernels.forwards["cuda"](*inputs, cell.backward)
         out, *saved = result if isinstance(result, tuple) else (result,)
         given = dict(zip(op.inputs, inputs)) | {"out": out} | dict(zip(op.saved, saved))
         if cell.backward:
@@ -92,7 +92,7 @@ def call(cell: Cell, inputs: list[Any], run: bool = False) -> Call:
             tensors = [op.inputs[i] for i in op.kept if i in op.tensors]
             wanted = [name in cell.differentiable() for name in tensors]
             grad_out = torch.empty_like(out)
-            gradients = op.backwards["cuda"](grad_out, *kept, *([out] if op.takes_out else []), *saved, wanted)
+            gradients = kernels.backwards["cuda"](grad_out, *kept, *([out] if op.takes_out else []), *saved, wanted)
             names = [f"grad {name}" for name, needed in zip(tensors, wanted) if needed]
             given |= {"grad out": grad_out} | dict(zip(names, gradients))
     bytes_of = {n: t.numel() * t.element_size() for n, t in given.items() if isinstance(t, Tensor) and t.numel()}

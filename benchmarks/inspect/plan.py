@@ -21,10 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from crossvit_kernels import backends
-from crossvit_kernels import triton as triton_kernels
-from crossvit_kernels.ops._registry import OPS
-from crossvit_kernels.triton._launch import Launch, recording
+from crossvit_kernels import backends, triton_kernels
+from crossvit_kernels.dispatch.register import OPS
+from crossvit_kernels.triton_kernels.launch import Launch, recording
 
 from .. import timing
 from ..cases import Cell
@@ -81,7 +80,7 @@ def arguments(cell: Cell, autocast: bool = False, device: str = "meta") -> list[
 
 def record(cell: Cell, architecture: str, autocast: bool = False) -> Plan:
     """The launches of the op's forward, or of its forward for training and its backward, on `architecture`."""
-    op, module = OPS[cell.op], importlib.import_module(f"crossvit_kernels.triton.{cell.op}")
+    op, module = OPS[cell.op], importlib.import_module(f"crossvit_kernels.triton_kernels.ops.{cell.op}")
     inputs = arguments(cell, autocast)
     with recording(architecture) as launches:
         result = module.forward(*inputs, cell.backward)

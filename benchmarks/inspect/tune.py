@@ -5,8 +5,8 @@ python -m benchmarks.inspect.tune [--op all] [--batch 256] [--dtype bfloat16] [-
 
 For each kernel configuration that an op's forward and backward take at CrossViT-15's sizes: in turn one parameter at a
 time is halved and doubled, the whole op timed as replays of a CUDA graph, and what is MARGIN faster kept, until
-nothing is. Results go to crossvit_kernels/triton/tuned.json with --save, under this GPU's architecture; nothing is
-tuned otherwise, so that results do not change from run to run.
+nothing is. Results go to crossvit_kernels/triton_kernels/tuned.json with --save, under this GPU's architecture;
+nothing is tuned otherwise, so that results do not change from run to run.
 """
 
 import argparse
@@ -26,14 +26,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from crossvit_kernels.triton import _launch
-from crossvit_kernels.triton._launch import Configuration
+from crossvit_kernels.triton_kernels import configs, target
 
 from .. import devices, timing
 from ..agreement import rms
 from ..cases import BRANCHES, OPS, Cell, inputs
 from ..session import DTYPES, counts, names
 from .plan import served
+
+Configuration = dict[str, int]  # block sizes, num_warps and num_stages, as in the table
 
 MODES = ("forward", "backward")
 MARGIN = 1.015  # a configuration counts as faster from this ratio on
@@ -114,10 +115,10 @@ class Found:
         """A configuration that makes an op `gain` times as fast as before."""
         self.gains[key] = configuration, gain
         if self.save:
-            table = json.loads(json.dumps(_launch.table()))
-            table.setdefault(_launch.architecture(), {}).setdefault(key[0], {})[key[1]] = configuration
-            write_table(_launch.TABLE, table)
-        _launch.table.cache_clear()
+            table = json.loads(json.dumps(configs.table()))
+            table.setdefault(target.architecture(), {}).setdefault(key[0], {})[key[1]] = configuration
+            write_table(configs.TABLE, table)
+        configs.table.cache_clear()
 
     def show(self) -> None:
         """Prints them."""
@@ -141,13 +142,13 @@ def write_table(path: Path, table: dict[str, Any]) -> None:
 
 def _tune(cell: Cell, wanted: Sequence[str] | None, found: Found, pool: ProcessPoolExecutor, end: float) -> None:
     op = Call(cell)
-    with _launch.requests() as taken:
+    with configs.requests() as taken:
         op()
     for (kernel, key), start in list(taken.items()):
         if (wanted is not None and kernel not in wanted) or (kernel, key) in found.gains:
             continue
-        best, before = dict(start), op.seconds()
-        fastest, tried = before, {_frozen(start)}
+        best, before = start.values(), op.seconds()
+        fastest, tried = before, {_frozen(start.values())}
         others = [c for name, starts in STARTS.items() if kernel.startswith(name) for c in starts]
         while time.monotonic() < end:
             candidates = [c for c in others or neighbours(best) if _frozen(c) not in tried]
@@ -156,7 +157,7 @@ def _tune(cell: Cell, wanted: Sequence[str] | None, found: Found, pool: ProcessP
             works = list(pool.map(_works, itertools.repeat(cell), itertools.repeat(kernel), candidates))
             better = best
             for candidate in itertools.compress(candidates, works):
-                with _launch.overriding(kernel, candidate):
+                with configs.overriding(kernel, configs.Config.of(candidate)):
                     seconds = op.seconds()
                 if seconds * MARGIN < fastest:
                     fastest, better = seconds, candidate
@@ -226,7 +227,7 @@ def _works(cell: Cell, kernel: str, configuration: Configuration) -> bool:
             _calls.clear()
             _calls[cell] = Call(cell)
         expected = _calls[cell].results()
-        with _launch.overriding(kernel, configuration):
+        with configs.overriding(kernel, configs.Config.of(configuration)):
             found = _calls[cell].results()
         return all(rms((a - b).double()) <= TOLERANCE * rms(b.double()) for a, b in zip(found, expected))
     return False

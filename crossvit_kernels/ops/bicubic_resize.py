@@ -1,16 +1,19 @@
 """bicubic_resize: images at another size, as torch.nn.functional.interpolate makes them.
 
-out[y, x] = sum over s, t < 4 of u_s(y) v_t(x) images[y_s, x_t]     the 4 x 4 nearest pixels, those outside the image
-being the nearest inside; u and v the weights of cubic convolution (a = -0.75), corners not aligned
-"""
+    out[y, x] = Σ_s Σ_t u_s(y) v_t(x) images[y_s, x_t]             s, t = 0 … 3
 
-from typing import Any
+The sums run over the four rows y_s and the four columns x_t that are nearest to the place of (y, x) in the image; of a
+pixel outside the image the nearest inside is taken. u and v are the weights of cubic convolution with a = -0.75, and
+corners are not aligned.
+"""
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _validate
-from ._registry import Op
+from ..dispatch.call import call, needs_reference
+from ..dispatch.register import register
+from ..dispatch.spec import Argument, OpSpec, Result, Shapes
+from . import validate
 
 
 def _reference(images: Tensor, height: int, width: int) -> Tensor:
@@ -23,28 +26,29 @@ def bicubic_resize_reference(images: Tensor, image_size: int | tuple[int, int]) 
     return images if images.shape[-2:] == (height, width) else _reference(images, height, width)
 
 
-def _shapes(images: Tensor, height: int, width: int) -> tuple[Any, ...]:
-    _validate.tensor("images", images, "(B, C, H, W)")
-    _validate.positive("height", height)
-    _validate.positive("width", width)
-    return (images.shape,)
+def _shapes(images: Tensor, height: int, width: int) -> Shapes:
+    validate.tensor("images", images, "(B, C, H, W)")
+    validate.positive("height", height)
+    validate.positive("width", width)
+    return {"images": images.shape}
 
 
-def _results(images: Tensor, height: int, width: int) -> tuple[Any, ...]:
+def _results(images: Tensor, height: int, width: int) -> tuple[Result, ...]:
     return (((*images.shape[:2], height, width), images.dtype),)
 
 
-_op = Op(
-    "bicubic_resize",
-    "Tensor images, SymInt height, SymInt width",
-    reference=_reference,
-    shapes=_shapes,
-    results=_results,
-    flops=lambda backend, *inputs: 0,  # PyTorch's counter counts products of matrices
-    backward_flops=lambda backend, needs, *inputs: 0,
-    matrices=(),
-    activations=("images",),
-    save=lambda *inputs: (),
+_op = register(
+    OpSpec(
+        "bicubic_resize",
+        [Argument("images", activation=True), Argument("height", "SymInt"), Argument("width", "SymInt")],
+        computes_in="images",
+        reference=_reference,
+        shapes=_shapes,
+        results=_results,
+        flops=lambda backend: 0,  # PyTorch's counter counts products of matrices
+        backward_flops=lambda backend, needs: 0,
+        save=lambda: (),
+    )
 )
 
 
@@ -63,10 +67,11 @@ def bicubic_resize(images: Tensor, image_size: int | tuple[int, int], *, kernels
         TypeError, ValueError: an argument's type, dtype, shape, device or value is wrong; RuntimeError: the backend
             asked for is not there.
     """
-    _validate.tensor("images", images, "(B, C, H, W)")
-    _validate.positive("images' smallest side", min(images.shape[1:]))
-    height, width = _validate.size("image_size", image_size)
-    reference = _op.needs_reference(kernels, images, images.dtype)
+    validate.tensor("images", images, "(B, C, H, W)")
+    validate.positive("images' smallest side", min(images.shape[1:]))
+    height, width = validate.size("image_size", image_size)
+    inputs = (images, height, width)
+    reference = needs_reference(_op, inputs, kernels)
     if images.shape[2] == height and images.shape[3] == width:
         return images
-    return _reference(images, height, width) if reference else _op(images, height, width, kernels=kernels)
+    return _reference(*inputs) if reference else call(_op, inputs, kernels)

@@ -1,21 +1,24 @@
 """cls_fusion: one direction of a CrossViT stage's fusion, inference only.
 
-    c   = W_f gelu(LayerNorm(cls)) + b_f                 cls (B, D_d) of this branch to the other's width D
-    y   = c + W_o CA(c, patches) + b_o                   CA: cls_cross_attention over the other branch's patches (B, N,
-    D) out = W_g gelu(LayerNorm(y)) + b_g                   (B, D_d), back in this branch
+    c   = W_proj gelu(LayerNorm(cls)) + b_proj           cls (B, D_d) of this branch, c (B, D) of the other's width
+    y   = c + W_out CA(c, patches) + b_out               patches (B, N, D) of the other branch
+    out = W_revert gelu(LayerNorm(y)) + b_revert         out (B, D_d), back in this branch
 
-arXiv 2103.14899, eq. 5 to 7; `MultiScaleBlock.forward` in the authors' models/crossvit.py.
+CA is cls_cross_attention. These are equations 5 to 7 of arXiv 2103.14899 and `MultiScaleBlock.forward` in the authors'
+models/crossvit.py.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _validate
-from ._registry import Op
+from ..dispatch.call import call, needs_reference
+from ..dispatch.register import register
+from ..dispatch.spec import Argument, LinearParams, NormParams, OpSpec, Result, Shapes
+from . import validate
 from .cls_cross_attention import CUDA_ROW_BYTES, cls_cross_attention_reference
-from .cls_cross_attention import _flops as attention_flops
+from .cls_cross_attention import PARAMETERS as ATTENTION
+from .cls_cross_attention import flops as attention_flops
+from .cls_cross_attention import parameter_shapes as attention_shapes
 from .layer_norm_linear import layer_norm_linear_reference
 from .linear_residual import linear_residual_reference
 
@@ -57,57 +60,66 @@ def cls_fusion_reference(
     )
 
 
-def _shapes(cls: Tensor, patches: Tensor, *rest: Any) -> tuple[Any, ...]:
-    _validate.tensor("cls", cls, "(B, D_d)")
-    _validate.tensor("patches", patches, "(B, N, D)")
-    batch, _, width = patches.shape
-    _validate.heads(rest[-2], width, "patches' width")
-    return _shapes_of(batch, patches.shape, cls.shape[1:], (width,))
+_PROJ_NORM, _REVERT_NORM = NormParams.named("proj_norm"), NormParams.named("revert_norm")
+_PROJ, _OUT, _REVERT = map(LinearParams.named, ("proj", "out", "revert"))
 
 
-def _shapes_of(batch: int, patches: Any, own: Any, other: Any) -> tuple[Any, ...]:
-    """Of all tensors in their order, where this branch is `own` wide and the other `other`."""
-    way_there, square = (*other, *own), other * 2
-    attention = (other, other, *((square, other) * 4))
-    return (batch, *own), patches, own, own, way_there, other, *attention, other, other, (*own, *other), own
+def _shapes(cls: Tensor, patches: Tensor, num_heads: int) -> Shapes:
+    validate.tensor("cls", cls, "(B, D_d)")
+    validate.tensor("patches", patches, "(B, N, D)")
+    (batch, _, width), own_width = patches.shape, cls.shape[1]
+    validate.heads(num_heads, width, "patches' width")
+    return {
+        "cls": (batch, own_width),
+        "patches": patches.shape,
+        **_PROJ_NORM.shapes(own_width),
+        **_PROJ.shapes(width, own_width),
+        **attention_shapes(width),
+        **_OUT.shapes(width, width),
+        **_REVERT_NORM.shapes(width),
+        **_REVERT.shapes(own_width, width),
+    }
 
 
-def _results(cls: Tensor, *rest: Any) -> tuple[Any, ...]:
-    revert_weight = rest[17]
+def _results(cls: Tensor, revert_weight: Tensor) -> tuple[Result, ...]:
     return ((cls.shape, revert_weight.dtype),)
 
 
-def _flops(backend: str, cls: Tensor, patches: Tensor, *rest: Any) -> int:
+def _flops(backend: str, cls: Tensor, patches: Tensor, num_heads: int) -> int:
     (batch, own_width), (_, _, width) = cls.shape, patches.shape
-    return attention_flops(
-        backend, cls.new_empty((batch, width)), patches, *rest[4:12], *rest[-2:]
-    ) + 2 * batch * width * (2 * own_width + width)
+    return attention_flops(backend, patches, num_heads) + 2 * batch * width * (2 * own_width + width)
 
 
-def _fits_cuda(cls: Tensor, patches: Tensor, *rest: Any) -> bool:
+def _fits_cuda(cls: Tensor, patches: Tensor, proj_weight: Tensor) -> bool:
     if patches.dim() != 3 or cls.dim() != 2:
-        return True  # they say so
-    size = max(cls.element_size(), patches.element_size(), rest[2].element_size())
+        return True  # the kernels refuse it in words
+    size = max(cls.element_size(), patches.element_size(), proj_weight.element_size())
     return max(cls.shape[1], patches.shape[2]) * size <= CUDA_ROW_BYTES
 
 
-_op = Op(
-    "cls_fusion",
-    "Tensor cls, Tensor patches, Tensor proj_norm_weight, Tensor? proj_norm_bias, Tensor proj_weight, "
-    "Tensor? proj_bias, Tensor norm_weight, Tensor? norm_bias, Tensor q_weight, Tensor? q_bias, Tensor k_weight, "
-    "Tensor? k_bias, Tensor v_weight, Tensor? v_bias, Tensor out_weight, Tensor? out_bias, "
-    "Tensor revert_norm_weight, Tensor? revert_norm_bias, Tensor revert_weight, Tensor? revert_bias, "
-    "int num_heads, float eps",
-    reference=cls_fusion_reference,
-    shapes=_shapes,
-    results=_results,
-    flops=_flops,
-    matrices=[f"{name}_{part}" for name in ("proj", "q", "k", "v", "out", "revert") for part in ("weight", "bias")],
-    activations=("cls", "patches"),
-    fits={"cuda": _fits_cuda},
+_op = register(
+    OpSpec(
+        "cls_fusion",
+        [
+            Argument("cls", activation=True),
+            Argument("patches", activation=True),
+            _PROJ_NORM,
+            _PROJ,
+            *ATTENTION,
+            _OUT,
+            _REVERT_NORM,
+            _REVERT,
+            Argument("num_heads", "int"),
+            Argument("eps", "float"),
+        ],
+        computes_in="proj_weight",
+        reference=cls_fusion_reference,
+        shapes=_shapes,
+        results=_results,
+        flops=_flops,
+        fits={"cuda": _fits_cuda},
+    )
 )
-
-_BEHIND = (*range(8, 16), 18, 19)  # the weights and biases of what is behind the projection
 
 
 def cls_fusion(
@@ -161,56 +173,35 @@ def cls_fusion(
             training), or the backend asked for is not there.
         TypeError, ValueError: an argument's type, dtype, shape, device or value is wrong.
     """
-    _validate.tensor("patches", patches, "(B, N, D)")
-    _validate.tensor("cls", cls, "(B, D_d)")
+    validate.tensor("patches", patches, "(B, N, D)")
+    validate.tensor("cls", cls, "(B, D_d)")
     batch, _, width = patches.shape
     own_width = cls.shape[-1]
-    _validate.positive("the smaller width", min(width, own_width))
-    inputs: tuple[Any, ...] = (
-        cls,
-        patches,
-        proj_norm_weight,
-        proj_norm_bias,
-        proj_weight,
-        proj_bias,
-        norm_weight,
-        norm_bias,
-        q_weight,
-        q_bias,
-        k_weight,
-        k_bias,
-        v_weight,
-        v_bias,
-        out_weight,
-        out_bias,
-        revert_norm_weight,
-        revert_norm_bias,
-        revert_weight,
-        revert_bias,
-        num_heads,
-        eps,
-    )
-    shapes = _shapes_of(batch, patches.shape, (own_width,), (width,))
+    validate.positive("the smaller width", min(width, own_width))
     # A projection computes in the dtype of its cls, what follows in the one to which that and the patches' promote.
-    _validate.beside("cls", cls, shapes[0], "patches", patches, any_dtype=True)
-    mixed = cls.dtype is not patches.dtype and not _validate.autocast(patches)
+    validate.beside("cls", cls, (batch, own_width), "patches", patches, any_dtype=True)
+    mixed = cls.dtype is not patches.dtype and not validate.autocast(patches)
     met = patches.new_empty(0, dtype=torch.promote_types(cls.dtype, patches.dtype)) if mixed else patches
-    names = _op.inputs
-    _validate.norm(names[2], proj_norm_weight, names[3], proj_norm_bias, shapes[2], "cls", cls)
-    _validate.beside(names[4], proj_weight, shapes[4], "cls", cls)
-    if proj_bias is not None:
-        _validate.beside(names[5], proj_bias, shapes[5], "cls", cls)
-    _validate.norm(names[6], norm_weight, names[7], norm_bias, shapes[6], "patches", met)
-    _validate.norm(names[16], revert_norm_weight, names[17], revert_norm_bias, shapes[16], "patches", met)
-    for i in _BEHIND:
-        if (value := inputs[i]) is not None or not i % 2:
-            _validate.beside(names[i], value, shapes[i], "patches", met)
-    _validate.heads(num_heads, width, "patches' width")
-    _validate.epsilon(eps)
+    norm, linear, square = validate.norm, validate.linear, (width, width)
+    norm("proj_norm_weight", proj_norm_weight, "proj_norm_bias", proj_norm_bias, (own_width,), "cls", cls)
+    linear("proj_weight", proj_weight, "proj_bias", proj_bias, (width, own_width), "cls", cls)
+    norm("norm_weight", norm_weight, "norm_bias", norm_bias, (width,), "patches", met)
+    norm("revert_norm_weight", revert_norm_weight, "revert_norm_bias", revert_norm_bias, (width,), "patches", met)
+    linear("q_weight", q_weight, "q_bias", q_bias, square, "patches", met)
+    linear("k_weight", k_weight, "k_bias", k_bias, square, "patches", met)
+    linear("v_weight", v_weight, "v_bias", v_bias, square, "patches", met)
+    linear("out_weight", out_weight, "out_bias", out_bias, square, "patches", met)
+    linear("revert_weight", revert_weight, "revert_bias", revert_bias, (own_width, width), "patches", met)
+    validate.heads(num_heads, width, "patches' width")
+    validate.epsilon(eps)
+    projection = proj_norm_weight, proj_norm_bias, proj_weight, proj_bias
+    attended = norm_weight, norm_bias, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, out_weight, out_bias
+    reverted = revert_norm_weight, revert_norm_bias, revert_weight, revert_bias
+    inputs = (cls, patches, *projection, *attended, *reverted, num_heads, eps)
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
         raise RuntimeError(
             "cls_fusion is for inference: call it under torch.no_grad(), or compose the other ops for training"
         )
-    if _op.needs_reference(kernels, patches, q_weight.dtype) or mixed:
+    if needs_reference(_op, inputs, kernels, q_weight.dtype) or mixed:
         return cls_fusion_reference(*inputs)
-    return _op(*inputs, kernels=kernels)
+    return call(_op, inputs, kernels)

@@ -1,8 +1,9 @@
 """layer_norm_linear: act(Linear(pre_act(LayerNorm(x)))), a pre-norm block's way into its matrix multiplication.
 
-    y   = (x - mean(x)) * rstd(x) * norm_weight + norm_bias        over the last dimension, x (..., D)
-    pre = weight @ pre_act(y) + bias                               weight (E, D)
-    out = act(pre)                                                 (..., E)
+    x̂   = (x - mean(x)) · rstd(x)                    over the last dimension, x (..., D)
+    y   = γ ∘ x̂ + β                                  γ, β: norm_weight, norm_bias (D,)
+    pre = weight pre_act(y) + bias                   weight (E, D)
+    out = act(pre)                                   (..., E)
 
 The queries, keys and values of a ViT block use neither activation, the first half of its MLP activation="gelu",
 CrossViT's projections of the CLS token pre_activation="gelu" (arXiv 2103.14899, eq. 5 and 7: f and g; `projs` and
@@ -10,15 +11,16 @@ CrossViT's projections of the CLS token pre_activation="gelu" (arXiv 2103.14899,
 """
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _validate
-from ._layer_norm import layer_norm
-from ._registry import Op
+from ..dispatch.call import call, needs_reference
+from ..dispatch.register import register
+from ..dispatch.spec import Argument, LinearParams, NormParams, OpSpec, Result, Shapes
+from . import validate
+from .layer_norm import layer_norm
 
 
 def layer_norm_linear_reference(
@@ -46,14 +48,30 @@ def norm_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return mean, (variance + eps).rsqrt()
 
 
-def _reference(x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, *rest: Any) -> Tensor:
-    bias, eps, gelu_in, gelu_out = rest
+def _reference(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    gelu_in: bool,
+    gelu_out: bool,
+) -> Tensor:
     names = {"pre_activation": "gelu" if gelu_in else None, "activation": "gelu" if gelu_out else None}
     return layer_norm_linear_reference(x, norm_weight, norm_bias, weight, bias, eps, **names)
 
 
-def _save(x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    bias, eps, gelu_in, gelu_out = rest
+def _save(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    gelu_in: bool,
+    gelu_out: bool,
+) -> tuple[Tensor, ...]:
     statistics = norm_statistics(x, eps)
     if not gelu_out:
         return *statistics, weight.new_empty((0, weight.shape[0]))
@@ -61,43 +79,54 @@ def _save(x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tens
     return *statistics, pre.reshape(-1, weight.shape[0])
 
 
-def _shapes(x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, *rest: Any) -> tuple[Any, ...]:
-    _validate.tensor("x", x, "(..., D)")
-    _validate.tensor("weight", weight, "(E, D)")
-    width, features = x.shape[-1:], weight.shape[0]
-    _validate.positive("weight's rows", features)
-    return x.shape, width, width, (features, *width), (features,)
+_NORM, _LINEAR = NormParams("norm_weight", "norm_bias"), LinearParams("weight", "bias")
 
 
-def _results(x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, *rest: Any) -> tuple[Any, ...]:
-    rows, features, gelu_out = math.prod(x.shape[:-1]), weight.shape[0], rest[-1]
+def _shapes(x: Tensor, weight: Tensor) -> Shapes:
+    validate.tensor("x", x, "(..., D)")
+    validate.tensor("weight", weight, "(E, D)")
+    width, features = x.shape[-1], weight.shape[0]
+    validate.positive("weight's rows", features)
+    return {"x": x.shape, **_NORM.shapes(width), **_LINEAR.shapes(features, width)}
+
+
+def _results(x: Tensor, weight: Tensor, gelu_out: bool) -> tuple[Result, ...]:
+    rows, features = math.prod(x.shape[:-1]), weight.shape[0]
     statistics = ((rows,), torch.float32)
     pre = ((rows if gelu_out else 0, features), weight.dtype)
     return ((*x.shape[:-1], features), weight.dtype), statistics, statistics, pre
 
 
-def _flops(backend: str, x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, *rest: Any) -> int:
+def _flops(backend: str, x: Tensor, weight: Tensor) -> int:
     return 2 * math.prod(x.shape[:-1]) * weight.shape[0] * weight.shape[1]
 
 
-def _backward_flops(backend: str, needs: dict[str, bool], *inputs: Any) -> int:
+def _backward_flops(backend: str, needs: dict[str, bool], x: Tensor, weight: Tensor) -> int:
     through_matrix = needs["x"] or needs["norm_weight"] or needs["norm_bias"]
-    return (through_matrix + needs["weight"]) * _flops(backend, *inputs)
+    return (through_matrix + needs["weight"]) * _flops(backend, x, weight)
 
 
-_op = Op(
-    "layer_norm_linear",
-    "Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor weight, Tensor? bias, float eps, "
-    "bool gelu_in, bool gelu_out",
-    reference=_reference,
-    shapes=_shapes,
-    results=_results,
-    flops=_flops,
-    backward_flops=_backward_flops,
-    matrices=("weight", "bias"),
-    activations=("x",),
-    saved=("mean", "rstd", "pre"),  # (M,) float32 twice; (M, E), the Linear's output, only where an activation follows
-    save=_save,
+_op = register(
+    OpSpec(
+        "layer_norm_linear",
+        [
+            Argument("x", activation=True),
+            _NORM,
+            _LINEAR,
+            Argument("eps", "float"),
+            Argument("gelu_in", "bool"),  # whether pre_activation is "gelu"
+            Argument("gelu_out", "bool"),  # whether activation is
+        ],
+        computes_in="weight",
+        reference=_reference,
+        shapes=_shapes,
+        results=_results,
+        flops=_flops,
+        backward_flops=_backward_flops,
+        # mean and rstd are (M,) float32; pre, the Linear's output, is (M, E) where an activation follows, else (0, E).
+        saved=("mean", "rstd", "pre"),
+        save=_save,
+    )
 )
 
 
@@ -130,16 +159,17 @@ def layer_norm_linear(
         TypeError, ValueError: an argument's type, dtype, shape, device or value is wrong; RuntimeError: the backend
             asked for is not there.
     """
-    _validate.tensor("x", x, "(..., D)")
+    validate.tensor("x", x, "(..., D)")
     width = x.shape[-1]
-    _validate.positive("x's width", width)
-    _validate.norm("norm_weight", norm_weight, "norm_bias", norm_bias, (width,), "x", x)
-    _validate.matrix("weight", weight, width, "x", x)
+    validate.positive("x's width", width)
+    validate.norm("norm_weight", norm_weight, "norm_bias", norm_bias, (width,), "x", x)
+    validate.matrix("weight", weight, width, "x", x)
     if bias is not None:
-        _validate.beside("bias", bias, weight.shape[:1], "x", x)
-    _validate.epsilon(eps)
-    gelu_in = _validate.activation("pre_activation", pre_activation)
-    gelu_out = _validate.activation("activation", activation)
-    if _op.needs_reference(kernels, x, weight.dtype):
-        return _reference(x, norm_weight, norm_bias, weight, bias, eps, gelu_in, gelu_out)
-    return _op(x, norm_weight, norm_bias, weight, bias, eps, gelu_in, gelu_out, kernels=kernels)
+        validate.beside("bias", bias, weight.shape[:1], "x", x)
+    validate.epsilon(eps)
+    gelu_in = validate.activation("pre_activation", pre_activation)
+    gelu_out = validate.activation("activation", activation)
+    inputs = (x, norm_weight, norm_bias, weight, bias, eps, gelu_in, gelu_out)
+    if needs_reference(_op, inputs, kernels):
+        return _reference(*inputs)
+    return call(_op, inputs, kernels)

@@ -1,19 +1,20 @@
-"""layer_norm_mlp: x + scale * Linear2(gelu(Linear1(LayerNorm(x)))), the MLP half of a pre-norm block with its residual.
+"""layer_norm_mlp: x + scale · Linear2(gelu(Linear1(LayerNorm(x)))), the MLP half of a pre-norm block with its residual.
 
-pre = w1 @ LayerNorm(x) + b1                        x (..., D), w1 (hidden, D)
-out = x + scale * (w2 @ gelu(pre) + b2)             w2 (D, hidden), out (..., D)
+pre = w1 LayerNorm(x) + b1                          x (..., D), w1 (hidden, D)
+out = x + scale ∘ (w2 gelu(pre) + b2)               w2 (D, hidden), out (..., D)
 """
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _validate
-from ._layer_norm import layer_norm
-from ._registry import Op
+from ..dispatch.call import call, needs_reference
+from ..dispatch.register import register
+from ..dispatch.spec import Argument, LinearParams, NormParams, OpSpec, Result, Shapes
+from . import validate
+from .layer_norm import layer_norm
 from .layer_norm_linear import norm_statistics
 
 
@@ -35,57 +36,82 @@ def layer_norm_mlp_reference(
     return x + (y if scale is None else scale * y)
 
 
-def _reference(x: Tensor, *rest: Any) -> Tensor:
-    *given, scale, _ = rest
-    return layer_norm_mlp_reference(x, *given, scale=scale)
+def _reference(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    eps: float,
+    scale: Tensor | None,
+    per_sample: bool,
+) -> Tensor:
+    return layer_norm_mlp_reference(x, norm_weight, norm_bias, w1, b1, w2, b2, eps, scale=scale)
 
 
-def _save(x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, w1: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    b1, _, _, eps, _, _ = rest
+def _save(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, w1: Tensor, b1: Tensor | None, eps: float
+) -> tuple[Tensor, ...]:
     pre = F.linear(layer_norm(x, norm_weight, norm_bias, eps), w1, b1)
     return *norm_statistics(x, eps), pre.reshape(-1, w1.shape[0])
 
 
-def _shapes(x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, w1: Tensor, *rest: Any) -> tuple[Any, ...]:
-    *_, scale, per_sample = rest
-    _validate.tensor("x", x, "(..., D)")
-    _validate.tensor("w1", w1, "(hidden, D)")
-    width, hidden = x.shape[-1:], w1.shape[:1]
-    _validate.positive("w1's rows", *hidden)
-    factor = _validate.scale_shape(scale, per_sample, x, *width)
-    return x.shape, width, width, (*hidden, *width), hidden, (*width, *hidden), width, factor
+_NORM, _FIRST, _SECOND = NormParams("norm_weight", "norm_bias"), LinearParams("w1", "b1"), LinearParams("w2", "b2")
 
 
-def _results(x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, w1: Tensor, *rest: Any) -> tuple[Any, ...]:
-    rows, statistics = math.prod(x.shape[:-1]), ((math.prod(x.shape[:-1]),), torch.float32)
-    out = (x.shape, torch.promote_types(x.dtype, w1.dtype))
+def _shapes(x: Tensor, w1: Tensor, scale: Tensor | None, per_sample: bool) -> Shapes:
+    validate.tensor("x", x, "(..., D)")
+    validate.tensor("w1", w1, "(hidden, D)")
+    width, hidden = x.shape[-1], w1.shape[0]
+    validate.positive("w1's rows", hidden)
+    return {
+        "x": x.shape,
+        **_NORM.shapes(width),
+        **_FIRST.shapes(hidden, width),
+        **_SECOND.shapes(width, hidden),
+        "scale": validate.scale_shape(scale, per_sample, x, width),
+    }
+
+
+def _results(x: Tensor, w1: Tensor) -> tuple[Result, ...]:
+    rows = math.prod(x.shape[:-1])
+    out, statistics = (x.shape, torch.promote_types(x.dtype, w1.dtype)), ((rows,), torch.float32)
     return out, statistics, statistics, ((rows, w1.shape[0]), w1.dtype)
 
 
-def _flops(backend: str, x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, w1: Tensor, *rest: Any) -> int:
+def _flops(backend: str, x: Tensor, w1: Tensor) -> int:
     return 4 * math.prod(x.shape[:-1]) * w1.shape[0] * w1.shape[1]
 
 
-def _backward_flops(backend: str, needs: dict[str, bool], *inputs: Any) -> int:
+def _backward_flops(backend: str, needs: dict[str, bool], x: Tensor, w1: Tensor) -> int:
     below = needs["x"] or needs["norm_weight"] or needs["norm_bias"]  # the gradient passes both matrices
     hidden = below or needs["w1"] or needs["b1"]
-    return (below + hidden + needs["w1"] + needs["w2"] + needs["scale"]) * _flops(backend, *inputs) // 2
+    return (below + hidden + needs["w1"] + needs["w2"] + needs["scale"]) * _flops(backend, x, w1) // 2
 
 
-_op = Op(
-    "layer_norm_mlp",
-    # per_sample: what `scale` is, decided once, below
-    "Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, "
-    "float eps, Tensor? scale, bool per_sample",
-    reference=_reference,
-    shapes=_shapes,
-    results=_results,
-    flops=_flops,
-    backward_flops=_backward_flops,
-    matrices=("w1", "b1", "w2", "b2"),
-    activations=("x",),
-    saved=("mean", "rstd", "pre"),  # (M,) float32 twice; (M, hidden) before gelu
-    save=_save,
+_op = register(
+    OpSpec(
+        "layer_norm_mlp",
+        [
+            Argument("x", activation=True),
+            _NORM,
+            _FIRST,
+            _SECOND,
+            Argument("eps", "float"),
+            Argument("scale", "Tensor?"),
+            Argument("per_sample", "bool"),  # what `scale` is, decided once, below
+        ],
+        computes_in="w1",
+        reference=_reference,
+        shapes=_shapes,
+        results=_results,
+        flops=_flops,
+        backward_flops=_backward_flops,
+        saved=("mean", "rstd", "pre"),  # (M,) float32 twice; (M, hidden), the first Linear's output
+        save=_save,
+    )
 )
 
 
@@ -102,7 +128,7 @@ def layer_norm_mlp(
     scale: Tensor | None = None,
     kernels: str = "auto",
 ) -> Tensor:
-    """x + scale * Linear2(gelu(Linear1(LayerNorm(x)))).
+    """x + scale · Linear2(gelu(Linear1(LayerNorm(x)))).
 
     Args:
         x: (..., D), floating point, any strides.
@@ -121,20 +147,20 @@ def layer_norm_mlp(
         TypeError, ValueError: an argument's type, dtype, shape, device or value is wrong; RuntimeError: the backend
             asked for is not there.
     """
-    _validate.tensor("x", x, "(..., D)")
+    validate.tensor("x", x, "(..., D)")
     width = x.shape[-1]
-    _validate.positive("x's width", width)
-    _validate.norm("norm_weight", norm_weight, "norm_bias", norm_bias, (width,), "x", x)
-    _validate.matrix("w1", w1, width, "x", x)
+    validate.positive("x's width", width)
+    validate.norm("norm_weight", norm_weight, "norm_bias", norm_bias, (width,), "x", x)
+    validate.matrix("w1", w1, width, "x", x)
     hidden = w1.shape[0]
     if b1 is not None:
-        _validate.beside("b1", b1, (hidden,), "x", x)
-    _validate.beside("w2", w2, (width, hidden), "x", x)
+        validate.beside("b1", b1, (hidden,), "x", x)
+    validate.beside("w2", w2, (width, hidden), "x", x)
     if b2 is not None:
-        _validate.beside("b2", b2, (width,), "x", x)
-    _validate.epsilon(eps)
-    per_sample = scale is not None and _validate.scale(scale, x, width)
-    if _op.needs_reference(kernels, x, w1.dtype):
+        validate.beside("b2", b2, (width,), "x", x)
+    validate.epsilon(eps)
+    per_sample = scale is not None and validate.scale(scale, x, width)
+    if needs_reference(_op, (x, norm_weight, norm_bias, w1, b1, w2, b2, eps, scale, per_sample), kernels):
         return _reference(x, norm_weight, norm_bias, w1, b1, w2, b2, eps, scale, per_sample)
-    x, scale = _validate.promoted(x, scale, w1)
-    return _op(x, norm_weight, norm_bias, w1, b1, w2, b2, eps, scale, per_sample, kernels=kernels)
+    x, scale = validate.promoted(x, scale, w1)
+    return call(_op, (x, norm_weight, norm_bias, w1, b1, w2, b2, eps, scale, per_sample), kernels)

@@ -1,17 +1,18 @@
-"""linear_residual: residual + scale * Linear(x), a pre-norm block's way back onto its residual stream.
+"""linear_residual: residual + scale · Linear(x), a pre-norm block's way back onto its residual stream.
 
-out = residual + scale * (weight @ x + bias)        x (..., K), weight (E, K), residual and out (..., E)
+out = residual + scale ∘ (weight x + bias)          x (..., K), weight (E, K), residual and out (..., E)
 """
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _validate
-from ._registry import Op
+from ..dispatch.call import call, needs_reference
+from ..dispatch.register import register
+from ..dispatch.spec import Argument, LinearParams, OpSpec, Result, Shapes
+from . import validate
 
 
 def linear_residual_reference(
@@ -28,44 +29,53 @@ def _reference(
     return linear_residual_reference(x, weight, bias, residual, scale=scale)
 
 
-def _shapes(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, scale: Tensor | None, per_sample: bool
-) -> tuple[Any, ...]:
-    _validate.tensor("x", x, "(..., K)")
-    _validate.tensor("weight", weight, "(E, K)")
-    features = weight.shape[:1]
-    _validate.positive("weight's rows", *features)
-    factor = _validate.scale_shape(scale, per_sample, x, *features)
-    return x.shape, (*features, *x.shape[-1:]), features, (*x.shape[:-1], *features), factor
+_LINEAR = LinearParams("weight", "bias")
 
 
-def _results(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, *rest: Any) -> tuple[Any, ...]:
+def _shapes(x: Tensor, weight: Tensor, scale: Tensor | None, per_sample: bool) -> Shapes:
+    validate.tensor("x", x, "(..., K)")
+    validate.tensor("weight", weight, "(E, K)")
+    features = weight.shape[0]
+    validate.positive("weight's rows", features)
+    return {
+        "x": x.shape,
+        **_LINEAR.shapes(features, x.shape[-1]),
+        "residual": (*x.shape[:-1], features),
+        "scale": validate.scale_shape(scale, per_sample, x, features),
+    }
+
+
+def _results(weight: Tensor, residual: Tensor) -> tuple[Result, ...]:
     return ((residual.shape, torch.promote_types(residual.dtype, weight.dtype)),)
 
 
-def _flops(backend: str, x: Tensor, weight: Tensor, *rest: Any) -> int:
+def _flops(backend: str, x: Tensor, weight: Tensor) -> int:
     return 2 * math.prod(x.shape[:-1]) * weight.shape[0] * weight.shape[1]
 
 
-def _backward_flops(backend: str, needs: dict[str, bool], *inputs: Any) -> int:
-    return (needs["x"] + needs["weight"] + needs["scale"]) * _flops(
-        backend, *inputs
-    )  # scale's needs the Linear's output again
+def _backward_flops(backend: str, needs: dict[str, bool], x: Tensor, weight: Tensor) -> int:
+    # The gradient of scale needs the Linear's output again.
+    return (needs["x"] + needs["weight"] + needs["scale"]) * _flops(backend, x, weight)
 
 
-_op = Op(
-    "linear_residual",
-    # per_sample: what `scale` is, decided once, below
-    "Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor? scale, bool per_sample",
-    reference=_reference,
-    shapes=_shapes,
-    results=_results,
-    flops=_flops,
-    backward_flops=_backward_flops,
-    matrices=("weight", "x", "bias"),
-    activations=("x", "residual"),
-    save=lambda *inputs: (),
-    passed="residual",
+_op = register(
+    OpSpec(
+        "linear_residual",
+        [
+            Argument("x", activation=True, matrix=True),
+            _LINEAR,
+            Argument("residual", activation=True, passed=True),
+            Argument("scale", "Tensor?"),
+            Argument("per_sample", "bool"),  # what `scale` is, decided once, below
+        ],
+        computes_in="weight",
+        reference=_reference,
+        shapes=_shapes,
+        results=_results,
+        flops=_flops,
+        backward_flops=_backward_flops,
+        save=lambda: (),
+    )
 )
 
 
@@ -78,7 +88,7 @@ def linear_residual(
     scale: Tensor | None = None,
     kernels: str = "auto",
 ) -> Tensor:
-    """residual + scale * Linear(x).
+    """residual + scale · Linear(x).
 
     Args:
         x: (..., K), floating point, any strides.
@@ -95,15 +105,15 @@ def linear_residual(
         TypeError, ValueError: an argument's type, dtype, shape, device or value is wrong; RuntimeError: the backend
             asked for is not there.
     """
-    _validate.tensor("x", x, "(..., K)")
-    _validate.positive("x's width", x.shape[-1])
-    _validate.matrix("weight", weight, x.shape[-1], "x", x)
+    validate.tensor("x", x, "(..., K)")
+    validate.positive("x's width", x.shape[-1])
+    validate.matrix("weight", weight, x.shape[-1], "x", x)
     width = weight.shape[0]
     if bias is not None:
-        _validate.beside("bias", bias, (width,), "x", x)
-    _validate.beside("residual", residual, (*x.shape[:-1], width), "x", x, any_dtype=True)
-    per_sample = scale is not None and _validate.scale(scale, x, width)
-    if _op.needs_reference(kernels, x, weight.dtype):
+        validate.beside("bias", bias, (width,), "x", x)
+    validate.beside("residual", residual, (*x.shape[:-1], width), "x", x, any_dtype=True)
+    per_sample = scale is not None and validate.scale(scale, x, width)
+    if needs_reference(_op, (x, weight, bias, residual, scale, per_sample), kernels):
         return _reference(x, weight, bias, residual, scale, per_sample)
-    residual, scale = _validate.promoted(residual, scale, weight)
-    return _op(x, weight, bias, residual, scale, per_sample, kernels=kernels)
+    residual, scale = validate.promoted(residual, scale, weight)
+    return call(_op, (x, weight, bias, residual, scale, per_sample), kernels)

@@ -1,18 +1,20 @@
 """patch_embed: an image's patches, projected, behind the CLS token, with their positions.
 
-images (B, C, H, W), resized bicubically to image_size where that differs
-patch  = weight (D, C, P, P) * image at stride P + bias       (H / P) x (W / P) of them, row by row
-out    = [cls_token || patch_1 ... patch_N] + pos_embed        (B, 1 + N, D)
-"""
+    image_n = the n-th P × P patch of images, row by row             images (B, C, H, W), N = (H / P) (W / P)
+    patch_n = Σ weight ∘ image_n + bias                              weight (D, C, P, P), the sum over C, P, P
+    out     = [cls_token ‖ patch_1 … patch_N] + pos_embed            (B, 1 + N, D)
 
-from typing import Any
+Where image_size is another size than the images', they are first resized to it bicubically.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _validate
-from ._registry import Op
+from ..dispatch.call import call, needs_reference
+from ..dispatch.register import register
+from ..dispatch.spec import Argument, OpSpec, Result, Shapes
+from . import validate
 
 
 def patch_embed_reference(
@@ -32,51 +34,70 @@ def patch_embed_reference(
     return torch.cat([cls_token.expand(images.shape[0], -1, -1), patches], dim=1) + pos_embed
 
 
-def _reference(images: Tensor, *rest: Any) -> Tensor:
-    *parameters, height, width = rest
-    return patch_embed_reference(images, *parameters, image_size=(height, width))
+def _reference(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cls_token: Tensor,
+    pos_embed: Tensor,
+    height: int,
+    width: int,
+) -> Tensor:
+    return patch_embed_reference(images, weight, bias, cls_token, pos_embed, image_size=(height, width))
 
 
-def _shapes(images: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Any, ...]:
-    height, width = rest[-2:]
-    _validate.tensor("images", images, "(B, C, H, W)")
-    _validate.tensor("weight", weight, "(D, C, P, P)")
+def _shapes(images: Tensor, weight: Tensor, height: int, width: int) -> Shapes:
+    validate.tensor("images", images, "(B, C, H, W)")
+    validate.tensor("weight", weight, "(D, C, P, P)")
     embed, _, _, patch = weight.shape
-    _validate.positive("weight's smallest side", min(embed, patch))
+    validate.positive("weight's smallest side", min(embed, patch))
     for name, side in ("height", height), ("width", width):
         if side <= 0 or side % patch:
             raise ValueError(f"{name}: expected a multiple of the patch's {patch}, got {side}")
-    tokens = 1 + (height // patch) * (width // patch)
-    kernel = (embed, images.shape[1], patch, patch)
-    return images.shape, kernel, (embed,), (1, 1, embed), (1, tokens, embed)
+    return {
+        "images": images.shape,
+        "weight": (embed, images.shape[1], patch, patch),
+        "bias": (embed,),
+        "cls_token": (1, 1, embed),
+        "pos_embed": (1, 1 + (height // patch) * (width // patch), embed),
+    }
 
 
-def _results(images: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Any, ...]:
-    cls_token, pos_embed, _, _ = rest
+def _results(images: Tensor, weight: Tensor, cls_token: Tensor, pos_embed: Tensor) -> tuple[Result, ...]:
     dtype = torch.promote_types(torch.promote_types(weight.dtype, cls_token.dtype), pos_embed.dtype)
     return (((images.shape[0], *pos_embed.shape[1:]), dtype),)
 
 
-def _flops(backend: str, images: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> int:
-    height, width = rest[-2:]
+def _flops(backend: str, images: Tensor, weight: Tensor, height: int, width: int) -> int:
     return 2 * images.shape[0] * height * width * weight.shape[0] * weight.shape[1]
 
 
-def _backward_flops(backend: str, needs: dict[str, bool], *inputs: Any) -> int:
-    return (needs["images"] + needs["weight"]) * _flops(backend, *inputs)
+def _backward_flops(
+    backend: str, needs: dict[str, bool], images: Tensor, weight: Tensor, height: int, width: int
+) -> int:
+    return (needs["images"] + needs["weight"]) * _flops(backend, images, weight, height, width)
 
 
-_op = Op(
-    "patch_embed",
-    "Tensor images, Tensor weight, Tensor? bias, Tensor cls_token, Tensor pos_embed, SymInt height, SymInt width",
-    reference=_reference,
-    shapes=_shapes,
-    results=_results,
-    flops=_flops,
-    backward_flops=_backward_flops,
-    matrices=("weight", "bias"),  # the images are resized in their own dtype first
-    activations=("images",),
-    save=lambda *inputs: (),
+_op = register(
+    OpSpec(
+        "patch_embed",
+        [
+            Argument("images", activation=True),  # no matrix: they are resized in their own dtype first
+            Argument("weight", matrix=True),
+            Argument("bias", "Tensor?", matrix=True),
+            Argument("cls_token"),
+            Argument("pos_embed"),
+            Argument("height", "SymInt"),
+            Argument("width", "SymInt"),
+        ],
+        computes_in="weight",
+        reference=_reference,
+        shapes=_shapes,
+        results=_results,
+        flops=_flops,
+        backward_flops=_backward_flops,
+        save=lambda: (),
+    )
 )
 
 
@@ -90,7 +111,7 @@ def patch_embed(
     image_size: int | tuple[int, int] | None = None,
     kernels: str = "auto",
 ) -> Tensor:
-    """[cls_token || patches of the resized images, projected] + pos_embed.
+    """[cls_token ‖ patches of the resized images, projected] + pos_embed.
 
     Args:
         images: (B, C, H, W), floating point, any strides.
@@ -109,28 +130,28 @@ def patch_embed(
         TypeError, ValueError: an argument's type, dtype, shape, device or value is wrong; RuntimeError: the backend
             asked for is not there.
     """
-    _validate.tensor("images", images, "(B, C, H, W)")
+    validate.tensor("images", images, "(B, C, H, W)")
     _, channels, height, width = images.shape
-    _validate.positive("images' smallest side", min(channels, height, width))
-    _validate.tensor("weight", weight, "(D, C, P, P)")
+    validate.positive("images' smallest side", min(channels, height, width))
+    validate.tensor("weight", weight, "(D, C, P, P)")
     embed, _, patch, _ = weight.shape
-    _validate.beside("weight", weight, (embed, channels, patch, patch), "images", images)
-    _validate.positive("weight's smallest side", min(embed, patch))
+    validate.beside("weight", weight, (embed, channels, patch, patch), "images", images)
+    validate.positive("weight's smallest side", min(embed, patch))
     if bias is not None:
-        _validate.beside("bias", bias, (embed,), "images", images)
+        validate.beside("bias", bias, (embed,), "images", images)
     if image_size is not None:
-        height, width = _validate.size("image_size", image_size)
+        height, width = validate.size("image_size", image_size)
     if height % patch or width % patch:
         name = "images" if image_size is None else "image_size"
         raise ValueError(
             f"{name}: expected a height and width that are multiples of the patch's {patch}, got {height} x {width}"
         )
-    _validate.beside("cls_token", cls_token, (1, 1, embed), "images", images, any_dtype=True)
+    validate.beside("cls_token", cls_token, (1, 1, embed), "images", images, any_dtype=True)
     tokens = 1 + (height // patch) * (width // patch)
-    _validate.beside("pos_embed", pos_embed, (1, tokens, embed), "images", images, any_dtype=True)
-    if _op.needs_reference(kernels, images, weight.dtype):
+    validate.beside("pos_embed", pos_embed, (1, tokens, embed), "images", images, any_dtype=True)
+    if needs_reference(_op, (images, weight, bias, cls_token, pos_embed, height, width), kernels):
         return _reference(images, weight, bias, cls_token, pos_embed, height, width)
-    if not (cls_token.dtype is pos_embed.dtype is weight.dtype) and not _validate.autocast(images):
+    if not (cls_token.dtype is pos_embed.dtype is weight.dtype) and not validate.autocast(images):
         dtype = torch.promote_types(torch.promote_types(weight.dtype, cls_token.dtype), pos_embed.dtype)
         cls_token, pos_embed = cls_token.to(dtype), pos_embed.to(dtype)
-    return _op(images, weight, bias, cls_token, pos_embed, height, width, kernels=kernels)
+    return call(_op, (images, weight, bias, cls_token, pos_embed, height, width), kernels)

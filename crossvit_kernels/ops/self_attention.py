@@ -1,17 +1,19 @@
-"""self_attention: softmax(q k^T / sqrt(d)) v for every head of a packed projection.
+"""self_attention: every token's query over all tokens, for every head of a packed projection.
 
-qkv (B, N, 3 D) = [q || k || v], each D = num_heads * d wide, heads side by side, as timm's Attention packs them -> out
-(B, N, D)
+    [q ‖ k ‖ v] = qkv                                   qkv (B, N, 3 D), each part D = num_heads · d wide
+    out_h = softmax(q_h k_hᵀ / sqrt(d)) v_h             out (B, N, D)
+
+In q, k, v and out the heads stand side by side, as timm's Attention packs them.
 """
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _validate
-from ._registry import Op
+from ..dispatch.call import call, needs_reference
+from ..dispatch.register import register
+from ..dispatch.spec import Argument, OpSpec, Result, Shapes
+from . import validate
 
 
 def self_attention_reference(qkv: Tensor, num_heads: int) -> Tensor:
@@ -22,10 +24,10 @@ def self_attention_reference(qkv: Tensor, num_heads: int) -> Tensor:
 
 
 def _check(qkv: Tensor, num_heads: int) -> None:
-    _validate.tensor("qkv", qkv, "(B, N, 3 D)")
+    validate.tensor("qkv", qkv, "(B, N, 3 D)")
     if qkv.shape[-1] % 3 or qkv.shape[-1] == 0:
         raise ValueError(f"qkv: expected three equal parts (B, N, 3 D), got shape {tuple(qkv.shape)}")
-    _validate.heads(num_heads, qkv.shape[-1] // 3, "qkv's D")
+    validate.heads(num_heads, qkv.shape[-1] // 3, "qkv's D")
 
 
 def _save(qkv: Tensor, num_heads: int) -> tuple[Tensor]:
@@ -34,43 +36,44 @@ def _save(qkv: Tensor, num_heads: int) -> tuple[Tensor]:
     return ((q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).logsumexp(dim=-1),)
 
 
-def _shapes(qkv: Tensor, num_heads: int) -> tuple[Any, ...]:
+def _shapes(qkv: Tensor, num_heads: int) -> Shapes:
     _check(qkv, num_heads)
-    return (qkv.shape,)
+    return {"qkv": qkv.shape}
 
 
-def _results(qkv: Tensor, num_heads: int) -> tuple[Any, ...]:
+def _results(qkv: Tensor, num_heads: int) -> tuple[Result, ...]:
     batch, tokens, width = qkv.shape
     return ((batch, tokens, width // 3), qkv.dtype), ((batch, num_heads, tokens), torch.float32)
 
 
-def _flops(backend: str, qkv: Tensor, num_heads: int) -> int:
+def _flops(backend: str, qkv: Tensor) -> int:
     batch, tokens, width = qkv.shape
     return 4 * batch * tokens * tokens * (width // 3)
 
 
-def _backward_flops(backend: str, needs: dict[str, bool], qkv: Tensor, num_heads: int) -> int:
-    return 5 * _flops(backend, qkv, num_heads) // 2  # q k^T again, and the gradients of p, v, q and k
+def _backward_flops(backend: str, needs: dict[str, bool], qkv: Tensor) -> int:
+    return 5 * _flops(backend, qkv) // 2  # the scores again, and the gradients of p, v, q and k
 
 
-_op = Op(
-    "self_attention",
-    "Tensor qkv, int num_heads",
-    reference=self_attention_reference,
-    shapes=_shapes,
-    results=_results,
-    flops=_flops,
-    backward_flops=_backward_flops,
-    matrices=("qkv",),
-    activations=("qkv",),
-    saved=("lse",),  # (B, H, N) float32: log sum exp of the scaled scores
-    save=_save,
-    takes_out=True,
+_op = register(
+    OpSpec(
+        "self_attention",
+        [Argument("qkv", activation=True, matrix=True), Argument("num_heads", "int")],
+        computes_in="qkv",
+        reference=self_attention_reference,
+        shapes=_shapes,
+        results=_results,
+        flops=_flops,
+        backward_flops=_backward_flops,
+        saved=("lse",),  # (B, H, N) float32: the logarithm of the sum of the scaled scores' exponentials
+        save=_save,
+        takes_out=True,
+    )
 )
 
 
 def self_attention(qkv: Tensor, num_heads: int, *, kernels: str = "auto") -> Tensor:
-    """softmax(q k^T / sqrt(d)) v for every head.
+    """softmax(q kᵀ / sqrt(d)) v for every head.
 
     Args:
         qkv: (B, N, 3 D), floating point, any strides: queries, keys and values side by side, in each the heads side by
@@ -86,6 +89,7 @@ def self_attention(qkv: Tensor, num_heads: int, *, kernels: str = "auto") -> Ten
             asked for is not there.
     """
     _check(qkv, num_heads)
-    if _op.needs_reference(kernels, qkv, qkv.dtype):
-        return self_attention_reference(qkv, num_heads)
-    return _op(qkv, num_heads, kernels=kernels)
+    inputs = (qkv, num_heads)
+    if needs_reference(_op, inputs, kernels):
+        return self_attention_reference(*inputs)
+    return call(_op, inputs, kernels)

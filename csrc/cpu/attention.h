@@ -23,7 +23,8 @@ inline void exponentials(float* scores, int64_t keys, const Vec* shift, float sc
   for (int64_t first = 0; first < keys; first += kSumChain) {
     const int64_t last = smaller(first + kSumChain, keys);
     Vec chain[NV] = {};
-    for (int64_t n = first; n < last; n += step) CROSSVIT_UNROLL
+    for (int64_t n = first; n < last; n += step)
+#pragma GCC unroll 16
       for (int v = 0; v < NV; v++) {
         const float* from = scores + n * lanes + v * VL;
         const Vec p = exponential2_of_nonpositive<pairs>(load(from) * scale2 - shift2[v]);
@@ -37,7 +38,7 @@ inline void exponentials(float* scores, int64_t keys, const Vec* shift, float sc
           store(scores + n * lanes + v * VL, p);
         }
       }
-    CROSSVIT_UNROLL
+#pragma GCC unroll 16
     for (int v = 0; v < NV; v++) sum[v] += chain[v];
   }
 }
@@ -110,10 +111,10 @@ inline void attention_panel(const AttentionArgs& a, int64_t image, int64_t head,
     multiply_block<NV>(keys, n, a.tokens - n, a.width, query, scores, lanes, s.widened);
     // Rows past the last key repeat it, which the maximum does not mind.
     for (int e = 0; e < kBlock; e++)
-      CROSSVIT_UNROLL
+#pragma GCC unroll 16
       for (int v = 0; v < NV; v++) highest[v] = maximum(highest[v], load(scores + e * lanes + v * VL));
   }
-  const bool pairs = values.dtype == DType::bf16 && kDotBf16;
+  const bool pairs = values.dtype == DType::bfloat16 && kDotBf16;
   if (pairs)
     exponentials<NV, true>(s.scores, a.tokens, highest, scale, sum);
   else
@@ -138,45 +139,49 @@ inline void attention_panel(const AttentionArgs& a, int64_t image, int64_t head,
   }
 }
 
-inline int64_t attention_tasks(AttentionArgs& a, int64_t threads) {
+inline SplitPlan attention_plan(const AttentionArgs& a, int64_t threads) {
   const int64_t heads = a.batch * a.heads, panels = PanelSplit(a.tokens).panels;
   // Pieces of a head gather its keys and values again: the fewest that keep the threads busy to the end.
   const auto idle = [&](int64_t splits) {
     return static_cast<double>(ceil_div(heads * splits, threads) * threads) / static_cast<double>(heads * splits) - 1;
   };
-  a.splits = 1;
-  if (heads == 0) return 0;
-  for (int64_t splits = 2; splits <= panels && idle(a.splits) > 0.05; splits++)
-    if (idle(splits) < idle(a.splits)) a.splits = splits;
-  return heads * a.splits;
+  SplitPlan plan;
+  if (heads == 0) return plan;
+  for (int64_t splits = 2; splits <= panels && idle(plan.splits) > 0.05; splits++)
+    if (idle(splits) < idle(plan.splits)) plan.splits = splits;
+  plan.tasks = heads * plan.splits;
+  return plan;
 }
-inline int64_t attention_scratch(const AttentionArgs& a) { return AttentionScratch(a, nullptr).bytes; }
+inline int64_t attention_scratch(const AttentionArgs& a, const SplitPlan&) {
+  return AttentionScratch(a, nullptr).bytes;
+}
 
-inline void attention_run(const AttentionArgs& a, int64_t task, char* scratch) {
+inline void attention_run(const AttentionArgs& a, const SplitPlan& plan, int64_t task, char* scratch) {
   const AttentionScratch s(a, scratch);
-  const int64_t head = task / a.splits % a.heads, image = task / a.splits / a.heads, piece = task % a.splits;
+  const int64_t head = task / plan.splits % a.heads, image = task / plan.splits / a.heads, piece = task % plan.splits;
   // K and V meet every panel of queries: brought together, they stay in the core's cache. V is transposed, since the product
   // with the probabilities runs along the keys.
   const Rows key_rows = head_rows(a, image, head, 1);
-  Matrix keys{s.keys, DType::f32, round_up(a.width, VL)};
+  Matrix keys{s.keys, DType::float32, round_up(a.width, VL)};
   if (multiplies_pairs(a.dtype, a.width)) {
-    keys = {s.keys, DType::bf16, a.width};
+    keys = {s.keys, DType::bfloat16, a.width};
     for (int64_t n = 0; n < a.tokens; n++)
-      __builtin_memcpy(reinterpret_cast<uint16_t*>(s.keys) + n * a.width, row_pointer(key_rows, n), 2 * a.width);
+      __builtin_memcpy(reinterpret_cast<Bf16*>(s.keys) + n * a.width, row_pointer(key_rows, n), 2 * a.width);
   } else {
     load_rows(key_rows, 0, a.tokens, a.width, s.keys, keys.row_stride);
   }
-  const bool pairs = a.dtype == DType::bf16 && kDotBf16;
+  const bool pairs = a.dtype == DType::bfloat16 && kDotBf16;
   load_transposed(head_rows(a, image, head, 2), 0, a.tokens, 0, a.width, pairs ? s.values_f32 : s.values,
                   s.keys_padded);
-  Matrix values{s.values, pairs ? DType::bf16 : DType::f32, s.keys_padded};
+  Matrix values{s.values, pairs ? DType::bfloat16 : DType::float32, s.keys_padded};
   if (pairs)
     for (int64_t i = 0; i < a.width * s.keys_padded; i += VL)
-      store(reinterpret_cast<uint16_t*>(s.values) + i, load(s.values_f32 + i));
+      store(reinterpret_cast<Bf16*>(s.values) + i, load(s.values_f32 + i));
   const PanelSplit split(a.tokens);
-  for (int64_t p = piece * split.panels / a.splits; p < (piece + 1) * split.panels / a.splits; p++) {
+  for (int64_t p = piece * split.panels / plan.splits; p < (piece + 1) * split.panels / plan.splits; p++) {
     const int64_t m = split.first(p), count = smaller(split.first(p + 1), a.tokens) - m;
-    with_vectors(split.vectors_of(p), [&]<int NV>() { attention_panel<NV>(a, image, head, m, count, keys, values, s); });
+    with_vectors(split.vectors_of(p),
+                 [&]<int NV>() { attention_panel<NV>(a, image, head, m, count, keys, values, s); });
   }
 }
 

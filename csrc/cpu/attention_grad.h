@@ -12,11 +12,11 @@ constexpr int64_t kGroupSteps = 128;  // steps of the products dK and dV that a 
 
 // The queries are cut into groups, whose P^T and dS^T stay in L2 until K and V's gradients take them, and these into panels.
 struct QueryGroups {
-  int64_t vectors, groups;
+  int64_t vectors, count;
   QueryGroups(int64_t tokens, bool pairs)
-      : vectors(ceil_div(tokens, VL)), groups(ceil_div(vectors, kGroupSteps * (pairs ? 2 : 1) / VL)) {}
-  int64_t first(int64_t group) const { return group * vectors / groups * VL; }
-  int64_t most() const { return ceil_div(vectors, groups) * VL; }
+      : vectors(ceil_div(tokens, VL)), count(ceil_div(vectors, kGroupSteps * (pairs ? 2 : 1) / VL)) {}
+  int64_t first(int64_t group) const { return group * vectors / count * VL; }
+  int64_t most() const { return ceil_div(vectors, count) * VL; }
 };
 
 struct AttentionGradScratch {
@@ -27,7 +27,7 @@ struct AttentionGradScratch {
   AttentionGradScratch(const AttentionGradArgs& a, char* base) {
     Arena arena{base};
     constexpr int64_t lanes = kPanelVectors * VL;
-    pairs = kDotBf16 && a.dtype == DType::bf16;
+    pairs = kDotBf16 && a.dtype == DType::bfloat16;
     width_pairs = multiplies_pairs(a.dtype, a.width);
     keys_padded = round_up(a.tokens, VL);
     width_padded = round_up(a.width, VL);
@@ -81,12 +81,12 @@ inline void load_head_rows(const Rows& rows, int64_t m, int64_t count, int64_t w
 inline Matrix gather_head(const AttentionGradArgs& a, const Rows& rows, const AttentionGradScratch& s, float* to) {
   if (!s.width_pairs) {
     load_head_rows(rows, 0, a.tokens, a.width, to, s.width_padded);
-    return {to, DType::f32, s.width_padded};
+    return {to, DType::float32, s.width_padded};
   }
   HeadRows from(rows, 0, a.width);
   for (int64_t n = 0; n < a.tokens; n++)
-    __builtin_memcpy(reinterpret_cast<uint16_t*>(to) + n * a.width, from.next(), 2 * a.width);
-  return {to, DType::bf16, a.width};
+    __builtin_memcpy(reinterpret_cast<Bf16*>(to) + n * a.width, from.next(), 2 * a.width);
+  return {to, DType::bfloat16, a.width};
 }
 
 // Rows [m, m + count) as the panel [row][column] that meets P^T or dS^T, as pairs of rows where asked.
@@ -120,7 +120,8 @@ CROSSVIT_INLINE void score_gradients(const AttentionGradArgs& a, const Attention
   constexpr int64_t lanes = NV * VL;
   const float *scores = s.scores, *grads = s.scores + kBlock * lanes;
   const int64_t count = smaller(a.tokens - n, kBlock);
-  for (int64_t e = 0; e < count; e += pairs ? 2 : 1) CROSSVIT_UNROLL
+  for (int64_t e = 0; e < count; e += pairs ? 2 : 1)
+#pragma GCC unroll 16
     for (int v = 0; v < NV; v++) {
       const int64_t at = e * lanes + v * VL, to = (n + e) * s.group + column + v * VL;
       const Vec p = exponential2_of_nonpositive<pairs>(load(scores + at) * scale2 - lse2[v]);
@@ -129,7 +130,7 @@ CROSSVIT_INLINE void score_gradients(const AttentionGradArgs& a, const Attention
         // Behind the last key lies a row that nothing reads.
         const Vec q = exponential2_of_nonpositive<pairs>(load(scores + at + lanes) * scale2 - lse2[v]);
         const Vec dq = e + 1 < count ? q * (load(grads + at + lanes) - delta[v]) : Vec{};
-        uint16_t *p_t = reinterpret_cast<uint16_t*>(s.p_t) + to, *ds_t = reinterpret_cast<uint16_t*>(s.ds_t) + to;
+        Bf16 *p_t = reinterpret_cast<Bf16*>(s.p_t) + to, *ds_t = reinterpret_cast<Bf16*>(s.ds_t) + to;
         store(p_t, p);
         store(p_t + s.group, q);
         store(ds_t, ds);
@@ -187,15 +188,14 @@ inline void attention_grad_panel(const AttentionGradArgs& a, int64_t image, int6
   grad_query.row_stride = 3 * a.heads * a.width;
   const PanelRows to(grad_query, m, count);
   for (int64_t j = 0; j < a.width; j += VL)
-    for_each_row<NV>(s.out + j * lanes, lanes, count, [&](int64_t r, Vec g) {
-      to.store(r, j, g * scale, static_cast<int>(smaller(a.width - j, VL)));
-    });
+    for_each_row<NV>(s.out + j * lanes, lanes, count,
+                     [&](int64_t r, Vec g) { to.store(r, j, g * scale, static_cast<int>(smaller(a.width - j, VL))); });
 }
 
 // A group's part of the keys' and values' gradients.
 template <bool accumulate>
 inline void add_group(const AttentionGradArgs& a, int64_t count, const AttentionGradScratch& s) {
-  const DType dtype = s.pairs ? DType::bf16 : DType::f32;
+  const DType dtype = s.pairs ? DType::bfloat16 : DType::float32;
   const Matrix p_t{s.p_t, dtype, s.group}, ds_t{s.ds_t, dtype, s.group};
   const int64_t depth = s.pairs ? round_up(count, 2) : count;
   const PanelSplit columns(a.width);
@@ -212,10 +212,12 @@ inline void add_group(const AttentionGradArgs& a, int64_t count, const Attention
     });
 }
 
-inline int64_t attention_grad_tasks(AttentionGradArgs& a, int64_t) { return a.batch * a.heads; }
-inline int64_t attention_grad_scratch(const AttentionGradArgs& a) { return AttentionGradScratch(a, nullptr).bytes; }
+inline Plan attention_grad_plan(const AttentionGradArgs& a, int64_t) { return {a.batch * a.heads}; }
+inline int64_t attention_grad_scratch(const AttentionGradArgs& a, const Plan&) {
+  return AttentionGradScratch(a, nullptr).bytes;
+}
 
-inline void attention_grad_run(const AttentionGradArgs& a, int64_t task, char* scratch) {
+inline void attention_grad_run(const AttentionGradArgs& a, const Plan&, int64_t task, char* scratch) {
   const AttentionGradScratch s(a, scratch);
   const int64_t image = task / a.heads, head = task % a.heads;
   const Rows key_rows = head_rows(a, image, head, 1), query_rows = head_rows(a, image, head, 0);
@@ -225,11 +227,11 @@ inline void attention_grad_run(const AttentionGradArgs& a, int64_t task, char* s
   load_transposed(key_rows, 0, a.tokens, 0, a.width, s.pairs ? s.keys_f32 : s.keys_t, s.keys_padded);
   if (s.pairs)
     for (int64_t i = 0; i < a.width * s.keys_padded; i += VL)
-      store(reinterpret_cast<uint16_t*>(s.keys_t) + i, load(s.keys_f32 + i));
-  const Matrix keys_t{s.keys_t, s.pairs ? DType::bf16 : DType::f32, s.keys_padded};
+      store(reinterpret_cast<Bf16*>(s.keys_t) + i, load(s.keys_f32 + i));
+  const Matrix keys_t{s.keys_t, s.pairs ? DType::bfloat16 : DType::float32, s.keys_padded};
 
   const QueryGroups groups(a.tokens, s.pairs);
-  for (int64_t g = 0; g < groups.groups; g++) {
+  for (int64_t g = 0; g < groups.count; g++) {
     const int64_t m0 = groups.first(g), count = smaller(groups.first(g + 1), a.tokens) - m0;
     load_row_panel(query_rows, m0, count, a.width, s.pairs, s.query_rows, s.width_padded);
     load_row_panel(grad_rows, m0, count, a.width, s.pairs, s.grad_rows, s.width_padded);

@@ -33,7 +33,7 @@ struct ResizedPlanes {
 Tensor bicubic_resize(const Tensor& images, int64_t height, int64_t width) {
   arguments::bicubic_resize(kTaken, images, height, width);
   const ResizedPlanes planes(images, height, width);
-  const Tensor out = empty_like_dtype({images.size(0), images.size(1), height, width}, images.scalar_type());
+  const Tensor out = empty({images.size(0), images.size(1), height, width}, images.scalar_type());
   ResizeArgs args{planes.images, images.size(0), out.data_ptr()};
   launch(active().resize, args);
   return out;
@@ -41,7 +41,7 @@ Tensor bicubic_resize(const Tensor& images, int64_t height, int64_t width) {
 
 Tensor bicubic_resize_backward(const Tensor& grad_out, const Tensor& images, int64_t height, int64_t width) {
   arguments::bicubic_resize_backward(kTaken, grad_out, images, height, width);
-  const Tensor grad = grad_out.contiguous(), result = empty_like_dtype(images.sizes(), images.scalar_type());
+  const Tensor grad = grad_out.contiguous(), result = empty(images.sizes(), images.scalar_type());
   const ResizedPlanes planes(result, height, width);
   ResizeGradArgs args{planes.images, images.size(0), grad.const_data_ptr()};
   launch(active().resize_grad, args);

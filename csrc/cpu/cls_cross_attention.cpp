@@ -1,6 +1,7 @@
-// cls_cross_attention on the CPU: the absorbed form over one pass of the tokens (cross_attention.h), its gradient in one
-// more, and cls_fusion, which strings a direction of CrossViT's fusion together for inference.
+// cls_cross_attention on the CPU: the steps of docs/design/cls_cross_attention.md, each a function of its name. Their kernels are
+// in token_pass.h, token_gradient.h and heads.h.
 #include "launch.h"
+#include "linear_rows.h"
 #include "ops.h"
 
 #include <ATen/ops/bmm.h>
@@ -15,26 +16,7 @@ namespace crossvit {
 
 namespace {
 
-// y = [residual +] Linear(pre_act(norm(x))) over the rows of x, for the few rows of a batch of CLS tokens.
-Tensor linear_rows(const Tensor& x, const Norm& norm, bool gelu_in, const Tensor& weight, const OptionalTensor& bias,
-                   const Tensor& residual, at::ScalarType dtype) {
-  const RowTensor in(x);
-  const WeightTensor matrix(weight);
-  const Tensor out = empty_like_dtype({x.size(0), weight.size(0)}, dtype);
-  LinearArgs args{};
-  args.x = in.rows;
-  args.out = RowTensor(out).rows;
-  if (residual.defined()) args.residual = RowTensor(residual).rows;
-  args.rows = in.count;
-  args.in = x.size(-1);
-  args.out_features = weight.size(0);
-  args.norm = norm;
-  args.gelu_in = gelu_in;
-  args.weight = matrix.matrix;
-  args.bias = vector_of(bias);
-  launch(active().linear, args);
-  return out;
-}
+double score_scale(int64_t head_width) { return 1.0 / std::sqrt(static_cast<double>(head_width)); }
 
 // W_h^T rows_h * scale for every head: (batch, heads * d) -> (batch, heads, width).
 Tensor absorb(const Tensor& rows, const Tensor& weight, int64_t num_heads, double scale) {
@@ -51,14 +33,14 @@ Tensor project_heads(const Tensor& rows, const Tensor& weight, Vector gamma, Vec
                      at::ScalarType dtype) {
   const WeightTensor matrix(weight);
   const int64_t batch = rows.size(0), num_heads = rows.size(1);
-  const Tensor out = empty_like_dtype({batch, weight.size(0)}, dtype);
+  const Tensor out = empty({batch, weight.size(0)}, dtype);
   ProjectHeadsArgs args{};
   args.rows = rows.const_data_ptr<float>();
   args.weight = matrix.matrix;
   args.gamma = gamma;
   args.beta = beta;
   args.bias = bias;
-  args.out = RowTensor(out).rows;
+  args.out = rows_of(RowTensor(out));
   args.batch = batch;
   args.heads = num_heads;
   args.head_width = weight.size(0) / num_heads;
@@ -68,21 +50,18 @@ Tensor project_heads(const Tensor& rows, const Tensor& weight, Vector gamma, Vec
   return out;
 }
 
-// Patches as the token pass walks them: (batch, tokens, width) with the width contiguous.
-Tensor dense_tokens(const Tensor& patches) {
-  return patches.stride(2) == 1 || patches.size(2) <= 1 ? patches : patches.contiguous();
-}
+// Patches as the passes over the tokens walk them, their width contiguous.
 Rows token_rows(const Tensor& patches) {
   return {const_cast<void*>(patches.const_data_ptr()), dtype_of(patches), patches.size(1), patches.stride(0),
           patches.stride(1)};
 }
 
-// What the pass over the tokens and its gradient are both told.
+// What token_pass and token_gradient are both told.
 template <class Args>
-Args cross_shape(const RowTensor& cls, const Tensor& patches, int64_t num_heads, const Norm& norm, const Tensor& mean,
-                 const Tensor& rstd, const Tensor& key_query) {
+Args token_args(const RowTensor& cls, const Tensor& patches, int64_t num_heads, const Norm& norm, const Tensor& mean,
+                const Tensor& rstd, const Tensor& key_query) {
   Args args{};
-  args.cls = cls.rows;
+  args.cls = rows_of(cls);
   args.patches = token_rows(patches);
   args.batch = patches.size(0);
   args.tokens = patches.size(1);
@@ -95,35 +74,62 @@ Args cross_shape(const RowTensor& cls, const Tensor& patches, int64_t num_heads,
   return args;
 }
 
-// cls_cross_attention, of arguments that have been looked at.
-CrossAttentionResult attend(const Tensor& cls, const Tensor& patches, const Tensor& norm_weight,
-                            const OptionalTensor& norm_bias, const Tensor& q_weight, const OptionalTensor& q_bias,
-                            const Tensor& k_weight, const Tensor& v_weight, const OptionalTensor& v_bias,
-                            int64_t num_heads, double eps, bool save) {
-  const int64_t batch = patches.size(0), tokens = patches.size(1), width = patches.size(2);
-  const Norm norm = norm_of(norm_weight, norm_bias, eps);
-  const Tensor query = linear_rows(cls, norm, false, q_weight, q_bias, {}, at::kFloat);
-  const Tensor key_query = absorb(query, k_weight, num_heads, 1.0 / std::sqrt(static_cast<double>(width / num_heads)));
+// --- forward -------------------------------------------------------------------------------------------------------------
 
-  const Tensor dense = dense_tokens(patches);
-  const RowTensor first(cls);
+struct ClsQuery {
+  Tensor query, key_query;  // (batch, width), (batch, heads, width)
+};
+ClsQuery cls_query(const Tensor& cls, const Norm& norm, const Tensor& q_weight, const OptionalTensor& q_bias,
+                   const Tensor& k_weight, int64_t num_heads) {
+  const Tensor query = linear_rows(cls, norm, false, q_weight, q_bias, {}, at::kFloat);
+  return {query, absorb(query, k_weight, num_heads, score_scale(k_weight.size(0) / num_heads))};
+}
+
+struct TokenPass {
+  Tensor mean, rstd, probs;  // (batch, 1 + tokens) and (batch, heads, 1 + tokens); empty unless they are to be saved
+  Tensor context;            // (batch, heads, width)
+};
+TokenPass token_pass(const Tensor& cls, const Tensor& patches, const Norm& norm, const Tensor& key_query,
+                     int64_t num_heads, bool save) {
+  const int64_t batch = patches.size(0), tokens = patches.size(1), width = patches.size(2);
   const int64_t saved = save ? batch : 0;
   const Tensor mean = empty_f32({saved, 1 + tokens}), rstd = empty_f32({saved, 1 + tokens});
   const Tensor probs = empty_f32({saved, num_heads, 1 + tokens}), context = empty_f32({batch, num_heads, width});
-  auto args = cross_shape<CrossArgs>(first, dense, num_heads, norm, mean, rstd, key_query);
+  const Tensor dense = dense_rows(patches);
+  const RowTensor cls_rows(cls);
+  auto args = token_args<TokenPassArgs>(cls_rows, dense, num_heads, norm, mean, rstd, key_query);
   args.probs = float_data(probs);
   args.context = float_data(context);
-  const int64_t tasks = active().cross.tasks(args, threads_here());
+  const auto plan = active().token_pass.plan(args, threads_here());
   Tensor partial;
-  if (args.splits > 1) {
-    partial = empty_f32({tasks, num_heads, width + 2});
+  if (plan.splits > 1) {
+    partial = empty_f32({batch, plan.splits, num_heads, width + 2});
     args.partial = float_data(partial);
   }
-  launch(active().cross, args);
-  if (args.splits > 1) launch(active().cross_combine, args);
+  launch(active().token_pass, args, plan);
+  if (plan.splits > 1)
+    launch(active().join_splits,
+           JoinSplitsArgs{batch, plan.splits, tokens, width, num_heads, args.partial, args.probs, args.context});
+  return {mean, rstd, probs, context};
+}
 
-  const Tensor out =
-      project_heads(context, v_weight, norm.weight, norm.bias, vector_of(v_bias), 1.0, q_weight.scalar_type());
+Tensor cls_value(const Tensor& context, const Norm& norm, const Tensor& v_weight, const OptionalTensor& v_bias,
+                 at::ScalarType dtype) {
+  return project_heads(context, v_weight, norm.weight, norm.bias, vector_of(v_bias), 1.0, dtype);
+}
+
+}  // namespace
+
+namespace unchecked {
+
+CrossAttentionResult cls_cross_attention(const Tensor& cls, const Tensor& patches, const Tensor& norm_weight,
+                                         const OptionalTensor& norm_bias, const Tensor& q_weight,
+                                         const OptionalTensor& q_bias, const Tensor& k_weight, const Tensor& v_weight,
+                                         const OptionalTensor& v_bias, int64_t num_heads, double eps, bool save) {
+  const Norm norm = norm_of(norm_weight, norm_bias, eps);
+  const auto [query, key_query] = cls_query(cls, norm, q_weight, q_bias, k_weight, num_heads);
+  const auto [mean, rstd, probs, context] = token_pass(cls, patches, norm, key_query, num_heads, save);
+  const Tensor out = cls_value(context, norm, v_weight, v_bias, q_weight.scalar_type());
   const auto kept = [&](const Tensor& t) {
     auto shape = t.sizes().vec();
     if (!save) shape[0] = 0;
@@ -132,7 +138,7 @@ CrossAttentionResult attend(const Tensor& cls, const Tensor& patches, const Tens
   return {out, mean, rstd, probs, kept(context), kept(query), kept(key_query)};
 }
 
-}  // namespace
+}  // namespace unchecked
 
 CrossAttentionResult cls_cross_attention(const Tensor& cls, const Tensor& patches, const Tensor& norm_weight,
                                          const OptionalTensor& norm_bias, const Tensor& q_weight,
@@ -140,102 +146,165 @@ CrossAttentionResult cls_cross_attention(const Tensor& cls, const Tensor& patche
                                          const OptionalTensor& v_bias, int64_t num_heads, double eps, bool save) {
   arguments::cls_cross_attention(kTaken, cls, patches, norm_weight, norm_bias, q_weight, q_bias, k_weight, v_weight,
                                  v_bias, num_heads, eps);
-  return attend(cls, patches, norm_weight, norm_bias, q_weight, q_bias, k_weight, v_weight, v_bias, num_heads, eps,
-                save);
+  return unchecked::cls_cross_attention(cls, patches, norm_weight, norm_bias, q_weight, q_bias, k_weight, v_weight,
+                                        v_bias, num_heads, eps, save);
 }
+
+// --- backward ------------------------------------------------------------------------------------------------------------
+
+namespace {
+
+// What the forward saved.
+struct Saved {
+  const Tensor &mean, &rstd, &probs, &context, &query, &key_query;
+};
+
+// LayerNorm's affine part in float32, and the CLS tokens without it: (width), (width), (batch, width).
+struct NormalizedCls {
+  Tensor gamma, beta, normalized;
+  Tensor rstd;  // (batch, 1)
+  NormalizedCls(const Tensor& cls, const Tensor& norm_weight, const OptionalTensor& norm_bias, const Saved& saved)
+      : gamma(norm_weight.to(at::kFloat)),
+        beta(norm_bias ? norm_bias->to(at::kFloat) : at::zeros_like(gamma)),
+        rstd(saved.rstd.select(1, 0).unsqueeze(1)) {
+    normalized = cls.to(at::kFloat).sub(saved.mean.select(1, 0).unsqueeze(1)).mul(rstd);
+  }
+};
+
+struct ValueGradient {
+  Tensor grad_value, grad_context;  // (batch, heads, width)
+};
+ValueGradient value_gradient(const Tensor& grad_out, const Tensor& v_weight, const Tensor& gamma, int64_t num_heads) {
+  const Tensor grad_value = absorb(grad_out, v_weight, num_heads, 1.0);
+  return {grad_value, grad_value.mul(gamma)};
+}
+
+struct TokenGradient {
+  Tensor grad_patches;     // undefined where it is not wanted
+  Tensor grad_normalized;  // (batch, width): of the CLS token, by way of keys and values
+  Tensor grad_u;           // (batch, heads, width)
+};
+TokenGradient token_gradient(const Tensor& cls, const Tensor& patches, const Norm& norm, const Saved& saved,
+                             const Tensor& grad_context, int64_t num_heads, bool patches_wanted) {
+  const int64_t batch = patches.size(0), width = patches.size(2);
+  const Tensor dense = dense_rows(patches);
+  const RowTensor cls_rows(cls);
+  const TokenGradient result{patches_wanted ? at::empty(patches.sizes(), patches.options()) : Tensor(),
+                             empty_f32({batch, width}), empty_f32({batch, num_heads, width})};
+  auto args = token_args<TokenGradientArgs>(cls_rows, dense, num_heads, norm, saved.mean, saved.rstd, saved.key_query);
+  if (patches_wanted) args.grad_patches = token_rows(result.grad_patches);
+  args.probs = float_data(saved.probs);
+  args.context = float_data(saved.context);
+  args.grad_context = float_data(grad_context);
+  args.grad_normalized = float_data(result.grad_normalized);
+  args.grad_u = float_data(result.grad_u);
+  launch(active().token_gradient, args);
+  return result;
+}
+
+struct QueryGradient {
+  Tensor grad_key_query, grad_query;  // (batch, heads, width), (batch, width)
+};
+QueryGradient query_gradient(const Tensor& grad_u, const Tensor& k_weight, const Tensor& gamma, int64_t num_heads) {
+  const Tensor grad_key_query = grad_u.mul(gamma);
+  const double scale = score_scale(k_weight.size(0) / num_heads);
+  return {grad_key_query, project_heads(grad_key_query, k_weight, {}, {}, {}, scale, at::kFloat)};
+}
+
+Tensor query_input_gradient(const Tensor& grad_query, const Tensor& q_weight) {
+  return at::mm(grad_query, q_weight.to(at::kFloat));
+}
+
+// What the steps before projection_gradients and finish_gradients leave for these.
+struct StepGradients {
+  ValueGradient value;
+  TokenGradient tokens;
+  QueryGradient query;
+  Tensor grad_query_input;
+};
+
+// The gradients of the three weights.
+void projection_gradients(const ClsCrossAttentionNeeds& needs, const NormalizedCls& cls, const Saved& saved,
+                          const Tensor& grad_out, const StepGradients& steps, ClsCrossAttentionGradients& result) {
+  const int64_t batch = saved.context.size(0), num_heads = saved.context.size(1), width = saved.context.size(2);
+  const int64_t d = width / num_heads;
+  // (heads, d, batch) x (heads, batch, width): the outer products of every head, summed over the batch.
+  const auto outer = [&](const Tensor& of_outputs, const Tensor& of_inputs) {
+    return at::bmm(of_outputs.view({batch, num_heads, d}).permute({1, 2, 0}), of_inputs.transpose(0, 1))
+        .reshape({width, width});
+  };
+  if (needs.q_weight) result.q_weight = at::mm(steps.query.grad_query.t(), cls.normalized.mul(cls.gamma).add(cls.beta));
+  if (needs.k_weight) result.k_weight = outer(saved.query.mul(score_scale(d)), steps.query.grad_key_query);
+  if (needs.v_weight) result.v_weight = outer(grad_out, saved.context.mul(cls.gamma).add(cls.beta));
+}
+
+// The gradient of the CLS token, from that of its normalized self.
+Tensor cls_gradient(const NormalizedCls& cls, const Tensor& grad_normalized, const Tensor& grad_query_input) {
+  const Tensor g = grad_normalized.add(grad_query_input.mul(cls.gamma));
+  const Tensor along = g.mul(cls.normalized).mean(1, true);
+  return g.sub(g.mean(1, true)).sub(cls.normalized.mul(along)).mul(cls.rstd);
+}
+
+// Sums over rows, and the CLS token's own gradient.
+void finish_gradients(const ClsCrossAttentionNeeds& needs, const NormalizedCls& cls, const Saved& saved,
+                      const Tensor& grad_out, const StepGradients& steps, ClsCrossAttentionGradients& result) {
+  const auto& [grad_value, grad_context] = steps.value;
+  const Tensor &grad_u = steps.tokens.grad_u, &grad_query = steps.query.grad_query;
+  const int64_t batch = saved.context.size(0), num_heads = saved.context.size(1), width = saved.context.size(2);
+  if (needs.cls) result.cls = cls_gradient(cls, steps.tokens.grad_normalized, steps.grad_query_input);
+  if (needs.norm_weight)
+    result.norm_weight = grad_value.to(at::kDouble)
+                             .mul(saved.context)
+                             .add(grad_u.to(at::kDouble).mul(saved.key_query))
+                             .sum(at::IntArrayRef{0, 1})
+                             .add(steps.grad_query_input.mul(cls.normalized).sum(0));
+  if (needs.norm_bias) result.norm_bias = grad_value.sum(at::IntArrayRef{0, 1}).add(steps.grad_query_input.sum(0));
+  if (needs.q_bias) result.q_bias = grad_query.sum(0);
+  if (needs.k_bias) result.k_bias = at::zeros({width}, grad_query.options());
+  // The probabilities sum to one, unless they are not numbers, which this gradient must not be either then.
+  if (needs.v_bias)
+    result.v_bias = grad_out.view({batch, num_heads, width / num_heads})
+                        .add(saved.probs.sum(2, true).mul(0))
+                        .sum(0)
+                        .reshape({width});
+}
+
+}  // namespace
 
 std::vector<Tensor> cls_cross_attention_backward(const Tensor& grad_out, const Tensor& cls, const Tensor& patches,
                                                  const Tensor& norm_weight, const OptionalTensor& norm_bias,
                                                  const Tensor& q_weight, const Tensor& k_weight, const Tensor& v_weight,
                                                  const Tensor& mean, const Tensor& rstd, const Tensor& probs,
                                                  const Tensor& context, const Tensor& query, const Tensor& key_query,
-                                                 int64_t num_heads, Needs needs, bool wide) {
-  arguments::cls_cross_attention_backward(kTaken, grad_out, cls, patches, norm_weight, norm_bias, q_weight, k_weight,
-                                          v_weight, mean, rstd, probs, context, query, key_query, num_heads, needs);
-  const int64_t batch = patches.size(0), tokens = patches.size(1), width = patches.size(2), d = width / num_heads;
-  const double scale = 1.0 / std::sqrt(static_cast<double>(d));
-  const Tensor gamma = norm_weight.to(at::kFloat);
-  const Tensor beta = norm_bias ? norm_bias->to(at::kFloat) : at::zeros_like(gamma);
+                                                 int64_t num_heads, NeedsList list, bool wide) {
+  const auto needs = arguments::cls_cross_attention_backward(kTaken, grad_out, cls, patches, norm_weight, norm_bias,
+                                                             q_weight, k_weight, v_weight, mean, rstd, probs, context,
+                                                             query, key_query, num_heads, list);
+  const Saved saved{mean, rstd, probs, context, query, key_query};
+  const NormalizedCls normalized(cls, norm_weight, norm_bias, saved);
   const Tensor grad = grad_out.to(at::kFloat).contiguous();
-  const Norm norm = norm_of(norm_weight, norm_bias, 0);
 
-  // Values: g_h = W_v,h^T dout_h is the gradient of y_h = gamma . z_h + beta.
-  const Tensor grad_values = absorb(grad, v_weight, num_heads, 1.0);
-  const Tensor grad_context = grad_values.mul(gamma);
+  StepGradients steps;
+  steps.value = value_gradient(grad, v_weight, normalized.gamma, num_heads);
+  steps.tokens = token_gradient(cls, patches, norm_of(norm_weight, norm_bias, 0), saved, steps.value.grad_context,
+                                num_heads, needs.patches);
+  steps.query = query_gradient(steps.tokens.grad_u, k_weight, normalized.gamma, num_heads);
+  steps.grad_query_input = query_input_gradient(steps.query.grad_query, q_weight);
 
-  const Tensor dense = dense_tokens(patches);
-  const RowTensor first(cls);
-  const Tensor grad_patches = needs.get(1) ? at::empty({batch, tokens, width}, patches.options()) : Tensor();
-  const Tensor grad_cls_normalized = empty_f32({batch, width}), grad_u = empty_f32({batch, num_heads, width});
-  auto args = cross_shape<CrossGradArgs>(first, dense, num_heads, norm, mean, rstd, key_query);
-  if (needs.get(1)) args.grad_patches = token_rows(grad_patches);
-  args.probs = float_data(probs);
-  args.context = float_data(context);
-  args.grad_context = float_data(grad_context);
-  args.grad_cls_normalized = float_data(grad_cls_normalized);
-  args.grad_scores_tokens = float_data(grad_u);
-  launch(active().cross_grad, args);
-
-  // Keys and query: u_h = gamma . a_h, a_h = W_k,h^T q_h scale. What follows has one row per image.
-  const Tensor grad_key_query = grad_u.mul(gamma);
-  const Tensor grad_query = project_heads(grad_key_query, k_weight, {}, {}, {}, scale, at::kFloat);
-  const Tensor normalized = cls.to(at::kFloat).sub(mean.select(1, 0).unsqueeze(1)).mul(rstd.select(1, 0).unsqueeze(1));
-  const Tensor grad_y = at::mm(grad_query, q_weight.to(at::kFloat));
-
-  std::vector<Tensor> result;
-  if (needs.get(0)) {
-    const Tensor g = grad_cls_normalized.add(grad_y.mul(gamma));
-    const Tensor along = g.mul(normalized).mean(1, true);
-    result.push_back(
-        g.sub(g.mean(1, true)).sub(normalized.mul(along)).mul(rstd.select(1, 0).unsqueeze(1)).to(cls.scalar_type()));
-  }
-  if (needs.get(1)) result.push_back(grad_patches);
-  if (needs.get(2))
-    result.push_back(grad_values.to(at::kDouble)
-                         .mul(context)
-                         .add(grad_u.to(at::kDouble).mul(key_query))
-                         .sum(at::IntArrayRef{0, 1})
-                         .add(grad_y.mul(normalized).sum(0))
-                         .to(norm_weight.scalar_type()));
-  if (needs.get(3))
-    result.push_back(grad_values.sum(at::IntArrayRef{0, 1}).add(grad_y.sum(0)).to(norm_bias->scalar_type()));
-  const auto weight_dtype = wide ? at::kFloat : q_weight.scalar_type();
-  if (needs.get(4)) result.push_back(at::mm(grad_query.t(), normalized.mul(gamma).add(beta)).to(weight_dtype));
-  if (needs.get(5)) result.push_back(grad_query.sum(0).to(weight_dtype));
-  // (heads, d, batch) x (heads, batch, width): the outer products of every head, summed over the batch.
-  const auto outer = [&](const Tensor& rows, const Tensor& wide) {
-    return at::bmm(rows.view({batch, num_heads, d}).permute({1, 2, 0}), wide.transpose(0, 1))
-        .reshape({width, width})
-        .to(weight_dtype);
+  ClsCrossAttentionGradients result;
+  result.patches = steps.tokens.grad_patches;
+  projection_gradients(needs, normalized, saved, grad, steps, result);
+  finish_gradients(needs, normalized, saved, grad, steps, result);
+  const auto convert = [](Tensor& gradient, at::ScalarType dtype) {
+    if (gradient.defined()) gradient = gradient.to(dtype);
   };
-  if (needs.get(6)) result.push_back(outer(query.mul(scale), grad_key_query));
-  if (needs.get(7)) result.push_back(at::zeros({width}, k_weight.options().dtype(weight_dtype)));
-  if (needs.get(8)) result.push_back(outer(grad, context.mul(gamma).add(beta)));
-  // The probabilities sum to one, unless they are not numbers, which the bias's gradient then must not be either.
-  if (needs.get(9))
-    result.push_back(
-        grad.view({batch, num_heads, d}).add(probs.sum(2, true).mul(0)).sum(0).reshape({width}).to(weight_dtype));
-  return result;
-}
-
-Tensor cls_fusion(const Tensor& cls, const Tensor& patches, const Tensor& proj_norm_weight,
-                  const OptionalTensor& proj_norm_bias, const Tensor& proj_weight, const OptionalTensor& proj_bias,
-                  const Tensor& norm_weight, const OptionalTensor& norm_bias, const Tensor& q_weight,
-                  const OptionalTensor& q_bias, const Tensor& k_weight, const Tensor& v_weight,
-                  const OptionalTensor& v_bias, const Tensor& out_weight, const OptionalTensor& out_bias,
-                  const Tensor& revert_norm_weight, const OptionalTensor& revert_norm_bias, const Tensor& revert_weight,
-                  const OptionalTensor& revert_bias, int64_t num_heads, double eps) {
-  arguments::cls_fusion(kTaken, cls, patches, proj_norm_weight, proj_norm_bias, proj_weight, proj_bias, norm_weight,
-                        norm_bias, q_weight, q_bias, k_weight, v_weight, v_bias, out_weight, out_bias,
-                        revert_norm_weight, revert_norm_bias, revert_weight, revert_bias, num_heads, eps);
-  // Between the ops the CLS stays in float32, whatever the model's dtype.
-  const Tensor projected =
-      linear_rows(cls, norm_of(proj_norm_weight, proj_norm_bias, eps), true, proj_weight, proj_bias, {}, at::kFloat);
-  const Tensor attended = std::get<0>(attend(projected, patches, norm_weight, norm_bias, q_weight, q_bias, k_weight,
-                                             v_weight, v_bias, num_heads, eps, false));
-  const Tensor fused = linear_rows(attended, Norm{}, false, out_weight, out_bias, projected, at::kFloat);
-  return linear_rows(fused, norm_of(revert_norm_weight, revert_norm_bias, eps), true, revert_weight, revert_bias, {},
-                     revert_weight.scalar_type());
+  convert(result.cls, cls.scalar_type());
+  convert(result.norm_weight, norm_weight.scalar_type());
+  if (norm_bias) convert(result.norm_bias, norm_bias->scalar_type());
+  for (Tensor* gradient :
+       {&result.q_weight, &result.q_bias, &result.k_weight, &result.k_bias, &result.v_weight, &result.v_bias})
+    convert(*gradient, wide ? at::kFloat : q_weight.scalar_type());
+  return result.in_order();
 }
 
 }  // namespace crossvit

@@ -6,7 +6,7 @@
 // units busy; the result is transposed only where it leaves the panel.
 #pragma once
 
-#include "vec.h"
+#include "elementary.h"
 
 namespace crossvit::CROSSVIT_ISA {
 
@@ -77,7 +77,7 @@ struct ScatteredRows {
   const char* row[kBlock];
   CROSSVIT_INLINE const char* operator[](int e) const { return row[e]; }
   CROSSVIT_INLINE void advance(int64_t bytes) {
-    CROSSVIT_UNROLL
+#pragma GCC unroll 16
     for (int e = 0; e < kBlock; e++) row[e] += bytes;
   }
 };
@@ -102,19 +102,19 @@ template <class Multiply, int NV, bool accumulate, class V = Vec, class ARows, c
 CROSSVIT_INLINE void tile(ARows a, const float* b, int64_t ldb, int64_t steps, float* c, int64_t ldc,
                           Meanwhile& ahead) {
   V sum[kBlock][NV];
-  CROSSVIT_UNROLL
+#pragma GCC unroll 16
   for (int e = 0; e < kBlock; e++)
-    CROSSVIT_UNROLL
+#pragma GCC unroll 16
     for (int v = 0; v < NV; v++) sum[e][v] = V{};
   auto step = [&](int64_t i) __attribute__((always_inline)) {
     V lanes[NV];
-    CROSSVIT_UNROLL
+#pragma GCC unroll 16
     for (int v = 0; v < NV; v++) __builtin_memcpy(&lanes[v], b + v * VL, sizeof(V));
-    CROSSVIT_UNROLL
+#pragma GCC unroll 16
     for (int e = 0; e < kBlock; e++) {
       typename Multiply::Element s;
       __builtin_memcpy(&s, a[e] + 4 * i, 4);
-      CROSSVIT_UNROLL
+#pragma GCC unroll 16
       for (int v = 0; v < NV; v++) sum[e][v] = Multiply::fma(sum[e][v], s, lanes[v]);
     }
     b += ldb;
@@ -124,7 +124,7 @@ CROSSVIT_INLINE void tile(ARows a, const float* b, int64_t ldb, int64_t steps, f
     Meanwhile local = ahead;
     for (; k + kAheadSteps <= steps; k += kAheadSteps) {
       local.step();
-      CROSSVIT_UNROLL
+#pragma GCC unroll 16
       for (int i = 0; i < kAheadSteps; i++) step(i);
       a.advance(4 * kAheadSteps);
     }
@@ -136,9 +136,9 @@ CROSSVIT_INLINE void tile(ARows a, const float* b, int64_t ldb, int64_t steps, f
   } else {
     for (; k < steps; k++) step(k);
   }
-  CROSSVIT_UNROLL
+#pragma GCC unroll 16
   for (int e = 0; e < kBlock; e++)
-    CROSSVIT_UNROLL
+#pragma GCC unroll 16
     for (int v = 0; v < NV; v++) {
       float* at = c + e * ldc + v * VL;
       if constexpr (accumulate) {
@@ -158,7 +158,7 @@ CROSSVIT_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) *
 // A distance between rows, in floats, of an odd number of cache lines, so that rows do not fall on the same few sets.
 CROSSVIT_INLINE int64_t spread(int64_t columns) { return (ceil_div(columns, 16) | 1) * 16; }
 
-CROSSVIT_INLINE int64_t size_of(DType d) { return d == DType::f32 ? 4 : 2; }
+CROSSVIT_INLINE int64_t size_of(DType d) { return d == DType::float32 ? 4 : 2; }
 
 // A panel in scratch: k-th step at data + k * lanes. pairs: each lane holds the bfloat16 pair (2k, 2k + 1). half: only the
 // first kHalf lanes are rows, and only these are multiplied.
@@ -172,7 +172,7 @@ CROSSVIT_INLINE bool is_half(int64_t count) { return kHalf < VL && count <= kHal
 
 // Whether products with a matrix of this dtype and depth run on bfloat16 pairs.
 CROSSVIT_INLINE bool multiplies_pairs(DType dtype, int64_t depth) {
-  return kDotBf16 && dtype == DType::bf16 && depth % 2 == 0;
+  return kDotBf16 && dtype == DType::bfloat16 && depth % 2 == 0;
 }
 
 template <int NV, bool accumulate, class V = Vec, class ARows, class Meanwhile>
@@ -203,14 +203,14 @@ inline void multiply_block(const Matrix& a, int64_t first, int64_t count, int64_
   const int64_t bytes = a.row_stride * size_of(a.dtype);
   const char* rows = static_cast<const char*>(a.data) + first * bytes;
   if constexpr (Meanwhile::active) {
-    if (count >= kBlock && (b.pairs || a.dtype == DType::f32))
+    if (count >= kBlock && (b.pairs || a.dtype == DType::float32))
       return multiply_rows<NV, accumulate>(EvenRows(rows, bytes), depth, b, c, ldc, chunk, *meanwhile);
   }
   ScatteredRows row;
   for (int e = 0; e < kBlock; e++) row.row[e] = rows + smaller(e, count - 1) * bytes;
-  if (a.dtype == DType::bf16 && !b.pairs) {
+  if (a.dtype == DType::bfloat16 && !b.pairs) {
     for (int e = 0; e < kBlock; e++) {
-      const uint16_t* from = reinterpret_cast<const uint16_t*>(row[e]);
+      const Bf16* from = reinterpret_cast<const Bf16*>(row[e]);
       float* to = widened + e * depth;
       int64_t k = 0;
       for (; k + VL <= depth; k += VL) store(to + k, load(from + k));

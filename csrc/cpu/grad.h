@@ -101,9 +101,9 @@ struct LinearGradScratch {
   }
 };
 
-inline int64_t linear_grad_tasks(LinearGradArgs& a, int64_t) { return GradSplit(a.rows).panels; }
-inline int64_t linear_grad_scratch(const LinearGradArgs& a) { return LinearGradScratch(a, nullptr).bytes; }
-inline void linear_grad_run(const LinearGradArgs& a, int64_t task, char* scratch) {
+inline Plan linear_grad_plan(const LinearGradArgs& a, int64_t) { return {GradSplit(a.rows).panels}; }
+inline int64_t linear_grad_scratch(const LinearGradArgs& a, const Plan&) { return LinearGradScratch(a, nullptr).bytes; }
+inline void linear_grad_run(const LinearGradArgs& a, const Plan&, int64_t task, char* scratch) {
   const LinearGradScratch s(a, scratch);
   const GradSplit split(a.rows);
   const int64_t m = split.first(task), count = smaller(split.first(task + 1), a.rows) - m;
@@ -118,7 +118,7 @@ inline void linear_grad_run(const LinearGradArgs& a, int64_t task, char* scratch
     constexpr int64_t lanes = NV * VL;
     const Panel grad{s.grad, lanes, multiplies_pairs(a.products, a.out_features)};
     // What came as bfloat16 and stays as it is needs no packing.
-    const bool as_it_is = grad.pairs && a.grad.dtype == DType::bf16 && !a.gelu_out && a.scale.kind == Scale::none;
+    const bool as_it_is = grad.pairs && a.grad.dtype == DType::bfloat16 && !a.gelu_out && a.scale.kind == Scale::none;
     if (as_it_is)
       load_pairs(a.grad, m, count, 0, a.out_features, s.grad, lanes);
     else
@@ -192,13 +192,13 @@ inline void mlp_grad_step_pairs(const MlpGradArgs& a, int64_t m, int64_t count, 
       const Vec even = load(at) * even_derivative, odd = load(at + lanes) * odd_derivative;
       store(s.hidden + (h + e) / 2 * lanes + v * VL, pair(even, odd));
       if (left1) {
-        store(reinterpret_cast<uint16_t*>(grad.to), even);
-        store(reinterpret_cast<uint16_t*>(grad.to + grad.stride), odd);
+        store(reinterpret_cast<Bf16*>(grad.to), even);
+        store(reinterpret_cast<Bf16*>(grad.to + grad.stride), odd);
         grad.to += 2 * grad.stride;
       }
       if (left2) {
-        store(reinterpret_cast<uint16_t*>(activation.to), even_value);
-        store(reinterpret_cast<uint16_t*>(activation.to + activation.stride), odd_value);
+        store(reinterpret_cast<Bf16*>(activation.to), even_value);
+        store(reinterpret_cast<Bf16*>(activation.to + activation.stride), odd_value);
         activation.to += 2 * activation.stride;
       }
     }
@@ -241,9 +241,9 @@ inline void write_scaled(const MlpGradArgs& a, int64_t m, int64_t count, float* 
   });
 }
 
-inline int64_t mlp_grad_tasks(MlpGradArgs& a, int64_t) { return GradSplit(a.rows).panels; }
-inline int64_t mlp_grad_scratch(const MlpGradArgs& a) { return MlpGradScratch(a, nullptr).bytes; }
-inline void mlp_grad_run(const MlpGradArgs& a, int64_t task, char* scratch) {
+inline Plan mlp_grad_plan(const MlpGradArgs& a, int64_t) { return {GradSplit(a.rows).panels}; }
+inline int64_t mlp_grad_scratch(const MlpGradArgs& a, const Plan&) { return MlpGradScratch(a, nullptr).bytes; }
+inline void mlp_grad_run(const MlpGradArgs& a, const Plan&, int64_t task, char* scratch) {
   const MlpGradScratch s(a, scratch);
   const GradSplit split(a.rows);
   const int64_t m = split.first(task), count = smaller(split.first(task + 1), a.rows) - m;
@@ -267,9 +267,11 @@ inline void mlp_grad_run(const MlpGradArgs& a, int64_t task, char* scratch) {
 
 constexpr int64_t kTransposeRows = 2 * VL;  // a cache line of bfloat16
 
-inline int64_t transpose_tasks(TransposeArgs& a, int64_t) { return ceil_div(a.rows, kTransposeRows); }
-inline int64_t transpose_scratch(const TransposeArgs& a) { return round_up(a.columns, VL) * kTransposeRows * 4; }
-inline void transpose_run(const TransposeArgs& a, int64_t task, char* scratch) {
+inline Plan transpose_plan(const TransposeArgs& a, int64_t) { return {ceil_div(a.rows, kTransposeRows)}; }
+inline int64_t transpose_scratch(const TransposeArgs& a, const Plan&) {
+  return round_up(a.columns, VL) * kTransposeRows * 4;
+}
+inline void transpose_run(const TransposeArgs& a, const Plan&, int64_t task, char* scratch) {
   float* block = reinterpret_cast<float*>(scratch);
   const int64_t m = task * kTransposeRows, count = smaller(a.rows - m, kTransposeRows);
   load_transposed(a.from, m, count, 0, a.columns, block, kTransposeRows);

@@ -4,28 +4,22 @@
 
 #include <cstdint>
 
-namespace crossvit {
+#include "plain.h"
 
-enum class DType : int32_t { f32, bf16 };
+namespace crossvit {
 
 // Rows of a matrix whose leading dimensions may be strided: row m lies at
 // data + (m / per_batch) * batch_stride + (m % per_batch) * row_stride, in elements; its elements are contiguous.
 struct Rows {
   void* data = nullptr;
-  DType dtype = DType::f32;
+  DType dtype = DType::float32;
   int64_t per_batch = 1, batch_stride = 0, row_stride = 0;
-};
-
-// A contiguous vector of parameters; absent when data is null.
-struct Vector {
-  const void* data = nullptr;
-  DType dtype = DType::f32;
 };
 
 // A matrix (out, in) as nn.Linear holds it: rows contiguous, row_stride elements apart.
 struct Matrix {
   const void* data = nullptr;
-  DType dtype = DType::f32;
+  DType dtype = DType::float32;
   int64_t row_stride = 0;
 };
 
@@ -44,9 +38,22 @@ struct Scale {
   int64_t rows_per_sample = 1;
 };
 
-// How a product's result is cut into tasks (tasks.h); chosen by tasks().
-struct Pieces {
+// How a call of a kernel is cut into tasks, as the kernel's plan() says: into how many and, of some kernels, what they are.
+struct Plan {
+  int64_t tasks = 0;
+};
+// A product's result in pieces (tasks.h).
+struct ProductPlan : Plan {
   int64_t of_columns = 1, threads = 1;  // pieces of the columns; threads that panels of the rows are divided over
+};
+struct PanelPlan : Plan {
+  int64_t threads = 1;  // that panels of the rows are divided over
+};
+struct SplitPlan : Plan {
+  int64_t splits = 1;  // of an image's tokens or of a head's queries
+};
+struct WeightGradPlan : Plan {
+  int64_t out_chunk = 0, in_chunk = 0;  // rows and columns of the product in a task
 };
 
 // out = residual + scale * act(Linear(pre_act(norm(x)))), every part but Linear optional.
@@ -58,7 +65,6 @@ struct LinearArgs {
   Matrix weight;
   Vector bias;
   Scale scale;
-  Pieces pieces;
 };
 
 // out = x + scale * (W2 gelu(W1 norm(x) + b1) + b2), a row panel at a time, the hidden activations in cache.
@@ -69,7 +75,6 @@ struct MlpArgs {
   Matrix w1, w2;
   Vector b1, b2;
   Scale scale;
-  Pieces pieces;
 };
 
 // The gradient of a weight (out, in) is left (out, rows) times right (rows, in): the gradient of what the weight made, and
@@ -80,7 +85,7 @@ struct MlpArgs {
 struct LinearGradArgs {
   Rows grad, pre, x, grad_x;
   int64_t rows, in, out_features;
-  DType products = DType::f32;
+  DType products = DType::float32;
   Norm norm;
   bool gelu_in = false, gelu_out = false;
   Matrix weight_t;
@@ -93,7 +98,7 @@ struct LinearGradArgs {
 struct MlpGradArgs {
   Rows grad, pre, x, grad_x;
   int64_t rows, width, hidden;
-  DType products = DType::f32;
+  DType products = DType::float32;
   Norm norm;
   Matrix w1_t, w2_t;  // (width, hidden), (hidden, width)
   Scale scale;
@@ -110,8 +115,7 @@ struct WeightGradArgs {
   bool transposed = false;
   Rows grad_weight;           // null: only the bias is wanted
   void* grad_bias = nullptr;  // null: not wanted
-  DType grad_bias_dtype = DType::f32;
-  int64_t out_chunk = 0, in_chunk = 0;  // chosen by tasks()
+  DType grad_bias_dtype = DType::float32;
 };
 
 // to (columns, rows) = transpose of from (rows, columns), in the dtype asked for.
@@ -130,7 +134,6 @@ struct AttentionArgs {
   int64_t batch, tokens, heads, width;  // width of one head
   int64_t batch_stride, token_stride;   // of qkv, in elements
   float* lse;                           // (batch, heads, tokens), or null
-  int64_t splits = 1;                   // of the queries, chosen by tasks()
 };
 struct AttentionGradArgs {
   const void *qkv, *out, *grad_out;  // out and grad_out contiguous (batch, tokens, heads * width)
@@ -141,7 +144,7 @@ struct AttentionGradArgs {
   const float* lse;
 };
 
-// Single-query cross-attention in the absorbed form; cross_attention.h has the formula that the names come from.
+// Single-query cross-attention in the absorbed form; token_pass.h has the formula that the names come from.
 // result (batch, heads, width) = scale * W_h^T rows[b][h], rows (batch, heads * head_width).
 struct AbsorbArgs {
   const float* rows;
@@ -159,23 +162,28 @@ struct ProjectHeadsArgs {
   int64_t batch, heads, head_width, width;
   float scale;
 };
-struct CrossArgs {
+struct TokenPassArgs {
   Rows cls, patches;  // patches: batch_stride and row_stride; one image is `tokens` rows
   int64_t batch, tokens, width, heads;
   Norm norm;                 // gamma alone enters; mean and rstd (batch, 1 + tokens), or null
   const float* key_query;    // (batch, heads, width)
   float* probs;              // (batch, heads, 1 + tokens), or null
   float* context;            // (batch, heads, width)
-  float* partial = nullptr;  // (batch * splits, heads, width + 2): context, maximum and sum of a piece
-  int64_t splits = 1;        // of the tokens, chosen by tasks()
+  float* partial = nullptr;  // (batch, splits, heads, width + 2) where splits > 1: context, maximum and sum of a split
 };
-struct CrossGradArgs {
+// The same context and probs from what the splits left, joined in the order of the tokens.
+struct JoinSplitsArgs {
+  int64_t batch, splits, tokens, width, heads;
+  const float* partial;
+  float *probs, *context;
+};
+struct TokenGradientArgs {
   Rows cls, patches, grad_patches;
   int64_t batch, tokens, width, heads;
   Norm norm;
   const float *key_query, *probs, *context, *grad_context;
-  float* grad_cls_normalized;  // (batch, width): of the CLS's x-hat, by way of keys and values
-  float* grad_scores_tokens;   // (batch, heads, width): w_h, the gradient of u_h
+  float* grad_normalized;  // (batch, width): of the CLS token, by way of keys and values
+  float* grad_u;           // (batch, heads, width)
 };
 
 // Bicubic interpolation along one axis: result i is the sum over t < 4 of weight[t][i] * pixel(first[i] + t - kBorder),
@@ -224,7 +232,6 @@ struct PatchEmbedArgs {
   Matrix weight;  // (out, channels * patch * patch)
   Vector bias;
   Rows positions, out, cls_token, cls_position, cls_out;
-  Pieces pieces;
 };
 
 // The patches as rows (patches, channels * patch * patch), for the weight's gradient.
@@ -241,36 +248,37 @@ struct PatchGradImagesArgs {
   const float* rows;
 };
 
-// A kernel: how many independent tasks a call is, the scratch bytes one needs, and one task. Tasks write disjoint memory
+// A kernel: how a call is cut into independent tasks, the scratch bytes that one needs, and one task. Tasks write disjoint memory
 // and their arithmetic does not depend on how many there are, so results do not depend on threads.
-template <class Args>
+template <class Args, class P = Plan>
 struct Kernel {
-  int64_t (*tasks)(Args&, int64_t threads);
-  int64_t (*scratch)(const Args&);
-  void (*run)(const Args&, int64_t task, char* scratch);
+  P (*plan)(const Args&, int64_t threads);
+  int64_t (*scratch)(const Args&, const P&);
+  void (*run)(const Args&, const P&, int64_t task, char* scratch);
 };
 
 struct Kernels {
   const char* name;
   bool dot_bf16;                                                             // products of bfloat16 pairs
   int64_t (*operand_bytes)(int64_t rows, int64_t features, DType products);  // of a left or right operand
-  Kernel<LinearArgs> linear;
-  Kernel<MlpArgs> mlp;
+  Kernel<LinearArgs, ProductPlan> linear;
+  Kernel<MlpArgs, PanelPlan> mlp;
   Kernel<LinearGradArgs> linear_grad;
   Kernel<MlpGradArgs> mlp_grad;
-  Kernel<WeightGradArgs> weight_grad;
+  Kernel<WeightGradArgs, WeightGradPlan> weight_grad;
   Kernel<TransposeArgs> transpose;
-  Kernel<AttentionArgs> attention;
+  Kernel<AttentionArgs, SplitPlan> attention;
   Kernel<AttentionGradArgs> attention_grad;
   Kernel<ResizeArgs> resize;
   Kernel<ResizeGradArgs> resize_grad;
-  Kernel<PatchEmbedArgs> patch_embed;
+  Kernel<PatchEmbedArgs, ProductPlan> patch_embed;
   Kernel<PatchRowsArgs> patch_rows;
   Kernel<PatchGradImagesArgs> patch_grad_images;
   Kernel<AbsorbArgs> absorb;
   Kernel<ProjectHeadsArgs> project_heads;
-  Kernel<CrossArgs> cross, cross_combine;
-  Kernel<CrossGradArgs> cross_grad;
+  Kernel<TokenPassArgs, SplitPlan> token_pass;
+  Kernel<JoinSplitsArgs> join_splits;
+  Kernel<TokenGradientArgs> token_gradient;
 };
 
 }  // namespace crossvit

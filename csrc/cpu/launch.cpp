@@ -1,7 +1,6 @@
 #include "launch.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_cpu_dispatch.h>
 
 #include <cstdlib>
 #include <new>
@@ -32,43 +31,8 @@ char* thread_scratch(int64_t bytes) {
   return scratch.data;
 }
 
-DType dtype_of(const Tensor& t) {
-  if (t.scalar_type() == at::kFloat) return DType::f32;
-  TORCH_CHECK(t.scalar_type() == at::kBFloat16, "the CPU kernels take float32 and bfloat16, not ", t.scalar_type());
-  return DType::bf16;
-}
-
-Vector vector_of(const OptionalTensor& t) {
-  if (!t) return {};
-  TORCH_CHECK(t->is_contiguous(), "a parameter vector must be contiguous");
-  return {t->const_data_ptr(), dtype_of(*t)};
-}
-
-RowTensor::RowTensor(const Tensor& t) : tensor(t) {
-  const int64_t width = t.size(-1);
-  count = width ? t.numel() / width : 0;
-  // Leading dimensions that lie one behind the other are one; two may remain.
-  int64_t size[2] = {1, 1}, stride[2] = {0, 0};
-  int found = 0;
-  bool fits = width <= 1 || t.stride(-1) == 1;
-  for (int64_t d = t.dim() - 2; d >= 0 && fits; d--) {
-    if (t.size(d) == 1) continue;
-    if (found && t.stride(d) == stride[found - 1] * size[found - 1]) {
-      size[found - 1] *= t.size(d);
-    } else if (found < 2) {
-      size[found] = t.size(d);
-      stride[found++] = t.stride(d);
-    } else {
-      fits = false;
-    }
-  }
-  if (!fits) {
-    tensor = t.contiguous();
-    size[0] = std::max<int64_t>(count, 1);
-    stride[0] = width;
-    stride[1] = 0;
-  }
-  rows = {const_cast<void*>(tensor.const_data_ptr()), dtype_of(tensor), size[0], stride[1], stride[0]};
+Rows rows_of(const RowTensor& t) {
+  return {const_cast<void*>(t.tensor.const_data_ptr()), dtype_of(t.tensor), t.per_batch, t.batch_stride, t.row_stride};
 }
 
 WeightTensor::WeightTensor(const Tensor& t) : tensor(t.stride(1) == 1 || t.size(1) <= 1 ? t : t.contiguous()) {
@@ -80,9 +44,9 @@ at::ScalarType products_of(const Tensor& weight) {
 }
 
 WeightTensor transposed(const Tensor& weight) {
-  const Tensor result = empty_like_dtype({weight.size(1), weight.size(0)}, products_of(weight));
+  const Tensor result = empty({weight.size(1), weight.size(0)}, products_of(weight));
   const RowTensor from(weight);
-  TransposeArgs args{from.rows, weight.size(0), weight.size(1), result.data_ptr(), dtype_of(result)};
+  TransposeArgs args{rows_of(from), weight.size(0), weight.size(1), result.data_ptr(), dtype_of(result)};
   launch(active().transpose, args);
   return WeightTensor(result);
 }
@@ -111,8 +75,5 @@ NormGradients::NormGradients(bool weight_wanted, bool bias_wanted, int64_t tasks
 }
 
 Tensor total(const Tensor& partial, const Tensor& parameter) { return partial.sum(0).to(parameter.scalar_type()); }
-
-// On the CPU, as at::empty would find out.
-Tensor empty_like_dtype(at::IntArrayRef shape, at::ScalarType dtype) { return at::cpu::empty(shape, at::dtype(dtype)); }
 
 }  // namespace crossvit

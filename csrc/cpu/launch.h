@@ -2,7 +2,6 @@
 #pragma once
 
 #include <ATen/Parallel.h>
-#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/ScalarType.h>
 
@@ -13,12 +12,9 @@
 
 #include "arguments.h"
 #include "kernels.h"
+#include "views.h"
 
 namespace crossvit {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-using Needs = c10::List<bool>;  // which gradients are wanted, in the order of the op's schema
 
 // The tensors that the kernels take.
 inline constexpr Taken kTaken{c10::DeviceType::CPU, /*float16=*/false};
@@ -31,48 +27,48 @@ char* thread_scratch(int64_t bytes);
 
 inline int64_t threads_here() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
-// Runs the tasks of one or more calls of a kernel on torch's threads. They are handed out one by one, since neither the tasks
-// nor, on a shared machine, the cores are equally fast.
-template <class Args>
-void launch(const Kernel<Args>& kernel, Args* calls, int64_t count) {
+// Runs the tasks of a call on torch's threads. They are handed out one by one, since neither the tasks nor, on a shared machine,
+// the cores are equally fast. A plan that a caller has asked for already is the third argument.
+template <class Args, class P>
+void launch(const Kernel<Args, P>& kernel, const Args& args, const P& plan) {
+  const int64_t bytes = kernel.scratch(args, plan);
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min(plan.tasks, threads_here()), 1, [&](int64_t, int64_t) {
+    char* scratch = thread_scratch(bytes);
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < plan.tasks;)
+      kernel.run(args, plan, task, scratch);
+  });
+}
+template <class Args, class P>
+void launch(const Kernel<Args, P>& kernel, const Args& args) {
+  launch(kernel, args, kernel.plan(args, threads_here()));
+}
+// The tasks of several calls at once.
+template <class Args, class P>
+void launch(const Kernel<Args, P>& kernel, const std::vector<Args>& calls) {
   const int64_t threads = threads_here();
-  int64_t tasks = 0, bytes = 0;
-  std::vector<int64_t> first{0};  // task of each call, and behind the last
-  for (int64_t i = 0; i < count; i++) {
-    first.push_back(tasks += kernel.tasks(calls[i], threads));
-    bytes = std::max(bytes, kernel.scratch(calls[i]));
+  std::vector<P> plans;
+  std::vector<int64_t> first_task{0};  // of each call, and behind the last
+  int64_t bytes = 0;
+  for (const Args& args : calls) {
+    plans.push_back(kernel.plan(args, threads));
+    first_task.push_back(first_task.back() + plans.back().tasks);
+    bytes = std::max(bytes, kernel.scratch(args, plans.back()));
   }
+  const int64_t tasks = first_task.back();
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min(tasks, threads), 1, [&](int64_t, int64_t) {
     char* scratch = thread_scratch(bytes);
-    int64_t call = 0;
+    std::size_t call = 0;
     for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-      while (task >= first[call + 1]) call++;
-      kernel.run(calls[call], task - first[call], scratch);
+      while (task >= first_task[call + 1]) call++;
+      kernel.run(calls[call], plans[call], task - first_task[call], scratch);
     }
   });
 }
-// The same of one call, without the memory that a list of calls takes.
-template <class Args>
-void launch(const Kernel<Args>& kernel, Args& args) {
-  const int64_t threads = threads_here(), tasks = kernel.tasks(args, threads), bytes = kernel.scratch(args);
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min(tasks, threads), 1, [&](int64_t, int64_t) {
-    char* scratch = thread_scratch(bytes);
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) kernel.run(args, task, scratch);
-  });
-}
 
-DType dtype_of(const Tensor& t);
-Vector vector_of(const OptionalTensor& t);
-
-// A tensor (..., width) with its rows as kernels.h wants them; the tensor itself, or a contiguous copy that it owns.
-struct RowTensor {
-  Tensor tensor;
-  Rows rows;
-  int64_t count = 0;
-  explicit RowTensor(const Tensor& t);
-};
+// Rows as the kernels take them; their memory is the tensor's.
+Rows rows_of(const RowTensor& t);
 
 // A weight (out, in); the tensor itself, or a contiguous copy that it owns.
 struct WeightTensor {
@@ -103,8 +99,7 @@ struct NormGradients {
 };
 Tensor total(const Tensor& partial, const Tensor& parameter);
 
-Tensor empty_like_dtype(at::IntArrayRef shape, at::ScalarType dtype);
-inline Tensor empty_f32(at::IntArrayRef shape) { return empty_like_dtype(shape, at::kFloat); }
-inline float* float_data(const Tensor& t) { return t.numel() ? t.data_ptr<float>() : nullptr; }
+inline Tensor empty(at::IntArrayRef shape, at::ScalarType dtype) { return empty(shape, dtype, at::kCPU); }
+inline Tensor empty_f32(at::IntArrayRef shape) { return empty(shape, at::kFloat, at::kCPU); }
 
 }  // namespace crossvit

@@ -14,14 +14,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_linear(const Tensor& x, co
   const WeightTensor matrix(weight);
   auto shape = x.sizes().vec();
   shape.back() = weight.size(0);
-  const Tensor out = empty_like_dtype(shape, weight.scalar_type());
+  const Tensor out = empty(shape, weight.scalar_type());
   const Tensor mean = empty_f32({save ? in.count : 0}), rstd = empty_f32({save ? in.count : 0});
-  const Tensor pre = empty_like_dtype({save && gelu_out ? in.count : 0, weight.size(0)}, weight.scalar_type());
+  const Tensor pre = empty({save && gelu_out ? in.count : 0, weight.size(0)}, weight.scalar_type());
 
   LinearArgs args{};
-  args.x = in.rows;
-  args.out = RowTensor(out).rows;
-  if (pre.numel()) args.pre = RowTensor(pre).rows;
+  args.x = rows_of(in);
+  args.out = rows_of(RowTensor(out));
+  if (pre.numel()) args.pre = rows_of(RowTensor(pre));
   args.rows = in.count;
   args.in = x.size(-1);
   args.out_features = weight.size(0);
@@ -49,22 +49,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_linear(const Tensor& x, co
 std::vector<Tensor> layer_norm_linear_backward(const Tensor& grad_out, const Tensor& x, const Tensor& norm_weight,
                                                const OptionalTensor& norm_bias, const Tensor& weight,
                                                const Tensor& mean, const Tensor& rstd, const Tensor& pre, bool gelu_in,
-                                               bool gelu_out, Needs needs, bool wide) {
-  arguments::layer_norm_linear_backward(kTaken, grad_out, x, norm_weight, norm_bias, weight, mean, rstd, pre, gelu_out,
-                                        needs);
+                                               bool gelu_out, NeedsList list, bool wide) {
+  const auto needs = arguments::layer_norm_linear_backward(kTaken, grad_out, x, norm_weight, norm_bias, weight, mean,
+                                                           rstd, pre, gelu_out, list);
   const RowTensor grad(grad_out), in(x);
   LinearGradArgs args{};
-  args.grad = grad.rows;
-  if (gelu_out) args.pre = RowTensor(pre).rows;
-  args.x = in.rows;
+  args.grad = rows_of(grad);
+  if (gelu_out) args.pre = rows_of(RowTensor(pre));
+  args.x = rows_of(in);
   args.rows = in.count;
   args.norm = norm_of(norm_weight, norm_bias, 0);
   args.norm.mean = float_data(mean);
   args.norm.rstd = float_data(rstd);
   args.gelu_in = gelu_in;
   args.gelu_out = gelu_out;
-  return linear_gradients(args, x, weight, norm_weight, norm_bias, weight.scalar_type(), wide,
-                          {needs.get(0), needs.get(1), needs.get(2), needs.get(3), needs.get(4)});
+  return linear_gradients(args, x, weight, norm_weight, norm_bias, weight.scalar_type(), wide, needs);
 }
 
 }  // namespace crossvit

@@ -14,24 +14,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_mlp(const Tensor& x, const
                                                           const OptionalTensor& b2, double eps,
                                                           const OptionalTensor& scale, bool per_sample, bool save) {
   const RowTensor in(x);
-  const WeightTensor first(w1), second(w2);
+  const WeightTensor w1_matrix(w1), w2_matrix(w2);
   const ScaleTensor factor(scale, per_sample, x);
-  const Tensor out = empty_like_dtype(x.sizes(), c10::promoteTypes(x.scalar_type(), w2.scalar_type()));
+  const Tensor out = empty(x.sizes(), c10::promoteTypes(x.scalar_type(), w2.scalar_type()));
   const Tensor mean = empty_f32({save ? in.count : 0}), rstd = empty_f32({save ? in.count : 0});
-  const Tensor pre = empty_like_dtype({save ? in.count : 0, w1.size(0)}, w1.scalar_type());
+  const Tensor pre = empty({save ? in.count : 0, w1.size(0)}, w1.scalar_type());
 
   MlpArgs args{};
-  args.x = in.rows;
-  args.out = RowTensor(out).rows;
-  if (pre.numel()) args.pre = RowTensor(pre).rows;
+  args.x = rows_of(in);
+  args.out = rows_of(RowTensor(out));
+  if (pre.numel()) args.pre = rows_of(RowTensor(pre));
   args.rows = in.count;
   args.width = x.size(-1);
   args.hidden = w1.size(0);
   args.norm = norm_of(norm_weight, norm_bias, eps);
   args.norm.mean = float_data(mean);
   args.norm.rstd = float_data(rstd);
-  args.w1 = first.matrix;
-  args.w2 = second.matrix;
+  args.w1 = w1_matrix.matrix;
+  args.w2 = w2_matrix.matrix;
   args.b1 = vector_of(b1);
   args.b2 = vector_of(b2);
   args.scale = factor.scale;
@@ -53,56 +53,57 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_mlp(const Tensor& x, const
 std::vector<Tensor> layer_norm_mlp_backward(const Tensor& grad_out, const Tensor& x, const Tensor& norm_weight,
                                             const OptionalTensor& norm_bias, const Tensor& w1, const Tensor& w2,
                                             const OptionalTensor& b2, const OptionalTensor& scale, bool per_sample,
-                                            const Tensor& mean, const Tensor& rstd, const Tensor& pre, Needs needs,
+                                            const Tensor& mean, const Tensor& rstd, const Tensor& pre, NeedsList list,
                                             bool wide) {
-  arguments::layer_norm_mlp_backward(kTaken, grad_out, x, norm_weight, norm_bias, w1, w2, b2, scale, per_sample, mean,
-                                     rstd, pre, needs);
+  const auto needs = arguments::layer_norm_mlp_backward(kTaken, grad_out, x, norm_weight, norm_bias, w1, w2, b2, scale,
+                                                        per_sample, mean, rstd, pre, list);
   const RowTensor grad(grad_out), in(x), hidden(pre);
   const ScaleTensor factor(scale, per_sample, x);
-  const bool below = needs.get(0) || needs.get(1) || needs.get(2);
+  const bool below = needs.x || needs.norm_weight || needs.norm_bias;
   const int64_t width = x.size(-1), features = w1.size(0);
   std::vector<Tensor> result;
 
   MlpGradArgs args{};
-  args.grad = grad.rows;
-  args.pre = hidden.rows;
-  args.x = in.rows;
+  args.grad = rows_of(grad);
+  args.pre = rows_of(hidden);
+  args.x = rows_of(in);
   args.rows = in.count;
   args.width = width;
   args.hidden = features;
   args.norm = norm_of(norm_weight, norm_bias, 0);
   args.norm.mean = float_data(mean);
   args.norm.rstd = float_data(rstd);
-  args.products = products_of(w1) == at::kFloat ? DType::f32 : DType::bf16;
+  args.products = products_of(w1) == at::kFloat ? DType::float32 : DType::bfloat16;
   args.scale = factor.scale;
-  const WeightOperands first(w1, in.count, features, width, needs.get(3) || needs.get(4), needs.get(3));
-  const WeightOperands second(w2, in.count, features, width, needs.get(5), needs.get(5) || needs.get(6));
-  args.left1 = first.left_data();
-  args.right1 = first.right_data();
-  args.left2 = second.left_data();
-  args.right2 = second.right_data();
+  const WeightOperands w1_operands(w1, in.count, features, width, needs.w1 || needs.b1, needs.w1);
+  const WeightOperands w2_operands(w2, in.count, features, width, needs.w2, needs.w2 || needs.b2);
+  args.left1 = w1_operands.left_data();
+  args.right1 = w1_operands.right_data();
+  args.left2 = w2_operands.left_data();
+  args.right2 = w2_operands.right_data();
   std::optional<WeightTensor> w1_t, w2_t;
   if (below) args.w1_t = w1_t.emplace(transposed(w1)).matrix;
   if (below || args.left1) args.w2_t = w2_t.emplace(transposed(w2)).matrix;
-  const NormGradients partial(needs.get(1), needs.get(2), active().mlp_grad.tasks(args, threads_here()), width, x);
-  args.grad_norm_weight = needs.get(1) ? float_data(partial.weight) : nullptr;
-  args.grad_norm_bias = needs.get(2) ? float_data(partial.bias) : nullptr;
-  if (needs.get(0)) {
-    result.push_back(empty_like_dtype(x.sizes(), x.scalar_type()));
-    args.grad_x = RowTensor(result.back()).rows;
+  const auto plan = active().mlp_grad.plan(args, threads_here());
+  const NormGradients partial(needs.norm_weight, needs.norm_bias, plan.tasks, width, x);
+  args.grad_norm_weight = needs.norm_weight ? float_data(partial.weight) : nullptr;
+  args.grad_norm_bias = needs.norm_bias ? float_data(partial.bias) : nullptr;
+  if (needs.x) {
+    result.push_back(empty(x.sizes(), x.scalar_type()));
+    args.grad_x = rows_of(RowTensor(result.back()));
   }
-  if (below || args.left1 || args.right2) launch(active().mlp_grad, args);
-  if (needs.get(1)) result.push_back(total(partial.weight, norm_weight));
-  if (needs.get(2)) result.push_back(total(partial.bias, norm_bias ? *norm_bias : norm_weight));
+  if (below || args.left1 || args.right2) launch(active().mlp_grad, args, plan);
+  if (needs.norm_weight) result.push_back(total(partial.weight, norm_weight));
+  if (needs.norm_bias) result.push_back(total(partial.bias, norm_bias ? *norm_bias : norm_weight));
   std::vector<WeightGradArgs> calls;
-  if (needs.get(3) || needs.get(4))
+  if (needs.w1 || needs.b1)
     calls.push_back(
-        weight_gradients(first, in.count, w1, w1.scalar_type(), wide, false, needs.get(3), needs.get(4), result));
-  if (needs.get(5) || needs.get(6))
+        weight_gradient_call(w1_operands, in.count, w1, w1.scalar_type(), wide, false, needs.w1, needs.b1, result));
+  if (needs.w2 || needs.b2)
     calls.push_back(
-        weight_gradients(second, in.count, w2, w2.scalar_type(), wide, true, needs.get(5), needs.get(6), result));
-  launch(active().weight_grad, calls.data(), static_cast<int64_t>(calls.size()));
-  if (needs.get(7)) {
+        weight_gradient_call(w2_operands, in.count, w2, w2.scalar_type(), wide, true, needs.w2, needs.b2, result));
+  launch(active().weight_grad, calls);
+  if (needs.scale) {
     const Tensor activated = at::gelu(pre.to(at::kFloat));
     const bool per_sample = factor.scale.kind == Scale::sample;
     const Tensor unscaled = per_sample ? input_gradient(grad, activated.sizes(), w2) : Tensor();

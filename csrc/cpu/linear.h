@@ -66,7 +66,7 @@ inline void linear_panel(const LinearArgs& a, int64_t m, int64_t count, int64_t 
   const Panel panel =
       prepare_panel<NV>(a.x, m, count, a.in, norm, a.gelu_in, a.weight.dtype, s.norm_weight, s.norm_bias, s.panel);
   const PanelRows out(a.out, m, count), residual(a.residual, m, count), pre(a.pre, m, count);
-  const bool plain = kDotBf16 && a.out.dtype == DType::bf16 && !a.pre.data && !a.gelu_out && !a.residual.data &&
+  const bool plain = kDotBf16 && a.out.dtype == DType::bfloat16 && !a.pre.data && !a.gelu_out && !a.residual.data &&
                      a.scale.kind == Scale::none;
   for (int64_t e = begin; e < end; e += VL) {
     const int n = static_cast<int>(smaller(end - e, VL));
@@ -80,7 +80,7 @@ inline void linear_panel(const LinearArgs& a, int64_t m, int64_t count, int64_t 
     for_each_row<NV>(s.c, panel.lanes, count, [&](int64_t r, Vec y) {
       y += bias;
       if (a.pre.data) pre.store(r, e, y, n);
-      if (a.gelu_out) y = a.out.dtype == DType::bf16 ? gelu_bf16(y) : gelu(y);
+      if (a.gelu_out) y = a.out.dtype == DType::bfloat16 ? gelu_bf16(y) : gelu(y);
       if (a.scale.kind != Scale::none) y *= scale_of(a.scale, s.channels, m + r, e);
       if (a.residual.data) y += residual.load(r, e, n);
       out.store(r, e, y, n);
@@ -88,15 +88,15 @@ inline void linear_panel(const LinearArgs& a, int64_t m, int64_t count, int64_t 
   }
 }
 
-inline int64_t linear_tasks(LinearArgs& a, int64_t threads) {
-  return choose_pieces(a.rows, a.out_features, threads, a.pieces);
+inline ProductPlan linear_plan(const LinearArgs& a, int64_t threads) {
+  return plan_product(a.rows, a.out_features, threads);
 }
 
-inline int64_t linear_scratch(const LinearArgs& a) { return LinearScratch(a, nullptr).bytes; }
+inline int64_t linear_scratch(const LinearArgs& a, const ProductPlan&) { return LinearScratch(a, nullptr).bytes; }
 
-inline void linear_run(const LinearArgs& a, int64_t task, char* scratch) {
+inline void linear_run(const LinearArgs& a, const ProductPlan& plan, int64_t task, char* scratch) {
   const LinearScratch s(a, scratch);
-  const PanelPiece piece(a.rows, a.out_features, a.pieces, task);
+  const PanelPiece piece(a.rows, a.out_features, plan, task);
   if (a.norm.present) {
     load_vector(a.norm.weight, 0, a.in, 1.0f, s.norm_weight);
     load_vector(a.norm.bias, 0, a.in, 0.0f, s.norm_bias);

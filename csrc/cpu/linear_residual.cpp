@@ -11,13 +11,12 @@ Tensor linear_residual(const Tensor& x, const Tensor& weight, const OptionalTens
   const RowTensor in(x), base(residual);
   const WeightTensor matrix(weight);
   const ScaleTensor factor(scale, per_sample, residual);
-  const Tensor out =
-      empty_like_dtype(residual.sizes(), c10::promoteTypes(residual.scalar_type(), weight.scalar_type()));
+  const Tensor out = empty(residual.sizes(), c10::promoteTypes(residual.scalar_type(), weight.scalar_type()));
 
   LinearArgs args{};
-  args.x = in.rows;
-  args.out = RowTensor(out).rows;
-  args.residual = base.rows;
+  args.x = rows_of(in);
+  args.out = rows_of(RowTensor(out));
+  args.residual = rows_of(base);
   args.rows = in.count;
   args.in = x.size(-1);
   args.out_features = weight.size(0);
@@ -38,21 +37,21 @@ Tensor linear_residual(const Tensor& x, const Tensor& weight, const OptionalTens
 
 std::vector<Tensor> linear_residual_backward(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
                                              const OptionalTensor& bias, const OptionalTensor& scale, bool per_sample,
-                                             Needs needs, bool wide) {
-  arguments::linear_residual_backward(kTaken, grad_out, x, weight, bias, scale, per_sample, needs);
+                                             NeedsList list, bool wide) {
+  const auto needs = arguments::linear_residual_backward(kTaken, grad_out, x, weight, bias, scale, per_sample, list);
   const RowTensor grad(grad_out), in(x);
   const ScaleTensor factor(scale, per_sample, grad_out);
   std::vector<Tensor> result;
-  if (needs.get(0) || needs.get(1) || needs.get(2)) {
+  if (needs.x || needs.weight || needs.bias) {
     LinearGradArgs args{};
-    args.grad = grad.rows;
-    args.x = in.rows;
+    args.grad = rows_of(grad);
+    args.x = rows_of(in);
     args.rows = in.count;
     args.scale = factor.scale;
     result = linear_gradients(args, x, weight, {}, {}, bias ? bias->scalar_type() : weight.scalar_type(), wide,
-                              {.x = needs.get(0), .weight = needs.get(1), .bias = needs.get(2)});
+                              {.x = needs.x, .weight = needs.weight, .bias = needs.bias});
   }
-  if (needs.get(3)) {
+  if (needs.scale) {
     const bool per_sample = factor.scale.kind == Scale::sample;
     const Tensor unscaled = per_sample ? input_gradient(grad, x.sizes(), weight) : Tensor();
     result.push_back(scale_gradient(grad_out, x, weight, bias, *scale, unscaled, factor.scale.kind));

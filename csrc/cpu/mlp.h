@@ -36,14 +36,15 @@ inline void mlp_panel(const MlpArgs& a, int64_t m, int64_t count, const MlpScrat
     // In float32 the product lands where the second one reads it; pairs are packed on the way from c.
     float* c = hidden.pairs ? s.c : s.hidden + h * lanes;
     multiply_columns<NV>(a.w1, h, n, a.width, panel, c, s.widened);
-    if (a.pre.data && kDotBf16 && a.pre.dtype == DType::bf16 && n == VL) {
+    if (a.pre.data && kDotBf16 && a.pre.dtype == DType::bfloat16 && n == VL) {
       store_pairs<NV>(c, lanes, count, s.b1 + h, pre, h);
     } else if (a.pre.data) {
       const Vec bias = load(s.b1 + h);
       for_each_row<NV>(c, lanes, count, [&](int64_t r, Vec y) { pre.store(r, h, y + bias, n); });
     }
     if (hidden.pairs) {
-      for (int e = 0; e < n; e += 2) CROSSVIT_UNROLL
+      for (int e = 0; e < n; e += 2)
+#pragma GCC unroll 16
         for (int v = 0; v < NV; v++) {
           const float* at = c + e * lanes + v * VL;
           store(s.hidden + (h + e) / 2 * lanes + v * VL,
@@ -51,7 +52,7 @@ inline void mlp_panel(const MlpArgs& a, int64_t m, int64_t count, const MlpScrat
         }
     } else {
       for (int e = 0; e < n; e++)
-        CROSSVIT_UNROLL
+#pragma GCC unroll 16
         for (int v = 0; v < NV; v++) {
           float* at = c + e * lanes + v * VL;
           store(at, gelu(load(at) + s.b1[h + e]));
@@ -71,15 +72,17 @@ inline void mlp_panel(const MlpArgs& a, int64_t m, int64_t count, const MlpScrat
   }
 }
 
-inline int64_t mlp_tasks(MlpArgs& a, int64_t threads) {
-  a.pieces.threads = threads;
-  return PanelSplit(a.rows, threads).panels;
+inline PanelPlan mlp_plan(const MlpArgs& a, int64_t threads) {
+  PanelPlan plan;
+  plan.threads = threads;
+  plan.tasks = PanelSplit(a.rows, threads).panels;
+  return plan;
 }
-inline int64_t mlp_scratch(const MlpArgs& a) { return MlpScratch(a, nullptr).bytes; }
+inline int64_t mlp_scratch(const MlpArgs& a, const PanelPlan&) { return MlpScratch(a, nullptr).bytes; }
 
-inline void mlp_run(const MlpArgs& a, int64_t task, char* scratch) {
+inline void mlp_run(const MlpArgs& a, const PanelPlan& plan, int64_t task, char* scratch) {
   const MlpScratch s(a, scratch);
-  const PanelSplit split(a.rows, a.pieces.threads);
+  const PanelSplit split(a.rows, plan.threads);
   const int64_t m = split.first(task), count = smaller(split.first(task + 1), a.rows) - m;
   load_vector(a.norm.weight, 0, a.width, 1.0f, s.norm_weight);
   load_vector(a.norm.bias, 0, a.width, 0.0f, s.norm_bias);

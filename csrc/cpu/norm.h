@@ -9,32 +9,33 @@ namespace crossvit::CROSSVIT_ISA {
 // mean and 1 / sqrt(variance + eps) of each lane, two passes over x - x[0]: constant rows give exactly zero, and a mean a
 // hundred times the deviation cancels before it is squared.
 template <int NV>
-inline void panel_statistics(const float* x, int64_t depth, float eps, Vec* first, Vec* mean_of_rest, Vec* rstd) {
+inline void panel_statistics(const float* x, int64_t depth, float eps, Vec* origin, Vec* shift, Vec* rstd) {
   constexpr int kChains = 4;  // independent sums hide the latency of the additions
   constexpr int64_t lanes = NV * VL;
   const float inverse = 1.0f / static_cast<float>(depth);
   Vec sum[kChains][NV] = {};
-  for (int v = 0; v < NV; v++) first[v] = load(x + v * VL);
+  for (int v = 0; v < NV; v++) origin[v] = load(x + v * VL);
   int64_t k = 0;
-  for (; k + kChains <= depth; k += kChains) CROSSVIT_UNROLL
+  for (; k + kChains <= depth; k += kChains)
+#pragma GCC unroll 16
     for (int c = 0; c < kChains; c++)
-      CROSSVIT_UNROLL
-      for (int v = 0; v < NV; v++) sum[c][v] += load(x + (k + c) * lanes + v * VL) - first[v];
+#pragma GCC unroll 16
+      for (int v = 0; v < NV; v++) sum[c][v] += load(x + (k + c) * lanes + v * VL) - origin[v];
   for (; k < depth; k++)
-    for (int v = 0; v < NV; v++) sum[0][v] += load(x + k * lanes + v * VL) - first[v];
+    for (int v = 0; v < NV; v++) sum[0][v] += load(x + k * lanes + v * VL) - origin[v];
   Vec square[kChains][NV] = {};
-  for (int v = 0; v < NV; v++) mean_of_rest[v] = ((sum[0][v] + sum[1][v]) + (sum[2][v] + sum[3][v])) * inverse;
+  for (int v = 0; v < NV; v++) shift[v] = ((sum[0][v] + sum[1][v]) + (sum[2][v] + sum[3][v])) * inverse;
   for (k = 0; k + kChains <= depth; k += kChains)
-    CROSSVIT_UNROLL
+#pragma GCC unroll 16
     for (int c = 0; c < kChains; c++)
-      CROSSVIT_UNROLL
+#pragma GCC unroll 16
       for (int v = 0; v < NV; v++) {
-        const Vec d = (load(x + (k + c) * lanes + v * VL) - first[v]) - mean_of_rest[v];
+        const Vec d = (load(x + (k + c) * lanes + v * VL) - origin[v]) - shift[v];
         square[c][v] += d * d;
       }
   for (; k < depth; k++)
     for (int v = 0; v < NV; v++) {
-      const Vec d = (load(x + k * lanes + v * VL) - first[v]) - mean_of_rest[v];
+      const Vec d = (load(x + k * lanes + v * VL) - origin[v]) - shift[v];
       square[0][v] += d * d;
     }
   for (int v = 0; v < NV; v++) {
@@ -45,22 +46,22 @@ inline void panel_statistics(const float* x, int64_t depth, float eps, Vec* firs
 
 // x := act((x - mean) rstd weight + bias), in place; mean and rstd of rows [m, m + count) are written where wanted.
 template <int NV>
-inline void normalize_panel(float* x, int64_t depth, const Norm& norm, const float* weight, const float* bias, int64_t m,
-                            int64_t count) {
+inline void normalize_panel(float* x, int64_t depth, const Norm& norm, const float* weight, const float* bias,
+                            int64_t m, int64_t count) {
   constexpr int64_t lanes = NV * VL;
-  Vec first[NV], mean_of_rest[NV], rstd[NV];
-  panel_statistics<NV>(x, depth, norm.eps, first, mean_of_rest, rstd);
+  Vec origin[NV], shift[NV], rstd[NV];
+  panel_statistics<NV>(x, depth, norm.eps, origin, shift, rstd);
   for (int64_t k = 0; k < depth; k++)
-    CROSSVIT_UNROLL
+#pragma GCC unroll 16
     for (int v = 0; v < NV; v++) {
       float* at = x + k * lanes + v * VL;
-      store(at, ((load(at) - first[v]) - mean_of_rest[v]) * rstd[v] * weight[k] + bias[k]);
+      store(at, ((load(at) - origin[v]) - shift[v]) * rstd[v] * weight[k] + bias[k]);
     }
   if (norm.mean) {
     for (int v = 0; v < NV; v++) {
       const int n = static_cast<int>(smaller(larger(count - v * VL, 0), VL));
       if (n == 0) break;
-      store_n(norm.mean + m + v * VL, first[v] + mean_of_rest[v], n);
+      store_n(norm.mean + m + v * VL, origin[v] + shift[v], n);
       store_n(norm.rstd + m + v * VL, rstd[v], n);
     }
   }
@@ -92,7 +93,7 @@ inline void normalize_panel_backward(const float* x, float* grad, int64_t depth,
   load_statistics<NV>(norm, m, count, mean, rstd);
   for (int64_t k = 0; k < depth; k++) {
     Vec weight_sum{}, bias_sum{};
-    CROSSVIT_UNROLL
+#pragma GCC unroll 16
     for (int v = 0; v < NV; v++) {
       const Vec normalized = (load(x + k * lanes + v * VL) - mean[v]) * rstd[v];
       const Vec g = load(grad + k * lanes + v * VL);
@@ -106,7 +107,7 @@ inline void normalize_panel_backward(const float* x, float* grad, int64_t depth,
   }
   const float inverse = 1.0f / static_cast<float>(depth);
   for (int64_t k = 0; k < depth; k++)
-    CROSSVIT_UNROLL
+#pragma GCC unroll 16
     for (int v = 0; v < NV; v++) {
       const Vec normalized = (load(x + k * lanes + v * VL) - mean[v]) * rstd[v];
       float* at = grad + k * lanes + v * VL;

@@ -71,12 +71,12 @@ inline void write_left(void* operand, const OperandShape& shape, int64_t m, int6
     char* to = left.to;
     if (pairs)
       for (int64_t j = 0; j < columns; j += 2, from += lanes, to += 2 * left.stride) {
-        store(reinterpret_cast<uint16_t*>(to), even_of(load(from)));
-        store(reinterpret_cast<uint16_t*>(to + left.stride), odd_of(load(from)));
+        store(reinterpret_cast<Bf16*>(to), even_of(load(from)));
+        store(reinterpret_cast<Bf16*>(to + left.stride), odd_of(load(from)));
       }
     else if (shape.pairs())
       for (int64_t j = 0; j < columns; j++, from += lanes, to += left.stride)
-        store(reinterpret_cast<uint16_t*>(to), load(from));
+        store(reinterpret_cast<Bf16*>(to), load(from));
     else
       for (int64_t j = 0; j < columns; j++, from += lanes, to += left.stride)
         store(reinterpret_cast<float*>(to), load(from));

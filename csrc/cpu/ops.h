@@ -19,13 +19,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_linear(const Tensor& x, co
 std::vector<Tensor> layer_norm_linear_backward(const Tensor& grad_out, const Tensor& x, const Tensor& norm_weight,
                                                const OptionalTensor& norm_bias, const Tensor& weight,
                                                const Tensor& mean, const Tensor& rstd, const Tensor& pre, bool gelu_in,
-                                               bool gelu_out, Needs needs, bool wide);
+                                               bool gelu_out, NeedsList list, bool wide);
 
 Tensor linear_residual(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& residual,
                        const OptionalTensor& scale, bool per_sample);
 std::vector<Tensor> linear_residual_backward(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
                                              const OptionalTensor& bias, const OptionalTensor& scale, bool per_sample,
-                                             Needs needs, bool wide);
+                                             NeedsList list, bool wide);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_mlp(const Tensor& x, const Tensor& norm_weight,
                                                           const OptionalTensor& norm_bias, const Tensor& w1,
@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_mlp(const Tensor& x, const
 std::vector<Tensor> layer_norm_mlp_backward(const Tensor& grad_out, const Tensor& x, const Tensor& norm_weight,
                                             const OptionalTensor& norm_bias, const Tensor& w1, const Tensor& w2,
                                             const OptionalTensor& b2, const OptionalTensor& scale, bool per_sample,
-                                            const Tensor& mean, const Tensor& rstd, const Tensor& pre, Needs needs,
+                                            const Tensor& mean, const Tensor& rstd, const Tensor& pre, NeedsList list,
                                             bool wide);
 
 std::tuple<Tensor, Tensor> self_attention(const Tensor& qkv, int64_t num_heads, bool save);
@@ -52,7 +52,7 @@ std::vector<Tensor> cls_cross_attention_backward(const Tensor& grad_out, const T
                                                  const Tensor& q_weight, const Tensor& k_weight, const Tensor& v_weight,
                                                  const Tensor& mean, const Tensor& rstd, const Tensor& probs,
                                                  const Tensor& context, const Tensor& query, const Tensor& key_query,
-                                                 int64_t num_heads, Needs needs, bool wide);
+                                                 int64_t num_heads, NeedsList list, bool wide);
 Tensor cls_fusion(const Tensor& cls, const Tensor& patches, const Tensor& proj_norm_weight,
                   const OptionalTensor& proj_norm_bias, const Tensor& proj_weight, const OptionalTensor& proj_bias,
                   const Tensor& norm_weight, const OptionalTensor& norm_bias, const Tensor& q_weight,
@@ -61,7 +61,7 @@ Tensor cls_fusion(const Tensor& cls, const Tensor& patches, const Tensor& proj_n
                   const Tensor& revert_norm_weight, const OptionalTensor& revert_norm_bias, const Tensor& revert_weight,
                   const OptionalTensor& revert_bias, int64_t num_heads, double eps);
 
-// The same without that look, for transformer_block, which has had its own.
+// The same without that look, for transformer_block and cls_fusion, which have had their own.
 namespace unchecked {
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_linear(const Tensor& x, const Tensor& norm_weight,
                                                              const OptionalTensor& norm_bias, const Tensor& weight,
@@ -75,6 +75,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_mlp(const Tensor& x, const
                                                           const OptionalTensor& b1, const Tensor& w2,
                                                           const OptionalTensor& b2, double eps,
                                                           const OptionalTensor& scale, bool per_sample, bool save);
+CrossAttentionResult cls_cross_attention(const Tensor& cls, const Tensor& patches, const Tensor& norm_weight,
+                                         const OptionalTensor& norm_bias, const Tensor& q_weight,
+                                         const OptionalTensor& q_bias, const Tensor& k_weight, const Tensor& v_weight,
+                                         const OptionalTensor& v_bias, int64_t num_heads, double eps, bool save);
 }  // namespace unchecked
 
 // Without a value where an argument is not what it should be: then the four ops, called in turn, say so or do without.
@@ -93,9 +97,9 @@ Tensor patch_embed(const Tensor& images, const Tensor& weight, const OptionalTen
                    const Tensor& pos_embed, int64_t height, int64_t width);
 std::vector<Tensor> patch_embed_backward(const Tensor& grad_out, const Tensor& images, const Tensor& weight,
                                          const OptionalTensor& bias, const Tensor& cls_token, const Tensor& pos_embed,
-                                         int64_t height, int64_t width, Needs needs, bool wide);
+                                         int64_t height, int64_t width, NeedsList list, bool wide);
 
-// Shared by the backward passes (weight_gradients.cpp). The operands of one weight's gradient, for the kernels to fill.
+// Shared by the backward passes (linear_gradients.cpp). The operands of one weight's gradient, for the kernels to fill.
 struct WeightOperands {
   Tensor left, right;
   WeightOperands(const Tensor& weight, int64_t rows, int64_t out, int64_t in, bool left_wanted, bool right_wanted);
@@ -105,18 +109,14 @@ struct WeightOperands {
 
 // The call that makes the gradients of a Linear's weight and bias, appended to result, from their operands; transposed: the
 // operands are those of the weight's transpose.
-WeightGradArgs weight_gradients(const WeightOperands& operands, int64_t rows, const Tensor& weight,
-                                at::ScalarType bias_dtype, bool wide, bool transposed, bool weight_wanted,
-                                bool bias_wanted, std::vector<Tensor>& result);
+WeightGradArgs weight_gradient_call(const WeightOperands& operands, int64_t rows, const Tensor& weight,
+                                    at::ScalarType bias_dtype, bool wide, bool transposed, bool weight_wanted,
+                                    bool bias_wanted, std::vector<Tensor>& result);
 
-// All of a Linear's backward, what args say of the gradient's way to it included. needs: of x, LayerNorm's weight and bias,
-// the weight, the bias.
-struct LinearNeeds {
-  bool x = false, norm_weight = false, norm_bias = false, weight = false, bias = false;
-};
+// All of a Linear's backward, what args say of the gradient's way to it included.
 std::vector<Tensor> linear_gradients(LinearGradArgs& args, const Tensor& x, const Tensor& weight,
                                      const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
-                                     at::ScalarType bias_dtype, bool wide, LinearNeeds needs);
+                                     at::ScalarType bias_dtype, bool wide, const LayerNormLinearNeeds& needs);
 
 // The gradient of the factor on a Linear's result.
 Tensor scale_gradient(const Tensor& grad_out, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,

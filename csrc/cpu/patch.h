@@ -64,10 +64,10 @@ inline void gather_channel_as(const PatchImages& a, int64_t m, int64_t count, in
 template <class Element>
 inline void gather_channel(const PatchImages& a, int64_t m, int64_t count, int64_t channel, Element* to, int64_t stride,
                            float* source) {
-  if (a.dtype == DType::f32)
+  if (a.dtype == DType::float32)
     gather_channel_as<float>(a, m, count, channel, to, stride, source);
   else
-    gather_channel_as<uint16_t>(a, m, count, channel, to, stride, source);
+    gather_channel_as<Bf16>(a, m, count, channel, to, stride, source);
 }
 
 // Elements from one gathered patch to the next.
@@ -101,17 +101,18 @@ inline Panel gather_panel(const PatchImages& a, int64_t m, int64_t count, DType 
   for (int64_t i = count * stride; i < lanes * stride; i++) s.gathered[i] = 0;
   for (int64_t channel = 0; channel < a.channels; channel++) {
     if (pairs)
-      gather_channel(a, m, count, channel, reinterpret_cast<uint16_t*>(s.gathered), 2 * stride, s.source);
+      gather_channel(a, m, count, channel, reinterpret_cast<Bf16*>(s.gathered), 2 * stride, s.source);
     else
       gather_channel(a, m, count, channel, s.gathered, stride, s.source);
     float* to = s.panel + channel * depth * lanes;
-    for (int64_t k = 0; k < depth; k += VL) CROSSVIT_UNROLL
+    for (int64_t k = 0; k < depth; k += VL)
+#pragma GCC unroll 16
       for (int v = 0; v < NV; v++) {
         Vec block[VL];
-        CROSSVIT_UNROLL
+#pragma GCC unroll 16
         for (int r = 0; r < VL; r++) block[r] = load(s.gathered + (v * VL + r) * stride + k);
         transpose(block);
-        CROSSVIT_UNROLL
+#pragma GCC unroll 16
         for (int r = 0; r < VL; r++) store(to + (k + r) * lanes + v * VL, block[r]);
       }
   }
@@ -142,15 +143,17 @@ inline void patch_embed_panel(const PatchEmbedArgs& a, int64_t m, int64_t count,
   }
 }
 
-inline int64_t patch_embed_tasks(PatchEmbedArgs& a, int64_t threads) {
-  return choose_pieces(a.patches, a.out_features, threads, a.pieces);
+inline ProductPlan patch_embed_plan(const PatchEmbedArgs& a, int64_t threads) {
+  return plan_product(a.patches, a.out_features, threads);
 }
 
-inline int64_t patch_embed_scratch(const PatchEmbedArgs& a) { return PatchEmbedScratch(a, nullptr).bytes; }
+inline int64_t patch_embed_scratch(const PatchEmbedArgs& a, const ProductPlan&) {
+  return PatchEmbedScratch(a, nullptr).bytes;
+}
 
-inline void patch_embed_run(const PatchEmbedArgs& a, int64_t task, char* scratch) {
+inline void patch_embed_run(const PatchEmbedArgs& a, const ProductPlan& plan, int64_t task, char* scratch) {
   const PatchEmbedScratch s(a, scratch);
-  const PanelPiece piece(a.patches, a.out_features, a.pieces, task);
+  const PanelPiece piece(a.patches, a.out_features, plan, task);
   load_vector(a.bias, 0, a.out_features, 0.0f, s.bias);
   with_vectors(piece.vectors,
                [&]<int NV>() { patch_embed_panel<NV>(a, piece.m, piece.count, piece.begin, piece.end, s); });
@@ -169,9 +172,9 @@ struct PatchRowsScratch {
   }
 };
 
-inline int64_t patch_rows_tasks(PatchRowsArgs& a, int64_t) { return ceil_div(a.patches, VL); }
-inline int64_t patch_rows_scratch(const PatchRowsArgs& a) { return PatchRowsScratch(a, nullptr).bytes; }
-inline void patch_rows_run(const PatchRowsArgs& a, int64_t task, char* scratch) {
+inline Plan patch_rows_plan(const PatchRowsArgs& a, int64_t) { return {ceil_div(a.patches, VL)}; }
+inline int64_t patch_rows_scratch(const PatchRowsArgs& a, const Plan&) { return PatchRowsScratch(a, nullptr).bytes; }
+inline void patch_rows_run(const PatchRowsArgs& a, const Plan&, int64_t task, char* scratch) {
   const PatchRowsScratch s(a, scratch);
   const int64_t m = task * VL, count = smaller(a.patches - m, VL);
   const int64_t pixels = a.images.patch * a.images.patch, stride = gathered_stride(a.images);
@@ -185,19 +188,20 @@ inline void patch_rows_run(const PatchRowsArgs& a, int64_t task, char* scratch) 
   }
 }
 
-inline int64_t patch_grad_images_tasks(PatchGradImagesArgs& a, int64_t) { return a.batch * a.images.channels; }
-inline int64_t patch_grad_images_scratch(const PatchGradImagesArgs& a) {
+inline Plan patch_grad_images_plan(const PatchGradImagesArgs& a, int64_t) { return {a.batch * a.images.channels}; }
+inline int64_t patch_grad_images_scratch(const PatchGradImagesArgs& a, const Plan&) {
   return PlaneGradScratch(a.images, a.images.resize, nullptr).bytes;
 }
 
 // One plane of one image: the patches' gradients put together and, where the images were resized, taken back.
-inline void patch_grad_images_run(const PatchGradImagesArgs& a, int64_t task, char* scratch) {
+inline void patch_grad_images_run(const PatchGradImagesArgs& a, const Plan&, int64_t task, char* scratch) {
   const PatchImages& images = a.images;
   const PlaneGradScratch s(images, images.resize, scratch);
   const int64_t patch = images.patch, image = task / images.channels, channel = task % images.channels;
   const auto fill = [&](int64_t y, float* line) {
-    const float* from = a.rows + ((image * images.per_image + y / patch * images.per_row) * images.channels + channel) *
-                                     patch * patch + y % patch * patch;
+    const float* from =
+        a.rows + ((image * images.per_image + y / patch * images.per_row) * images.channels + channel) * patch * patch +
+        y % patch * patch;
     for (int64_t p = 0; p < images.per_row; p++, from += images.channels * patch * patch)
       for (int64_t x = 0; x < patch; x += VL)
         store(line + p * patch + x, load_n(from + x, static_cast<int>(smaller(patch - x, VL))));

@@ -57,7 +57,7 @@ Tensor patch_embed(const Tensor& images, const Tensor& weight, const OptionalTen
   const Tensor cls = cls_token.contiguous(), positions = pos_embed.contiguous();
   const auto dtype =
       c10::promoteTypes(c10::promoteTypes(weight.scalar_type(), cls.scalar_type()), positions.scalar_type());
-  const Tensor out = empty_like_dtype({images.size(0), 1 + patches, features}, dtype);
+  const Tensor out = empty({images.size(0), 1 + patches, features}, dtype);
 
   // Row 0 of what (rows, features) tensors hold, and the rows behind it, once per image.
   const auto first_row = [&](const Tensor& t, int64_t batch_stride) {
@@ -84,42 +84,43 @@ Tensor patch_embed(const Tensor& images, const Tensor& weight, const OptionalTen
 
 std::vector<Tensor> patch_embed_backward(const Tensor& grad_out, const Tensor& images, const Tensor& weight,
                                          const OptionalTensor& bias, const Tensor& cls_token, const Tensor& pos_embed,
-                                         int64_t height, int64_t width, Needs needs, bool wide) {
-  arguments::patch_embed_backward(kTaken, grad_out, images, weight, bias, cls_token, pos_embed, height, width, needs);
+                                         int64_t height, int64_t width, NeedsList list, bool wide) {
+  const auto needs = arguments::patch_embed_backward(kTaken, grad_out, images, weight, bias, cls_token, pos_embed,
+                                                     height, width, list);
   const ResizedImages resized(images, height, width, weight.size(3));
   const Tensor matrix = as_matrix(weight);
   const RowTensor grad(grad_out.narrow(1, 1, resized.images.per_image));
   std::vector<Tensor> result;
-  if (needs.get(0)) {
+  if (needs.images) {
     const Tensor rows = input_gradient(grad, {resized.patches, matrix.size(1)}, matrix);
-    const ResizedImages written(empty_like_dtype(images.sizes(), images.scalar_type()), height, width, weight.size(3));
+    const ResizedImages written(empty(images.sizes(), images.scalar_type()), height, width, weight.size(3));
     PatchGradImagesArgs args{written.images, images.size(0), float_data(rows)};
     launch(active().patch_grad_images, args);
     result.push_back(written.tensor);
   }
-  if (needs.get(1) || needs.get(2)) {
+  if (needs.weight || needs.bias) {
     Tensor rows;
-    if (needs.get(1)) {
+    if (needs.weight) {
       rows = empty_f32({resized.patches, matrix.size(1)});
       PatchRowsArgs args{resized.images, resized.patches, float_data(rows)};
       launch(active().patch_rows, args);
     }
     LinearGradArgs args{};
-    args.grad = grad.rows;
-    if (needs.get(1)) args.x = RowTensor(rows).rows;
+    args.grad = rows_of(grad);
+    if (needs.weight) args.x = rows_of(RowTensor(rows));
     args.rows = resized.patches;
     for (Tensor& gradient :
          linear_gradients(args, rows, matrix, {}, {}, bias ? bias->scalar_type() : weight.scalar_type(), wide,
-                          {.weight = needs.get(1), .bias = needs.get(2)}))
+                          {.weight = needs.weight, .bias = needs.bias}))
       result.push_back(gradient);
-    if (needs.get(1)) {
-      Tensor& grad_weight = result[needs.get(0) ? 1 : 0];
+    if (needs.weight) {
+      Tensor& grad_weight = result[needs.images ? 1 : 0];
       grad_weight = grad_weight.view(weight.sizes());
     }
   }
-  if (needs.get(3))
+  if (needs.cls_token)
     result.push_back(grad_out.select(1, 0).sum(0, false, at::kFloat).view({1, 1, -1}).to(cls_token.scalar_type()));
-  if (needs.get(4)) result.push_back(grad_out.sum(0, true, at::kFloat).to(pos_embed.scalar_type()));
+  if (needs.pos_embed) result.push_back(grad_out.sum(0, true, at::kFloat).to(pos_embed.scalar_type()));
   return result;
 }
 

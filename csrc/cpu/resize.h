@@ -56,7 +56,7 @@ inline void resize_vertically(const Images& a, const Pixel* plane, int64_t y, in
     for (int64_t x = left; x < right; x += VL) {
       const int64_t at = smaller(x, right - VL);
       Vec v = load(from[0] + at) * weight[0];
-  CROSSVIT_UNROLL
+#pragma GCC unroll 16
       for (int t = 1; t < 4; t++) v += load(from[t] + at) * weight[t];
       store(line + kBorder + at, v);
     }
@@ -75,16 +75,15 @@ struct ColumnTaps {
   int32_t base;
   IVec index;
   Vec weight[4];
-  CROSSVIT_INLINE ColumnTaps(const Taps& taps, int64_t x)
-      : base(taps.first[x]), index(load(taps.first + x) - base) {
-    CROSSVIT_UNROLL
+  CROSSVIT_INLINE ColumnTaps(const Taps& taps, int64_t x) : base(taps.first[x]), index(load(taps.first + x) - base) {
+#pragma GCC unroll 16
     for (int t = 0; t < 4; t++) weight[t] = load(taps.weight[t] + x);
   }
   template <bool near>
   CROSSVIT_INLINE Vec apply(const float* line) const {
     line += base;
     Vec v = lookup<near>(line, index) * weight[0];
-    CROSSVIT_UNROLL
+#pragma GCC unroll 16
     for (int t = 1; t < 4; t++) v += lookup<near>(line, index + t) * weight[t];
     return v;
   }
@@ -97,12 +96,12 @@ inline Rows plane_rows(const Images& a, int64_t image, int64_t channel) {
 
 // --- bicubic_resize --------------------------------------------------------------------------------------------------
 
-constexpr int64_t kResizeRows = 4;  // at a time, which share their columns' taps
+constexpr int64_t kResizeRows = 4;   // at a time, which share their columns' taps
 constexpr int64_t kResizeBand = 32;  // of a task
 
 inline int64_t resize_bands(const ResizeArgs& a) { return ceil_div(a.images.rows.out, kResizeBand); }
-inline int64_t resize_tasks(ResizeArgs& a, int64_t) { return a.batch * a.images.channels * resize_bands(a); }
-inline int64_t resize_scratch(const ResizeArgs& a) { return kResizeRows * source_pitch(a.images) * 4; }
+inline Plan resize_plan(const ResizeArgs& a, int64_t) { return {a.batch * a.images.channels * resize_bands(a)}; }
+inline int64_t resize_scratch(const ResizeArgs& a, const Plan&) { return kResizeRows * source_pitch(a.images) * 4; }
 
 // Rows [y, y + count) of a resized plane.
 template <bool near, class Pixel>
@@ -126,8 +125,8 @@ inline void resize_band(const ResizeArgs& a, int64_t task, float* source) {
   const int64_t plane = task / resize_bands(a), first = task % resize_bands(a) * kResizeBand;
   const int64_t last = smaller(first + kResizeBand, a.images.rows.out);
   const bool near = taps_are_near(a.images.columns);
-  const auto* from = static_cast<const Pixel*>(
-      plane_rows(a.images, plane / a.images.channels, plane % a.images.channels).data);
+  const auto* from =
+      static_cast<const Pixel*>(plane_rows(a.images, plane / a.images.channels, plane % a.images.channels).data);
   Pixel* out = static_cast<Pixel*>(a.out) + plane * a.images.rows.out * a.images.columns.out;
   for (int64_t y = first; y < last; y += kResizeRows) {
     const int64_t count = smaller(last - y, kResizeRows);
@@ -138,12 +137,12 @@ inline void resize_band(const ResizeArgs& a, int64_t task, float* source) {
   }
 }
 
-inline void resize_run(const ResizeArgs& a, int64_t task, char* scratch) {
+inline void resize_run(const ResizeArgs& a, const Plan&, int64_t task, char* scratch) {
   float* source = reinterpret_cast<float*>(scratch);
-  if (a.images.dtype == DType::f32)
+  if (a.images.dtype == DType::float32)
     resize_band<float>(a, task, source);
   else
-    resize_band<uint16_t>(a, task, source);
+    resize_band<Bf16>(a, task, source);
 }
 
 // --- gradients -------------------------------------------------------------------------------------------------------
@@ -189,7 +188,7 @@ inline void resize_plane_back(const Images& a, const Rows& out, const PlaneGradS
   }
   fold_border(s.plane, a.rows.in, s.pitch);
   // The columns of VL rows at a time, the rows as lanes.
-  const Rows plane{s.plane + kBorder * s.pitch, DType::f32, a.rows.in, 0, s.pitch};
+  const Rows plane{s.plane + kBorder * s.pitch, DType::float32, a.rows.in, 0, s.pitch};
   for (int64_t m = 0; m < a.rows.in; m += VL) {
     const int64_t count = smaller(a.rows.in - m, VL);
     load_transposed(plane, m, count, 0, s.width, s.before, VL);
@@ -197,7 +196,7 @@ inline void resize_plane_back(const Images& a, const Rows& out, const PlaneGradS
     for (int64_t x = 0; x < s.width; x++) {
       const Vec g = load(s.before + x * VL);
       float* to = s.after + a.columns.first[x] * VL;
-      CROSSVIT_UNROLL
+#pragma GCC unroll 16
       for (int t = 0; t < 4; t++) store(to + t * VL, load(to + t * VL) + g * a.columns.weight[t][x]);
     }
     fold_border(s.after, a.columns.in, VL);
@@ -209,9 +208,11 @@ inline void resize_plane_back(const Images& a, const Rows& out, const PlaneGradS
   }
 }
 
-inline int64_t resize_grad_tasks(ResizeGradArgs& a, int64_t) { return a.batch * a.images.channels; }
-inline int64_t resize_grad_scratch(const ResizeGradArgs& a) { return PlaneGradScratch(a.images, true, nullptr).bytes; }
-inline void resize_grad_run(const ResizeGradArgs& a, int64_t task, char* scratch) {
+inline Plan resize_grad_plan(const ResizeGradArgs& a, int64_t) { return {a.batch * a.images.channels}; }
+inline int64_t resize_grad_scratch(const ResizeGradArgs& a, const Plan&) {
+  return PlaneGradScratch(a.images, true, nullptr).bytes;
+}
+inline void resize_grad_run(const ResizeGradArgs& a, const Plan&, int64_t task, char* scratch) {
   const PlaneGradScratch s(a.images, true, scratch);
   const Rows grad{const_cast<void*>(a.grad), a.images.dtype, 1, s.width, 0};
   resize_plane_back(a.images, plane_rows(a.images, task / a.images.channels, task % a.images.channels), s,

@@ -26,19 +26,19 @@ inline void load_transposed_as(const Rows& rows, int64_t m, int64_t count, int64
       // So many rows at once are more streams than the hardware follows.
       for (int64_t r = 0; r < here; r++) __builtin_prefetch(from[r] + i + kPrefetchBlocks * VL);
       if (here == VL && n == VL) {
-  CROSSVIT_UNROLL
+#pragma GCC unroll 16
         for (int r = 0; r < VL; r++) block[r] = load(from[r] + i);
       } else {
-        CROSSVIT_UNROLL
+#pragma GCC unroll 16
         for (int r = 0; r < VL; r++) block[r] = r < here ? load_n(from[r] + i, static_cast<int>(n)) : Vec{};
       }
       transpose(block);
       if (n == VL) {
-        CROSSVIT_UNROLL
+#pragma GCC unroll 16
         for (int j = 0; j < VL; j++) store(to + (i + j) * lanes + r0, block[j]);
       } else {
         float corner[VL * VL];
-        CROSSVIT_UNROLL
+#pragma GCC unroll 16
         for (int j = 0; j < VL; j++) store(corner + j * VL, block[j]);
         for (int64_t j = 0; j < n; j++) store(to + (i + j) * lanes + r0, load(corner + j * VL));
       }
@@ -47,24 +47,24 @@ inline void load_transposed_as(const Rows& rows, int64_t m, int64_t count, int64
 }
 inline void load_transposed(const Rows& rows, int64_t m, int64_t count, int64_t k, int64_t depth, float* to,
                             int64_t lanes) {
-  if (rows.dtype == DType::f32)
+  if (rows.dtype == DType::float32)
     load_transposed_as<float>(rows, m, count, k, depth, to, lanes);
   else
-    load_transposed_as<uint16_t>(rows, m, count, k, depth, to, lanes);
+    load_transposed_as<Bf16>(rows, m, count, k, depth, to, lanes);
 }
 
 // Hands every row of c (columns x lanes, at most VL columns) to use(row, values of the columns).
 template <int NV, class Use>
 CROSSVIT_INLINE void for_each_row(const float* c, int64_t ldc, int64_t count, Use use) {
-  CROSSVIT_UNROLL
+#pragma GCC unroll 16
   for (int v = 0; v < NV; v++) {
     if (v * VL >= count) break;
     Vec block[VL];
-    CROSSVIT_UNROLL
+#pragma GCC unroll 16
     for (int e = 0; e < VL; e++) block[e] = load(c + e * ldc + v * VL);
     transpose(block);
     float row[VL * VL];
-    CROSSVIT_UNROLL
+#pragma GCC unroll 16
     for (int r = 0; r < VL; r++) store(row + r * VL, block[r]);
     const int64_t here = smaller(count - v * VL, VL);
     for (int64_t r = 0; r < here; r++) use(v * VL + r, load(row + r * VL));
@@ -73,19 +73,19 @@ CROSSVIT_INLINE void for_each_row(const float* c, int64_t ldc, int64_t count, Us
 
 // n values from a column of a row on, as floats and back.
 CROSSVIT_INLINE Vec load_as(DType dtype, const char* row, int64_t column, int n) {
-  if (dtype == DType::f32) {
+  if (dtype == DType::float32) {
     const float* f = reinterpret_cast<const float*>(row) + column;
     return n == VL ? load(f) : load_n(f, n);
   }
-  const uint16_t* h = reinterpret_cast<const uint16_t*>(row) + column;
+  const Bf16* h = reinterpret_cast<const Bf16*>(row) + column;
   return n == VL ? load(h) : load_n(h, n);
 }
 CROSSVIT_INLINE void store_as(DType dtype, char* row, int64_t column, Vec v, int n) {
-  if (dtype == DType::f32) {
+  if (dtype == DType::float32) {
     float* f = reinterpret_cast<float*>(row) + column;
     n == VL ? store(f, v) : store_n(f, v, n);
   } else {
-    uint16_t* h = reinterpret_cast<uint16_t*>(row) + column;
+    Bf16* h = reinterpret_cast<Bf16*>(row) + column;
     n == VL ? store(h, v) : store_n(h, v, n);
   }
 }
@@ -109,14 +109,14 @@ CROSSVIT_INLINE void store_pairs(const float* c, int64_t ldc, int64_t count, con
                                  int64_t column) {
   for (int64_t v = 0; v * VL < count; v++) {
     Vec both[VL / 2];
-    CROSSVIT_UNROLL
+#pragma GCC unroll 16
     for (int e = 0; e < VL / 2; e++) {
       const float* at = c + 2 * e * ldc + v * VL;
       both[e] = pair(CROSSVIT_ISA::load(at) + bias[2 * e], CROSSVIT_ISA::load(at + ldc) + bias[2 * e + 1]);
     }
     transpose_halves(both);
     float rows[VL / 2 * VL];
-    CROSSVIT_UNROLL
+#pragma GCC unroll 16
     for (int r = 0; r < VL / 2; r++) CROSSVIT_ISA::store(rows + r * VL, both[r]);
     const int64_t here = smaller(count - v * VL, VL);
     for (int64_t r = 0; r < here; r++)
@@ -125,7 +125,7 @@ CROSSVIT_INLINE void store_pairs(const float* c, int64_t ldc, int64_t count, con
 }
 
 CROSSVIT_INLINE float element(const Vector& v, int64_t i) {
-  return v.dtype == DType::f32 ? static_cast<const float*>(v.data)[i] : widen(static_cast<const uint16_t*>(v.data)[i]);
+  return v.dtype == DType::float32 ? static_cast<const float*>(v.data)[i] : widen(static_cast<const Bf16*>(v.data)[i]);
 }
 // A parameter vector as floats, zero-padded to whole vectors; absent: filled with the given value.
 inline void load_vector(const Vector& v, int64_t first, int64_t count, float absent, float* to) {

@@ -6,9 +6,6 @@ namespace crossvit {
 
 namespace {
 
-// qkv with its last dimension contiguous; batch and token strides are free.
-Tensor dense_rows(const Tensor& qkv) { return qkv.stride(2) == 1 || qkv.size(2) <= 1 ? qkv : qkv.contiguous(); }
-
 template <class Args>
 Args head_shape(const Tensor& qkv, int64_t num_heads) {
   Args args{};
@@ -30,7 +27,7 @@ namespace unchecked {
 std::tuple<Tensor, Tensor> self_attention(const Tensor& qkv, int64_t num_heads, bool save) {
   const Tensor dense = dense_rows(qkv);
   auto args = head_shape<AttentionArgs>(dense, num_heads);
-  const Tensor out = empty_like_dtype({args.batch, args.tokens, num_heads * args.width}, qkv.scalar_type());
+  const Tensor out = empty({args.batch, args.tokens, num_heads * args.width}, qkv.scalar_type());
   const Tensor lse = empty_f32({save ? args.batch : 0, num_heads, args.tokens});
   args.out = out.data_ptr();
   args.lse = float_data(lse);
@@ -50,7 +47,7 @@ Tensor self_attention_backward(const Tensor& grad_out, const Tensor& qkv, const 
   arguments::self_attention_backward(kTaken, grad_out, qkv, out, lse, num_heads);
   const Tensor dense = dense_rows(qkv), grad = grad_out.contiguous(), result = out.contiguous();
   auto args = head_shape<AttentionGradArgs>(dense, num_heads);
-  const Tensor grad_qkv = empty_like_dtype(qkv.sizes(), qkv.scalar_type());
+  const Tensor grad_qkv = empty(qkv.sizes(), qkv.scalar_type());
   args.out = result.const_data_ptr();
   args.grad_out = grad.const_data_ptr();
   args.grad_qkv = grad_qkv.data_ptr();

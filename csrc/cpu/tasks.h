@@ -27,21 +27,22 @@ struct PanelSplit {
 
 // A product's result as tasks: by panels of its rows and, where what is left of these does not divide over the threads, by its
 // columns, as long as a piece is worth preparing its panel again.
-inline int64_t choose_pieces(int64_t rows, int64_t columns, int64_t threads, Pieces& pieces) {
+inline ProductPlan plan_product(int64_t rows, int64_t columns, int64_t threads) {
   const PanelSplit split(rows, threads, true);
-  const int64_t rest = split.panels - split.full;
-  pieces.threads = threads;
-  pieces.of_columns = split.by_columns ? larger(1, smaller(threads, columns / (4 * VL))) : 1;
-  return split.full + rest * pieces.of_columns;
+  ProductPlan plan;
+  plan.threads = threads;
+  plan.of_columns = split.by_columns ? larger(1, smaller(threads, columns / (4 * VL))) : 1;
+  plan.tasks = split.full + (split.panels - split.full) * plan.of_columns;
+  return plan;
 }
 
 // One of them: rows [m, m + count), which are so many vectors of lanes, and columns [begin, end).
 struct PanelPiece {
   int64_t m, count, begin, end;
   int vectors;
-  PanelPiece(int64_t rows, int64_t columns, const Pieces& pieces, int64_t task) {
-    const PanelSplit split(rows, pieces.threads, true);
-    const int64_t cut = task < split.full ? 1 : pieces.of_columns, blocks = ceil_div(columns, VL);
+  PanelPiece(int64_t rows, int64_t columns, const ProductPlan& plan, int64_t task) {
+    const PanelSplit split(rows, plan.threads, true);
+    const int64_t cut = task < split.full ? 1 : plan.of_columns, blocks = ceil_div(columns, VL);
     const int64_t panel = task < split.full ? task : split.full + (task - split.full) / cut;
     const int64_t piece = task < split.full ? 0 : (task - split.full) % cut;
     m = split.first(panel);

@@ -9,25 +9,29 @@ namespace crossvit::CROSSVIT_ISA {
 struct WeightGradScratch {
   float *c, *bias;
   int64_t strip_floats, bytes;  // of c, which holds [strip][out][column]
-  WeightGradScratch(const WeightGradArgs& a, char* base) {
+  WeightGradScratch(const WeightGradPlan& plan, char* base) {
     Arena arena{base};
-    strip_floats = round_up(a.out_chunk, VL) * kStrip;
-    c = arena.floats(ceil_div(a.in_chunk, kStrip) * strip_floats);
-    bias = arena.floats(larger(a.out_chunk, round_up(a.in_chunk, kStrip)));
+    strip_floats = round_up(plan.out_chunk, VL) * kStrip;
+    c = arena.floats(ceil_div(plan.in_chunk, kStrip) * strip_floats);
+    bias = arena.floats(larger(plan.out_chunk, round_up(plan.in_chunk, kStrip)));
     bytes = arena.used;
   }
 };
 
-inline int64_t weight_grad_tasks(WeightGradArgs& a, int64_t threads) {
+inline WeightGradPlan weight_grad_plan(const WeightGradArgs& a, int64_t threads) {
   constexpr int64_t most_in = 8 * kStrip, most_out = 96;
   const int64_t in_chunks = ceil_div(a.in, most_in);
-  a.in_chunk = round_up(ceil_div(a.in, in_chunks), kStrip);
+  WeightGradPlan plan;
+  plan.in_chunk = round_up(ceil_div(a.in, in_chunks), kStrip);
   int64_t out_chunks = larger(ceil_div(a.out, most_out), ceil_div(4 * threads, in_chunks));
   out_chunks = smaller(out_chunks, ceil_div(a.out, 2 * kBlock));
-  a.out_chunk = round_up(ceil_div(a.out, out_chunks), kBlock);
-  return ceil_div(a.out, a.out_chunk) * ceil_div(a.in, a.in_chunk);
+  plan.out_chunk = round_up(ceil_div(a.out, out_chunks), kBlock);
+  plan.tasks = ceil_div(a.out, plan.out_chunk) * ceil_div(a.in, plan.in_chunk);
+  return plan;
 }
-inline int64_t weight_grad_scratch(const WeightGradArgs& a) { return WeightGradScratch(a, nullptr).bytes; }
+inline int64_t weight_grad_scratch(const WeightGradArgs&, const WeightGradPlan& plan) {
+  return WeightGradScratch(plan, nullptr).bytes;
+}
 
 // to[e] += sum over the rows of a block of left.
 inline void add_left_rows(const char* left, const OperandShape& shape, int64_t block, int64_t e0, int64_t out,
@@ -37,7 +41,7 @@ inline void add_left_rows(const char* left, const OperandShape& shape, int64_t b
     const char* from = left + shape.left(block * shape.block_rows, e0 + e);
     Vec total{};
     for (int64_t r = 0; r < rows; r += VL)
-      total += shape.pairs() ? load(reinterpret_cast<const uint16_t*>(from) + r)
+      total += shape.pairs() ? load(reinterpret_cast<const Bf16*>(from) + r)
                              : load(reinterpret_cast<const float*>(from) + r);
     to[e] += sum(total);
   }
@@ -66,17 +70,17 @@ inline void add_right_rows(const char* right, const OperandShape& shape, int64_t
 // c[e][column] (+)= left right over one block of rows, for kBlock rows of left and one strip of right.
 template <int NV>
 inline void weight_grad_tile(const char* left, int64_t stride, int64_t count, const float* right, int64_t steps,
-                             __attribute__((unused)) bool pairs, bool first, float* c) {
+                             __attribute__((unused)) bool pairs, bool overwrite, float* c) {
   ScatteredRows row;
   NothingAhead nothing;
   for (int e = 0; e < kBlock; e++) row.row[e] = left + smaller(e, count - 1) * stride;
 #if defined(__AVX512BF16__)
   if (pairs) {
-    if (first) return tile<MultiplyBf16, NV, false>(row, right, kStrip, steps, c, kStrip, nothing);
+    if (overwrite) return tile<MultiplyBf16, NV, false>(row, right, kStrip, steps, c, kStrip, nothing);
     return tile<MultiplyBf16, NV, true>(row, right, kStrip, steps, c, kStrip, nothing);
   }
 #endif
-  if (first) return tile<MultiplyF32, NV, false>(row, right, kStrip, steps, c, kStrip, nothing);
+  if (overwrite) return tile<MultiplyF32, NV, false>(row, right, kStrip, steps, c, kStrip, nothing);
   tile<MultiplyF32, NV, true>(row, right, kStrip, steps, c, kStrip, nothing);
 }
 
@@ -100,12 +104,12 @@ inline void store_weight_grad(const WeightGradArgs& a, const WeightGradScratch& 
   }
 }
 
-inline void weight_grad_run(const WeightGradArgs& a, int64_t task, char* scratch) {
-  const WeightGradScratch s(a, scratch);
+inline void weight_grad_run(const WeightGradArgs& a, const WeightGradPlan& plan, int64_t task, char* scratch) {
+  const WeightGradScratch s(plan, scratch);
   const OperandShape left(a.rows, a.out, a.products), right(a.rows, a.in, a.products);
-  const int64_t in_chunks = ceil_div(a.in, a.in_chunk);
-  const int64_t k0 = task % in_chunks * a.in_chunk, in = smaller(a.in - k0, a.in_chunk);
-  const int64_t e0 = task / in_chunks * a.out_chunk, out = smaller(a.out - e0, a.out_chunk);
+  const int64_t in_chunks = ceil_div(a.in, plan.in_chunk);
+  const int64_t k0 = task % in_chunks * plan.in_chunk, in = smaller(a.in - k0, plan.in_chunk);
+  const int64_t e0 = task / in_chunks * plan.out_chunk, out = smaller(a.out - e0, plan.out_chunk);
   const char *left_data = static_cast<const char*>(a.left), *right_data = static_cast<const char*>(a.right);
   const bool want_bias = a.grad_bias && (a.transposed ? e0 : k0) == 0;
   const int64_t bias_first = a.transposed ? k0 : e0, bias_count = a.transposed ? in : out;
@@ -134,10 +138,10 @@ inline void weight_grad_run(const WeightGradArgs& a, int64_t task, char* scratch
   }
   if (a.grad_weight.data) store_weight_grad(a, s, e0, out, k0, in);
   for (int64_t i = 0; want_bias && i < bias_count; i++) {
-    if (a.grad_bias_dtype == DType::f32)
+    if (a.grad_bias_dtype == DType::float32)
       static_cast<float*>(a.grad_bias)[bias_first + i] = s.bias[i];
     else
-      static_cast<uint16_t*>(a.grad_bias)[bias_first + i] = narrow(s.bias[i]);
+      static_cast<Bf16*>(a.grad_bias)[bias_first + i] = narrow(s.bias[i]);
   }
 }
 

@@ -7,9 +7,8 @@
 #include <vector>
 
 #include "cuda/check.h"
-#include "cuda/cls_gradients.h"
+#include "cuda/cls_cross_attention_backward.h"
 #include "cuda/cls_tensors.h"
-#include "cuda/token_gradient.h"
 
 namespace crossvit::cuda {
 
@@ -26,11 +25,9 @@ CrossAttentionResult cls_cross_attention(const Tensor& cls, const Tensor& patche
   const int64_t batch = patches.size(0), tokens = 1 + patches.size(1), width = patches.size(2);
   const int64_t kept = save ? batch : 0;
   const DenseTokens dense(cls, patches, num_heads);
-  const Parameters norm{norm_weight, norm_bias, q_bias, v_bias};
-  const Weights weights{q_weight, k_weight, v_weight};
-  const Type type = type_of(q_weight);
+  const ProjectionWeights weights(q_weight, k_weight, v_weight);
 
-  ClsQuery query = query_of(dense, norm, 0, 2, weights[0], weights[1], type, weights.aligned(), eps);
+  ClsQuery query = query_of(dense, norm_weight, norm_bias, q_bias, weights, weights.aligned(), eps);
   const Tensor queries = empty_f32({kept, width}, patches);
   const Tensor key_query = empty_f32({batch, num_heads, width}, patches);
   if (save) query.query = queries.mutable_data_ptr<float>();
@@ -63,9 +60,9 @@ CrossAttentionResult cls_cross_attention(const Tensor& cls, const Tensor& patche
   value.heads = static_cast<int>(num_heads);
   value.norm_weight = query.norm_weight;
   value.norm_bias = query.norm_bias;
-  value.v_bias = norm[3];
-  value.v_weight = weights[2];
-  value.type = type;
+  value.v_bias = vector_of(v_bias);
+  value.v_weight = weights.v.const_data_ptr();
+  value.dtype = query.dtype;
   value.tf32 = query.tf32;
   value.aligned = query.aligned;
   value.out = out.mutable_data_ptr();
@@ -75,8 +72,239 @@ CrossAttentionResult cls_cross_attention(const Tensor& cls, const Tensor& patche
 
 namespace {
 
-float* pointer(const Tensor& t) { return t.defined() ? t.mutable_data_ptr<float>() : nullptr; }
+float* floats(const Tensor& t) { return t.defined() ? t.mutable_data_ptr<float>() : nullptr; }
 void* untyped(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
+Target target(const Tensor& t) { return t.defined() ? Target{untyped(t), dtype_of(t)} : Target{}; }
+
+// What the forward saved, contiguous and in float32.
+struct Saved {
+  const float *mean, *rstd, *probs, *context, *query, *key_query;
+};
+
+// The backward, a step of docs/design/cls_cross_attention.md a function. Each leaves what the steps behind it take in tensors of
+// the step's names; one that is not needed is not defined.
+class Backward {
+ public:
+  Backward(const Tensor& grad_out, const Tensor& cls, const Tensor& patches, const Tensor& norm_weight,
+           const OptionalTensor& norm_bias, const ProjectionWeights& weights, const Saved& saved, int64_t num_heads,
+           const ClsCrossAttentionNeeds& needs)
+      : dense_(cls, patches, num_heads),
+        weights_(weights),
+        grad_out_(grad_out.to(weights.q.scalar_type()).contiguous()),
+        saved_(saved),
+        needs_(needs),
+        norm_weight_(vector_of(norm_weight)),
+        norm_bias_(vector_of(norm_bias)),
+        stream_(stream_of(patches)),
+        batch_(patches.size(0)),
+        heads_(num_heads),
+        width_(patches.size(2)),
+        type_(dtype_of(weights.q)),
+        tf32_(allow_tf32()),
+        aligned_(weights.aligned()),
+        normalized_cls_{dense_.tokens.cls,
+                        dense_.tokens.cls_dtype,
+                        dense_.tokens.cls_stride,
+                        saved.mean,
+                        saved.rstd,
+                        static_cast<int>(1 + patches.size(1))} {
+    const auto like = [&](bool needed, at::IntArrayRef shape, at::ScalarType dtype) {
+      return needed ? empty(shape, dtype, patches) : Tensor();
+    };
+    const auto matrix = weights.q.scalar_type();
+    grads_.cls = like(needs.cls, {batch_, width_}, cls.scalar_type());
+    grads_.patches = like(needs.patches, patches.sizes(), patches.scalar_type());
+    grads_.norm_weight = like(needs.norm_weight, {width_}, norm_weight.scalar_type());
+    grads_.norm_bias = like(needs.norm_bias, {width_}, norm_bias ? norm_bias->scalar_type() : at::kFloat);
+    grads_.q_weight = like(needs.q_weight, {width_, width_}, matrix);
+    grads_.q_bias = like(needs.q_bias, {width_}, matrix);
+    grads_.k_weight = like(needs.k_weight, {width_, width_}, matrix);
+    if (needs.k_bias) grads_.k_bias = at::zeros({width_}, weights.k.options());
+    grads_.v_weight = like(needs.v_weight, {width_, width_}, matrix);
+    grads_.v_bias = like(needs.v_bias, {width_}, matrix);
+    // The rows of NormParts: of value_gradient, query_gradient (the weight's alone) and query_input_gradient.
+    blocks_ = (batch_ + 15) / 16;
+    of_heads_ = blocks_ * heads_;
+    weight_rows_ = 2 * of_heads_ + blocks_;
+    bias_rows_ = of_heads_ + blocks_;
+  }
+
+  std::vector<Tensor> run() {
+    const bool to_query_input = needs_.cls || needs_.norm_weight || needs_.norm_bias;
+    const bool to_query = to_query_input || needs_.q_weight || needs_.q_bias || needs_.k_weight;
+    if (to_query || needs_.patches) {
+      if (needs_.norm_weight) weight_parts_ = empty_f32({weight_rows_, width_}, grad_out_);
+      if (needs_.norm_bias) bias_parts_ = empty_f32({bias_rows_, width_}, grad_out_);
+      value_gradient();
+      token_gradient();
+    }
+    if (to_query) query_gradient();
+    if (to_query_input) query_input_gradient();
+    if (needs_.q_weight || needs_.k_weight || needs_.v_weight) projection_gradients();
+    if (to_query_input || needs_.q_bias || needs_.v_bias) finish_gradients();
+    return grads_.in_order();
+  }
+
+ private:
+  // What the arguments of all steps but token_gradient have in common.
+  template <class Args>
+  Args rows_args() const {
+    Args args{};
+    args.norm_weight = norm_weight_;
+    args.dtype = type_;
+    args.batch = batch_;
+    args.width = static_cast<int>(width_);
+    args.heads = static_cast<int>(heads_);
+    return args;
+  }
+  NormParts parts(int64_t weight_row, int64_t bias_row) const {
+    return {weight_parts_.defined() ? floats(weight_parts_) + weight_row * width_ : nullptr,
+            bias_parts_.defined() ? floats(bias_parts_) + bias_row * width_ : nullptr};
+  }
+
+  void value_gradient() {
+    u_grad_context_ = empty({batch_, heads_, 2, width_}, weights_.q.scalar_type(), grad_out_);
+    row_means_ = empty_f32({batch_, heads_, 2}, grad_out_);
+    delta_ = empty_f32({batch_, heads_}, grad_out_);
+    auto args = rows_args<ValueGradient>();
+    args.grad_out = grad_out_.const_data_ptr();
+    args.v_weight = weights_.v.const_data_ptr();
+    args.key_query = saved_.key_query;
+    args.context = saved_.context;
+    args.tf32 = tf32_;
+    args.aligned = aligned_;
+    args.u_grad_context = untyped(u_grad_context_);
+    args.row_means = floats(row_means_);
+    args.delta = floats(delta_);
+    args.parts = parts(0, 0);
+    check(cuda::value_gradient(args, stream_), "value_gradient");
+  }
+
+  void token_gradient() {
+    TokenGradient args{};
+    args.tokens = dense_.tokens;
+    args.plan = plan_token_gradient(dense_.tokens, type_);
+    check_width(args.plan.shared, width_);
+    splits_ = args.plan.splits;
+    args.dtype = type_;
+    args.tf32 = tf32_;
+    args.u_grad_context = untyped(u_grad_context_);
+    args.row_means = floats(row_means_);
+    args.delta = floats(delta_);
+    args.mean = saved_.mean;
+    args.rstd = saved_.rstd;
+    args.probs = saved_.probs;
+    if (needs_.cls) grad_normalized_ = empty_f32({batch_, width_}, grad_out_);
+    args.grad_normalized = floats(grad_normalized_);
+    grad_u_of_splits_ = empty_f32({batch_, splits_, heads_, width_}, grad_out_);
+    rest_ = empty_f32({batch_, splits_, heads_}, grad_out_);
+    args.grad_u = floats(grad_u_of_splits_);
+    args.rest = floats(rest_);
+    // Where there are more heads than a block takes, each set of them adds its part.
+    Tensor earlier;
+    for (args.set = 0; args.set < args.plan.sets; args.set++) {
+      const bool last = args.set + 1 == args.plan.sets;
+      const Tensor out = !needs_.patches || last ? grads_.patches : empty_f32(grads_.patches.sizes(), grad_out_);
+      args.grad_patches = untyped(out);
+      args.earlier = floats(earlier);
+      if (out.defined()) {
+        args.grad_dtype = dtype_of(out);
+        args.grad_aligned = aligned_to_16(out);
+      }
+      check(cuda::token_gradient(args, stream_), "token_gradient");
+      earlier = out;
+    }
+  }
+
+  void query_gradient() {
+    grad_u_ = splits_ > 1 ? empty_f32({batch_, heads_, width_}, grad_out_) : grad_u_of_splits_;
+    grad_query_ = empty_f32({batch_, width_}, grad_out_);
+    auto args = rows_args<QueryGradient>();
+    args.grad_u_of_splits = floats(grad_u_of_splits_);
+    args.rest = floats(rest_);
+    args.key_query = saved_.key_query;
+    args.context = saved_.context;
+    args.splits = splits_;
+    args.k_weight = weights_.k.const_data_ptr();
+    args.tf32 = tf32_;
+    args.aligned = aligned_;
+    args.grad_u = floats(grad_u_);
+    args.grad_query = floats(grad_query_);
+    args.parts = {parts(of_heads_, 0).weight, nullptr};
+    check(cuda::query_gradient(args, stream_), "query_gradient");
+  }
+
+  void query_input_gradient() {
+    grad_query_input_ = empty_f32({batch_, width_}, grad_out_);
+    QueryInputGradient args{};
+    args.grad_query = floats(grad_query_);
+    args.q_weight = weights_.q.const_data_ptr();
+    args.normalized_cls = normalized_cls_;
+    args.dtype = type_;
+    args.tf32 = tf32_;
+    args.aligned = aligned_;
+    args.batch = batch_;
+    args.width = static_cast<int>(width_);
+    args.grad_query_input = floats(grad_query_input_);
+    args.parts = parts(2 * of_heads_, of_heads_);
+    check(cuda::query_input_gradient(args, stream_), "query_input_gradient");
+  }
+
+  void projection_gradients() {
+    auto args = rows_args<ProjectionGradients>();
+    args.grad_out = grad_out_.const_data_ptr();
+    args.context = saved_.context;
+    args.query = saved_.query;
+    args.grad_u = floats(grad_u_);
+    args.grad_query = floats(grad_query_);
+    args.normalized_cls = normalized_cls_;
+    args.norm_bias = norm_bias_;
+    args.tf32 = tf32_;
+    args.grad_q_weight = untyped(grads_.q_weight);
+    args.grad_k_weight = untyped(grads_.k_weight);
+    args.grad_v_weight = untyped(grads_.v_weight);
+    check(cuda::projection_gradients(args, stream_), "projection_gradients");
+  }
+
+  void finish_gradients() {
+    auto args = rows_args<FinishGradients>();
+    args.parts = {floats(weight_parts_), floats(bias_parts_)};
+    args.weight_rows = weight_rows_;
+    args.bias_rows = bias_rows_;
+    args.grad_query = floats(grad_query_);
+    args.probs = saved_.probs;
+    args.rest = floats(rest_);
+    args.key_query = saved_.key_query;
+    args.grad_normalized = floats(grad_normalized_);
+    args.grad_query_input = floats(grad_query_input_);
+    args.grad_out = grad_out_.const_data_ptr();
+    args.splits = splits_;
+    args.normalized_cls = normalized_cls_;
+    args.grad_cls = target(grads_.cls);
+    args.grad_norm_weight = target(grads_.norm_weight);
+    args.grad_norm_bias = target(grads_.norm_bias);
+    args.grad_q_bias = target(grads_.q_bias);
+    args.grad_v_bias = target(grads_.v_bias);
+    check(cuda::finish_gradients(args, stream_), "finish_gradients");
+  }
+
+  const DenseTokens dense_;
+  const ProjectionWeights weights_;
+  const Tensor grad_out_;  // of the weights' dtype
+  const Saved saved_;
+  const ClsCrossAttentionNeeds needs_;
+  const Vector norm_weight_, norm_bias_;
+  const Stream stream_;
+  const int64_t batch_, heads_, width_;
+  const DType type_;
+  const bool tf32_, aligned_;
+  const NormalizedCls normalized_cls_;
+  int64_t blocks_ = 0, of_heads_ = 0, weight_rows_ = 0, bias_rows_ = 0;
+  int splits_ = 1;
+  Tensor u_grad_context_, row_means_, delta_, grad_normalized_, grad_u_of_splits_, rest_, grad_u_, grad_query_;
+  Tensor grad_query_input_, weight_parts_, bias_parts_;
+  ClsCrossAttentionGradients grads_;
+};
 
 }  // namespace
 
@@ -85,197 +313,23 @@ std::vector<Tensor> cls_cross_attention_backward(const Tensor& grad_out, const T
                                                  const Tensor& q_weight, const Tensor& k_weight, const Tensor& v_weight,
                                                  const Tensor& mean, const Tensor& rstd, const Tensor& probs,
                                                  const Tensor& context, const Tensor& query, const Tensor& key_query,
-                                                 int64_t num_heads, Needs needs) {
-  arguments::cls_cross_attention_backward(taken(), grad_out, cls, patches, norm_weight, norm_bias, q_weight, k_weight,
-                                          v_weight, mean, rstd, probs, context, query, key_query, num_heads, needs);
+                                                 int64_t num_heads, NeedsList list) {
+  const auto needs = arguments::cls_cross_attention_backward(taken(), grad_out, cls, patches, norm_weight, norm_bias,
+                                                             q_weight, k_weight, v_weight, mean, rstd, probs, context,
+                                                             query, key_query, num_heads, list);
   const DeviceGuard guard(patches.device());
-  const Stream stream = stream_of(patches);
-  const int64_t batch = patches.size(0), tokens = 1 + patches.size(1), width = patches.size(2);
-  const DenseTokens dense(cls, patches, num_heads);
-  const Parameters norm{norm_weight, norm_bias};
-  const Weights weights{q_weight, k_weight, v_weight};
-  const Type type = type_of(q_weight);
-  const bool tf32 = allow_tf32(), aligned = weights.aligned();
-  const Tensor grad = grad_out.to(q_weight.scalar_type()).contiguous();
   // The saved tensors of other backends are contiguous, too.
-  const float *const means_of = mean.const_data_ptr<float>(), *const rstds_of = rstd.const_data_ptr<float>();
-  const FirstTokens first{dense.tokens.cls, dense.tokens.cls_type,   dense.tokens.cls_stride, means_of,
-                          rstds_of,         static_cast<int>(tokens)};
-
-  // In the order of the schema: cls, patches, norm_weight, norm_bias, then weight and bias of q, k and v.
-  const auto like = [&](int64_t i, at::IntArrayRef shape, at::ScalarType dtype) {
-    return needs.get(i) ? empty(shape, dtype, patches) : Tensor();
-  };
-  const auto matrix = q_weight.scalar_type();
-  std::vector<Tensor> grads{like(0, {batch, width}, cls.scalar_type()),
-                            like(1, {batch, tokens - 1, width}, patches.scalar_type()),
-                            like(2, {width}, norm_weight.scalar_type()),
-                            like(3, {width}, norm_bias ? norm_bias->scalar_type() : at::kFloat),
-                            like(4, {width, width}, matrix),
-                            like(5, {width}, matrix),
-                            like(6, {width, width}, matrix),
-                            needs.get(7) ? at::zeros({width}, k_weight.options()) : Tensor(),
-                            like(8, {width, width}, matrix),
-                            like(9, {width}, matrix)};
-  const bool to_query_input = needs.get(0) || needs.get(2) || needs.get(3);
-  const bool to_query = to_query_input || needs.get(4) || needs.get(5) || needs.get(6);
-
-  Tensor weight_parts, bias_parts, rests, sums, grad_query, grad_normalized, grad_input;
-  const int64_t blocks = (batch + 15) / 16, of_heads = blocks * num_heads;  // rows of the norm's gradients
-  int splits = 1;
-  if (to_query || needs.get(1)) {
-    if (needs.get(2)) weight_parts = empty_f32({2 * of_heads + blocks, width}, patches);
-    if (needs.get(3)) bias_parts = empty_f32({of_heads + blocks, width}, patches);
-    const auto parts = [&](int64_t weight_row, int64_t bias_row) {
-      return NormParts{weight_parts.defined() ? pointer(weight_parts) + weight_row * width : nullptr,
-                       bias_parts.defined() && bias_row >= 0 ? pointer(bias_parts) + bias_row * width : nullptr};
-    };
-    const Tensor pairs = empty({batch, num_heads, 2, width}, matrix, patches);
-    const Tensor means = empty_f32({batch, num_heads, 2}, patches), delta = empty_f32({batch, num_heads}, patches);
-    ValueGradient value{};
-    value.grad_out = grad.const_data_ptr();
-    value.v_weight = weights[2];
-    value.key_query = key_query.const_data_ptr<float>();
-    value.context = context.const_data_ptr<float>();
-    value.norm_weight = norm[0];
-    value.type = type;
-    value.tf32 = tf32;
-    value.aligned = aligned;
-    value.batch = batch;
-    value.width = static_cast<int>(width);
-    value.heads = static_cast<int>(num_heads);
-    value.pairs = pairs.mutable_data_ptr();
-    value.means = pointer(means);
-    value.delta = pointer(delta);
-    value.parts = parts(0, 0);
-    check(value_gradient(value, stream), "value_gradient");
-
-    TokenGradient pass{};
-    pass.tokens = dense.tokens;
-    pass.plan = plan_token_gradient(dense.tokens, type);
-    check_width(pass.plan.shared, width);
-    splits = pass.plan.splits;
-    pass.type = type;
-    pass.tf32 = tf32;
-    pass.pairs = value.pairs;
-    pass.means = value.means;
-    pass.delta = value.delta;
-    pass.mean = means_of;
-    pass.rstd = rstds_of;
-    pass.probs = probs.const_data_ptr<float>();
-    if (needs.get(0)) grad_normalized = empty_f32({batch, width}, patches);
-    pass.grad_normalized = pointer(grad_normalized);
-    sums = empty_f32({batch, splits, num_heads, width}, patches);
-    rests = empty_f32({batch, splits, num_heads}, patches);
-    pass.sums = pointer(sums);
-    pass.rests = pointer(rests);
-    // Of more heads than a block takes, each set adds its part.
-    Tensor earlier;
-    for (pass.set = 0; pass.set < pass.plan.sets; pass.set++) {
-      const bool last = pass.set + 1 == pass.plan.sets;
-      const Tensor out = !needs.get(1) || last ? grads[1] : empty_f32({batch, tokens - 1, width}, patches);
-      pass.grad_patches = untyped(out);
-      pass.earlier = pointer(earlier);
-      if (out.defined()) {
-        pass.grad_type = type_of(out);
-        pass.grad_aligned = aligned_to_16(out);
-      }
-      check(token_gradient(pass, stream), "token_gradient");
-      earlier = out;
-    }
-
-    if (to_query) {
-      const Tensor partial = sums;
-      if (splits > 1) sums = empty_f32({batch, num_heads, width}, patches);
-      grad_query = empty_f32({batch, width}, patches);
-      QueryGradient of_query{};
-      of_query.partial = pointer(partial);
-      of_query.rests = pointer(rests);
-      of_query.key_query = value.key_query;
-      of_query.context = value.context;
-      of_query.splits = splits;
-      of_query.norm_weight = norm[0];
-      of_query.k_weight = weights[1];
-      of_query.type = type;
-      of_query.tf32 = tf32;
-      of_query.aligned = aligned;
-      of_query.batch = batch;
-      of_query.width = value.width;
-      of_query.heads = value.heads;
-      of_query.sums = pointer(sums);
-      of_query.grad_query = pointer(grad_query);
-      of_query.parts = parts(of_heads, -1);
-      check(query_gradient(of_query, stream), "query_gradient");
-    }
-    if (to_query_input) {
-      grad_input = empty_f32({batch, width}, patches);
-      const QueryInputGradient input{
-          pointer(grad_query),          weights[0], first, type, tf32, aligned, batch, value.width, pointer(grad_input),
-          parts(2 * of_heads, of_heads)};
-      check(query_input_gradient(input, stream), "query_input_gradient");
-    }
-  }
-  if (needs.get(4) || needs.get(6) || needs.get(8)) {
-    WeightGradients of_weights{};
-    of_weights.grad_out = grad.const_data_ptr();
-    of_weights.context = context.const_data_ptr<float>();
-    of_weights.query = query.const_data_ptr<float>();
-    of_weights.sums = pointer(sums);
-    of_weights.grad_query = pointer(grad_query);
-    of_weights.first = first;
-    of_weights.norm_weight = norm[0];
-    of_weights.norm_bias = norm[1];
-    of_weights.type = type;
-    of_weights.tf32 = tf32;
-    of_weights.batch = batch;
-    of_weights.width = static_cast<int>(width);
-    of_weights.heads = static_cast<int>(num_heads);
-    of_weights.q_weight = untyped(grads[4]);
-    of_weights.k_weight = untyped(grads[6]);
-    of_weights.v_weight = untyped(grads[8]);
-    check(weight_gradients(of_weights, stream), "weight_gradients");
-  }
-  if (to_query_input || needs.get(5) || needs.get(9)) {
-    FinishGradients finish{};
-    finish.parts = {pointer(weight_parts), pointer(bias_parts)};
-    finish.weight_rows = 2 * of_heads + blocks;
-    finish.bias_rows = of_heads + blocks;
-    finish.grad_query = pointer(grad_query);
-    finish.probs = probs.const_data_ptr<float>();
-    finish.rests = pointer(rests);
-    finish.key_query = key_query.const_data_ptr<float>();
-    finish.grad_normalized = pointer(grad_normalized);
-    finish.grad_input = pointer(grad_input);
-    finish.grad_out = grad.const_data_ptr();
-    finish.type = type;
-    finish.splits = splits;
-    finish.first = first;
-    finish.norm_weight = norm[0];
-    finish.batch = batch;
-    finish.width = static_cast<int>(width);
-    finish.heads = static_cast<int>(num_heads);
-    const auto target = [&](int64_t i, void*& data, Type& of) {
-      if (!grads[i].defined()) return;
-      data = untyped(grads[i]);
-      of = type_of(grads[i]);
-    };
-    target(0, finish.cls, finish.cls_type);
-    target(2, finish.norm_weight_out, finish.norm_weight_type);
-    target(3, finish.norm_bias_out, finish.norm_bias_type);
-    target(5, finish.q_bias, finish.q_bias_type);
-    target(9, finish.v_bias, finish.v_bias_type);
-    check(finish_gradients(finish, stream), "finish_gradients");
-  }
-  std::vector<Tensor> result;
-  for (const Tensor& t : grads)
-    if (t.defined()) result.push_back(t);
-  return result;
+  const auto data = [](const Tensor& t) { return t.const_data_ptr<float>(); };
+  const Saved saved{data(mean), data(rstd), data(probs), data(context), data(query), data(key_query)};
+  Backward backward(grad_out, cls, patches, norm_weight, norm_bias, ProjectionWeights(q_weight, k_weight, v_weight),
+                    saved, num_heads, needs);
+  return backward.run();
 }
 
 }  // namespace crossvit::cuda
 
 TORCH_LIBRARY_FRAGMENT(crossvit_kernels_cuda, m) {
   crossvit::cuda::define(m, crossvit::schema::cls_cross_attention, TORCH_FN(crossvit::cuda::cls_cross_attention));
-  crossvit::cuda::define(m, crossvit::schema::cls_cross_attention_backward,
+  crossvit::cuda::define(m, crossvit::schema::cls_cross_attention_backward.cuda(),
                          TORCH_FN(crossvit::cuda::cls_cross_attention_backward));
 }

@@ -21,11 +21,10 @@ Tensor cls_fusion(const Tensor& cls, const Tensor& patches, const Tensor& proj_n
   const Stream stream = stream_of(patches);
   const int64_t batch = patches.size(0), width = patches.size(2), own_width = cls.size(1), head = width / num_heads;
   const Tensor own = dense_rows(cls);
-  const Parameters vectors{proj_norm_weight, proj_norm_bias, proj_bias,          norm_weight,      norm_bias,  q_bias,
-                           v_bias,           out_bias,       revert_norm_weight, revert_norm_bias, revert_bias};
-  const Weights weights{proj_weight, q_weight, k_weight, v_weight, out_weight, revert_weight};
-  const bool aligned = weights.aligned();
-  const Type type = type_of(q_weight);
+  const ProjectionWeights projections(q_weight, k_weight, v_weight);
+  const Tensor into = proj_weight.contiguous(), output = out_weight.contiguous(), back = revert_weight.contiguous();
+  const bool aligned = projections.aligned() && aligned_to_16(into) && aligned_to_16(output) && aligned_to_16(back);
+  const DType dtype = dtype_of(q_weight);
 
   // The CLS stays in float32 between the steps, whatever the model's dtype.
   const Tensor projected = empty_f32({batch, width}, patches);
@@ -33,16 +32,16 @@ Tensor cls_fusion(const Tensor& cls, const Tensor& patches, const Tensor& proj_n
   const Tensor key_query = empty_f32({batch, num_heads, width}, patches);
   FusionQuery query{};
   query.cls = own.const_data_ptr();
-  query.cls_type = type_of(own);
+  query.cls_dtype = dtype_of(own);
   query.cls_stride = own.stride(0);
   query.own_width = static_cast<int>(own_width);
-  query.norm_weight = vectors[0];
-  query.norm_bias = vectors[1];
-  query.bias = vectors[2];
-  query.weight = weights[0];
+  query.norm_weight = vector_of(proj_norm_weight);
+  query.norm_bias = vector_of(proj_norm_bias);
+  query.bias = vector_of(proj_bias);
+  query.weight = into.const_data_ptr();
   query.aligned = aligned;
   query.projected = projected.mutable_data_ptr<float>();
-  query.query = query_of(dense, vectors, 3, 5, weights[1], weights[2], type, aligned, eps);
+  query.query = query_of(dense, norm_weight, norm_bias, q_bias, projections, aligned, eps);
   query.query.key_query = key_query.mutable_data_ptr<float>();
   check(fusion_query(query, stream), "fusion_query");
 
@@ -56,12 +55,12 @@ Tensor cls_fusion(const Tensor& cls, const Tensor& patches, const Tensor& proj_n
   value.batch = batch;
   value.width = static_cast<int>(width);
   value.heads = static_cast<int>(num_heads);
-  value.norm_weight = vectors[3];
-  value.norm_bias = vectors[4];
-  value.v_bias = vectors[6];
-  value.v_weight = weights[3];
-  value.out_weight = weights[4];
-  value.type = type;
+  value.norm_weight = query.query.norm_weight;
+  value.norm_bias = query.query.norm_bias;
+  value.v_bias = vector_of(v_bias);
+  value.v_weight = projections.v.const_data_ptr();
+  value.out_weight = output.const_data_ptr();
+  value.dtype = dtype;
   value.tf32 = query.query.tf32;
   value.aligned = aligned;
   value.heads_aligned = aligned && head * q_weight.itemsize() % 16 == 0;
@@ -76,12 +75,12 @@ Tensor cls_fusion(const Tensor& cls, const Tensor& patches, const Tensor& proj_n
   revert.width = value.width;
   revert.heads = value.heads;
   revert.own_width = query.own_width;
-  revert.out_bias = vectors[7];
-  revert.norm_weight = vectors[8];
-  revert.norm_bias = vectors[9];
-  revert.bias = vectors[10];
-  revert.weight = weights[5];
-  revert.type = type;
+  revert.out_bias = vector_of(out_bias);
+  revert.norm_weight = vector_of(revert_norm_weight);
+  revert.norm_bias = vector_of(revert_norm_bias);
+  revert.bias = vector_of(revert_bias);
+  revert.weight = back.const_data_ptr();
+  revert.dtype = dtype;
   revert.tf32 = value.tf32;
   revert.aligned = aligned;
   revert.eps = query.query.eps;

@@ -18,11 +18,11 @@ template <class T, bool kTf32>
 struct QueryMemory {
   std::int64_t q, projected, tiles, tile, total;
   __host__ __device__ QueryMemory(int own, int width, int heads, const Tiles& sizes, int own_rows, int buffers) {
-    const int d = width / heads, wide = odd_stride<T>(round_up(width, 16)), narrow = odd_stride<T>(round_up(own, 16));
-    q = kImages * (wide > narrow ? wide : narrow) * sizeof(T);
+    const int d = width / heads, row = odd_stride<T>(round_up(width, 16)), own_row = odd_stride<T>(round_up(own, 16));
+    q = kImages * (row > own_row ? row : own_row) * sizeof(T);
     projected = q + query_parts<T> * kImages * odd_stride<T>(round_up(d, 16)) * sizeof(T);
     tiles = projected + kImages * (round_up(width, 16) + 4) * sizeof(float);
-    const int of_query = HeadQuery<T, kTf32>::tile_elements(width, d, sizes), of_own = own_rows * narrow;
+    const int of_query = HeadQuery<T, kTf32>::tile_elements(width, d, sizes), of_own = own_rows * own_row;
     tile = of_query > of_own ? of_query : of_own;
     total = tiles + buffers * tile * sizeof(T);
   }
@@ -53,8 +53,8 @@ __global__ void __launch_bounds__(kRowThreads, 1)
     }
   };
   const auto normalize = [&] {
-    const std::int64_t bytes = of_head.image * a.cls_stride * (a.cls_type == Type::float32 ? 4 : 2);
-    layer_norm_rows(static_cast<const char*>(a.cls) + bytes, a.cls_type, a.cls_stride, rows, a.own_width, a.query.eps,
+    const std::int64_t bytes = of_head.image * a.cls_stride * (a.cls_dtype == DType::float32 ? 4 : 2);
+    layer_norm_rows(static_cast<const char*>(a.cls) + bytes, a.cls_dtype, a.cls_stride, rows, a.own_width, a.query.eps,
                     Affine{a.norm_weight, a.norm_bias}, y, own_stride, gelu);
   };
   stream_tiles(own_steps + of_head.q_steps + of_head.k_steps, buffers, fill, normalize, [&](int step, int stage) {
@@ -65,14 +65,14 @@ __global__ void __launch_bounds__(kRowThreads, 1)
                           [&](int row, int column, float v) {
                             const int c = first + column;
                             if (c >= width) return;
-                            v += a.bias.data ? load(a.bias.data, a.bias.type, c) : 0;
+                            v += a.bias.data ? load(a.bias.data, a.bias.dtype, c) : 0;
                             projected[row * c_stride + c] = v;
                             if (of_head.head == 0 && row < rows) a.projected[(of_head.image + row) * width + c] = v;
                           });
       return;
     }
     if (step == own_steps) {
-      layer_norm_rows(projected, Type::float32, c_stride, rows, width, a.query.eps,
+      layer_norm_rows(projected, DType::float32, c_stride, rows, width, a.query.eps,
                       Affine{a.query.norm_weight, a.query.norm_bias}, y, of_head.y_stride, [](float x) { return x; });
       __syncthreads();
     }
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) fusion_value_kernel(const Fusi
       rows_by_rows<kTf32>(y, stride, tile, stride, min(padded_d - first, tiles.rows), columns,
                           [&](int row, int column, float value) {
                             const int j = first + column;
-                            if (j < d && a.v_bias.data) value += load(a.v_bias.data, a.v_bias.type, head * d + j);
+                            if (j < d && a.v_bias.data) value += load(a.v_bias.data, a.v_bias.dtype, head * d + j);
                             v[row * v_stride + j] = from_float<T>(j < d ? value : 0);
                           });
     } else {
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
   const auto fill = [&](int, int) { fill_tile(tile, stride, weight, first, here, 0, a.width); };
   const auto fuse = [&] {
     for (int c = threadIdx.x; c < a.width; c += kRowThreads) {
-      const float bias = a.out_bias.data ? load(a.out_bias.data, a.out_bias.type, c) : 0;
+      const float bias = a.out_bias.data ? load(a.out_bias.data, a.out_bias.dtype, c) : 0;
 #pragma unroll 4
       for (int r = 0; r < rows; r++) {
         const float* from = a.heads_out + (image + r) * a.heads * a.width + c;
@@ -160,14 +160,14 @@ __global__ void __launch_bounds__(kRowThreads, 1)
       }
     }
     __syncthreads();
-    layer_norm_rows(fused, Type::float32, f_stride, rows, a.width, a.eps, Affine{a.norm_weight, a.norm_bias}, y, stride,
-                    gelu);
+    layer_norm_rows(fused, DType::float32, f_stride, rows, a.width, a.eps, Affine{a.norm_weight, a.norm_bias}, y,
+                    stride, gelu);
   };
   stream_tiles(1, buffers, fill, fuse, [&](int, int) {
     rows_by_rows<kTf32>(y, stride, tile, stride, round_up(here, 16), columns, [&](int row, int column, float v) {
       const int c = first + column;
       if (row >= rows || c >= a.own_width) return;
-      v += a.bias.data ? load(a.bias.data, a.bias.type, c) : 0;
+      v += a.bias.data ? load(a.bias.data, a.bias.dtype, c) : 0;
       static_cast<T*>(a.out)[(image + row) * a.own_width + c] = from_float<T>(v);
     });
   });
@@ -179,17 +179,17 @@ unsigned blocks_of(std::int64_t batch) { return static_cast<unsigned>((batch + k
 
 Error fusion_query(const FusionQuery& args, Stream stream) {
   const ClsQuery& query = args.query;
-  return with_math(query.type, query.tf32, [&]<class T, bool kTf32>() -> Error {
+  return with_math(query.dtype, query.tf32, [&]<class T, bool kTf32>() -> Error {
     const int d = round_up(query.width / query.heads, 16), columns = round_up(query.width, 16);
-    const std::int64_t wide = odd_stride<T>(columns) * sizeof(T);
-    const std::int64_t narrow = odd_stride<T>(round_up(args.own_width, 16)) * sizeof(T);
+    const std::int64_t row = odd_stride<T>(columns) * sizeof(T);
+    const std::int64_t own_row = odd_stride<T>(round_up(args.own_width, 16)) * sizeof(T);
     const auto memory = [&](const Tiles& tiles, int own_rows, int buffers) {
       return QueryMemory<T, kTf32>(args.own_width, query.width, query.heads, tiles, own_rows, buffers);
     };
     for (int buffers = 2; buffers > 0; buffers--) {
       const std::int64_t room = (kSharedMemory - memory(Tiles{0, 0}, 0, 0).tiles) / buffers;
-      const Tiles tiles{tile_size(d, wide, room), tile_size(columns, d * sizeof(T), room - 16 * d)};
-      const int own_rows = tile_size(std::min(columns, 64), narrow, room);
+      const Tiles tiles{tile_size(d, row, room), tile_size(columns, d * sizeof(T), room - 16 * d)};
+      const int own_rows = tile_size(std::min(columns, 64), own_row, room);
       const std::int64_t shared = memory(tiles, own_rows, buffers).total;
       if (shared > kSharedMemory && buffers > 1) continue;
       return launch(fusion_query_kernel<T, kTf32>, dim3(blocks_of(query.batch) * query.heads), kRowThreads, shared,
@@ -200,7 +200,7 @@ Error fusion_query(const FusionQuery& args, Stream stream) {
 }
 
 Error fusion_value(const FusionValue& args, Stream stream) {
-  return with_math(args.type, args.tf32, [&]<class T, bool kTf32>() {
+  return with_math(args.dtype, args.tf32, [&]<class T, bool kTf32>() {
     const int d = round_up(args.width / args.heads, 16), columns = round_up(args.width, 16);
     const std::int64_t row = odd_stride<T>(columns) * sizeof(T), v_row = odd_stride<T>(d) * sizeof(T);
     const std::int64_t fixed = kImages * (row + v_row) + kShares * sizeof(float), room = (kSharedMemory - fixed) / 2;
@@ -212,7 +212,7 @@ Error fusion_value(const FusionValue& args, Stream stream) {
 }
 
 Error fusion_revert(const FusionRevert& args, Stream stream) {
-  return with_math(args.type, args.tf32, [&]<class T, bool kTf32>() {
+  return with_math(args.dtype, args.tf32, [&]<class T, bool kTf32>() {
     const int columns = round_up(args.width, 16);
     const std::int64_t row = odd_stride<T>(columns) * sizeof(T);
     const std::int64_t fixed = kImages * ((columns + 4) * sizeof(float) + row);

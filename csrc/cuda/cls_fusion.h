@@ -9,7 +9,7 @@ namespace crossvit::cuda {
 // and float32.
 struct FusionQuery {
   const void* cls;  // (batch, own_width), rows cls_stride apart
-  Type cls_type;
+  DType cls_dtype;
   std::int64_t cls_stride;
   int own_width;
   Vector norm_weight, norm_bias, bias;
@@ -20,14 +20,14 @@ struct FusionQuery {
 };
 Error fusion_query(const FusionQuery& args, Stream stream);
 
-// Of every head W_o[:, h] (W_v,h (gamma z_h + beta) + b_v,h), to be added up: (batch, heads, width).
+// Every head's share of the output, W_o[:, h] (W_v,h (gamma z_h + beta) + b_v,h), is to be added up: (batch, heads, width).
 struct FusionValue {
   SplitContexts contexts;
   std::int64_t batch;
   int width, heads;
   Vector norm_weight, norm_bias, v_bias;
   const void *v_weight, *out_weight;
-  Type type;
+  DType dtype;
   bool tf32, aligned, heads_aligned;  // heads_aligned: so are a head's columns of W_o
   float* out;
 };
@@ -40,10 +40,10 @@ struct FusionRevert {
   int width, heads, own_width;
   Vector out_bias, norm_weight, norm_bias, bias;
   const void* weight;
-  Type type;
+  DType dtype;
   bool tf32, aligned;
   float eps;
-  void* out;  // (batch, own_width), of `type`
+  void* out;  // (batch, own_width), of `dtype`
 };
 Error fusion_revert(const FusionRevert& args, Stream stream);
 

@@ -110,17 +110,17 @@ __device__ __forceinline__ void rows_by_columns(const T* a, int a_stride, int pa
   }
 }
 
-// Elements first, first + 32, ... of a row of `type`, zero from `width` on. The type is asked for once, so that all loads
+// Elements first, first + 32, ... of a row of `dtype`, zero from `width` on. The type is asked for once, so that all loads
 // are on their way together.
 template <int kSize>
-__device__ __forceinline__ void read_row(float (&x)[kSize], const void* row, Type type, int first, int width) {
+__device__ __forceinline__ void read_row(float (&x)[kSize], const void* row, DType dtype, int first, int width) {
   const auto read = [&](const auto* from) {
 #pragma unroll
     for (int j = 0; j < kSize; j++) x[j] = first + 32 * j < width ? to_float(from[first + 32 * j]) : 0;
   };
-  if (type == Type::float32) {
+  if (dtype == DType::float32) {
     read(static_cast<const float*>(row));
-  } else if (type == Type::float16) {
+  } else if (dtype == DType::float16) {
     read(static_cast<const __half*>(row));
   } else {
     read(static_cast<const __nv_bfloat16*>(row));
@@ -129,7 +129,7 @@ __device__ __forceinline__ void read_row(float (&x)[kSize], const void* row, Typ
 
 // f(column, x^) for this lane's share of a row in memory, x^ = (x - mean) rstd by two passes over x - x[0]; by a whole warp.
 template <class F>
-__device__ __forceinline__ void layer_norm_row(const void* from, Type type, int width, float eps, F&& f) {
+__device__ __forceinline__ void layer_norm_row(const void* from, DType dtype, int width, float eps, F&& f) {
   constexpr int kHeld = 24;  // that a lane keeps in registers for the statistics; of wider rows the rest is read again
   const int lane = threadIdx.x % 32;
   const auto sum_lanes = [](float value) {
@@ -137,13 +137,13 @@ __device__ __forceinline__ void layer_norm_row(const void* from, Type type, int 
     for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(~0u, value, distance);
     return value;
   };
-  const float first = load(from, type, 0);
+  const float origin = load(from, dtype, 0);
   float x[kHeld];
   float sum = 0, squares = 0;
-  read_row(x, from, type, lane, width);
+  read_row(x, from, dtype, lane, width);
 #pragma unroll
-  for (int j = 0; j < kHeld; j++) sum += lane + 32 * j < width ? x[j] -= first : 0;
-  for (int c = lane + 32 * kHeld; c < width; c += 32) sum += load(from, type, c) - first;
+  for (int j = 0; j < kHeld; j++) sum += lane + 32 * j < width ? x[j] -= origin : 0;
+  for (int c = lane + 32 * kHeld; c < width; c += 32) sum += load(from, dtype, c) - origin;
   const float shift = sum_lanes(sum) / width;
 #pragma unroll
   for (int j = 0; j < kHeld; j++) {
@@ -151,7 +151,7 @@ __device__ __forceinline__ void layer_norm_row(const void* from, Type type, int 
     squares += lane + 32 * j < width ? x[j] * x[j] : 0;
   }
   for (int c = lane + 32 * kHeld; c < width; c += 32) {
-    const float rest = (load(from, type, c) - first) - shift;
+    const float rest = (load(from, dtype, c) - origin) - shift;
     squares = fmaf(rest, rest, squares);
   }
   const float rstd = rsqrtf(sum_lanes(squares) / width + eps);
@@ -160,10 +160,10 @@ __device__ __forceinline__ void layer_norm_row(const void* from, Type type, int 
 #pragma unroll 1
   for (int c = lane; c < width; c += 32 * kAtOnce) {
     float again[kAtOnce];
-    read_row(again, from, type, c, width);
+    read_row(again, from, dtype, c, width);
 #pragma unroll
     for (int j = 0; j < kAtOnce; j++)
-      if (c + 32 * j < width) f(c + 32 * j, ((again[j] - first) - shift) * rstd);
+      if (c + 32 * j < width) f(c + 32 * j, ((again[j] - origin) - shift) * rstd);
   }
 }
 
@@ -171,15 +171,15 @@ __device__ __forceinline__ void layer_norm_row(const void* from, Type type, int 
 struct Affine {
   Vector weight, bias;
   __device__ __forceinline__ float operator()(float x, int c) const {
-    if (weight.data) x *= load(weight.data, weight.type, c);
-    return bias.data ? x + load(bias.data, bias.type, c) : x;
+    if (weight.data) x *= load(weight.data, weight.dtype, c);
+    return bias.data ? x + load(bias.data, bias.dtype, c) : x;
   }
 };
 
-// act(gamma x^ + beta) of 16 rows of `type` in memory, to shared memory, zeros behind and below them; `from` is the first
+// act(gamma x^ + beta) of 16 rows of `dtype` in memory, to shared memory, zeros behind and below them; `from` is the first
 // row, `rows` of them are there.
 template <class T, class Activation>
-__device__ __forceinline__ void layer_norm_rows(const void* from, Type type, std::int64_t row_stride, int rows,
+__device__ __forceinline__ void layer_norm_rows(const void* from, DType dtype, std::int64_t row_stride, int rows,
                                                 int width, float eps, const Affine& affine, T* to, int stride,
                                                 Activation&& activation) {
   const int lane = threadIdx.x % 32;
@@ -191,8 +191,8 @@ __device__ __forceinline__ void layer_norm_rows(const void* from, Type type, std
     }
     for (int c = width + lane; c < round_up(width, 16); c += 32) row[c] = from_float<T>(0);
     const auto keep = [&](int c, float x) { row[c] = from_float<T>(activation(affine(x, c))); };
-    const std::int64_t bytes = r * row_stride * (type == Type::float32 ? 4 : 2);
-    layer_norm_row(static_cast<const char*>(from) + bytes, type, width, eps, keep);
+    const std::int64_t bytes = r * row_stride * (dtype == DType::float32 ? 4 : 2);
+    layer_norm_row(static_cast<const char*>(from) + bytes, dtype, width, eps, keep);
   }
 }
 
@@ -205,9 +205,9 @@ inline int tile_size(int most, std::int64_t bytes_of_one, std::int64_t bytes) {
 
 // f.operator()<T, kTf32>() of the matrix operands' type.
 template <class F>
-auto with_math(Type type, bool tf32, F&& f) {
-  if (type == Type::float16) return f.template operator()<__half, false>();
-  if (type == Type::bfloat16) return f.template operator()<__nv_bfloat16, false>();
+auto with_math(DType dtype, bool tf32, F&& f) {
+  if (dtype == DType::float16) return f.template operator()<__half, false>();
+  if (dtype == DType::bfloat16) return f.template operator()<__nv_bfloat16, false>();
   return tf32 ? f.template operator()<float, true>() : f.template operator()<float, false>();
 }
 

@@ -1,41 +1,17 @@
 // Arguments of cls_cross_attention and cls_fusion as their kernels take them; each owns the copies that it had to make.
 #pragma once
 
-#include <initializer_list>
-#include <vector>
-
 #include "cuda/check.h"
 #include "cuda/cls_cross_attention.h"
 
 namespace crossvit::cuda {
 
-// 1-D parameters, contiguous.
-class Parameters {
- public:
-  Parameters(std::initializer_list<OptionalTensor> tensors) {
-    for (const OptionalTensor& t : tensors) tensors_.push_back(t ? OptionalTensor(t->contiguous()) : t);
-  }
-  Vector operator[](std::size_t i) const { return vector_of(tensors_[i]); }
-
- private:
-  std::vector<OptionalTensor> tensors_;
-};
-
-// Weights of Linears, contiguous.
-class Weights {
- public:
-  Weights(std::initializer_list<Tensor> tensors) {
-    for (const Tensor& t : tensors) tensors_.push_back(t.contiguous());
-  }
-  const void* operator[](std::size_t i) const { return tensors_[i].const_data_ptr(); }
-  bool aligned() const {
-    for (const Tensor& t : tensors_)
-      if (!aligned_to_16(t)) return false;
-    return true;
-  }
-
- private:
-  std::vector<Tensor> tensors_;
+// The weights of the query, the key and the value, contiguous.
+struct ProjectionWeights {
+  Tensor q, k, v;
+  ProjectionWeights(const Tensor& q_weight, const Tensor& k_weight, const Tensor& v_weight)
+      : q(q_weight.contiguous()), k(k_weight.contiguous()), v(v_weight.contiguous()) {}
+  bool aligned() const { return aligned_to_16(q) && aligned_to_16(k) && aligned_to_16(v); }
 };
 
 // [cls || patches] with dense rows.
@@ -47,10 +23,10 @@ struct DenseTokens {
       : cls(dense_rows(cls_)), patches(dense_rows(patches_)) {
     TORCH_CHECK(patches.size(1) < (std::int64_t{1} << 31) - 32, "too many patches");
     tokens.cls = cls.const_data_ptr();
-    tokens.cls_type = type_of(cls);
+    tokens.cls_dtype = dtype_of(cls);
     tokens.cls_stride = cls.stride(0);
     tokens.data = patches.const_data_ptr();
-    tokens.type = type_of(patches);
+    tokens.dtype = dtype_of(patches);
     tokens.batch_stride = patches.stride(0);
     tokens.token_stride = patches.stride(1);
     tokens.aligned = aligned_to_16(patches);
@@ -64,7 +40,7 @@ struct DenseTokens {
   template <class Args>
   void fill(Args& args) const {
     args.cls = tokens.cls;
-    args.cls_type = tokens.cls_type;
+    args.cls_dtype = tokens.cls_dtype;
     args.cls_stride = tokens.cls_stride;
     args.batch = tokens.batch;
     args.width = tokens.width;
@@ -73,16 +49,16 @@ struct DenseTokens {
 };
 
 // The query's arguments, but for where its results go and, of cls_fusion, the CLS tokens.
-inline ClsQuery query_of(const DenseTokens& dense, const Parameters& vectors, std::size_t norm, std::size_t q_bias,
-                         const void* q_weight, const void* k_weight, Type type, bool aligned, double eps) {
+inline ClsQuery query_of(const DenseTokens& dense, const Tensor& norm_weight, const OptionalTensor& norm_bias,
+                         const OptionalTensor& q_bias, const ProjectionWeights& weights, bool aligned, double eps) {
   ClsQuery query{};
   dense.fill(query);
-  query.norm_weight = vectors[norm];
-  query.norm_bias = vectors[norm + 1];
-  query.q_bias = vectors[q_bias];
-  query.q_weight = q_weight;
-  query.k_weight = k_weight;
-  query.type = type;
+  query.norm_weight = vector_of(norm_weight);
+  query.norm_bias = vector_of(norm_bias);
+  query.q_bias = vector_of(q_bias);
+  query.q_weight = weights.q.const_data_ptr();
+  query.k_weight = weights.k.const_data_ptr();
+  query.dtype = dtype_of(weights.q);
   query.tf32 = allow_tf32();
   query.aligned = aligned;
   query.eps = static_cast<float>(eps);
@@ -103,9 +79,9 @@ struct SplitResults {
   SplitResults(const DenseTokens& dense, const ClsQuery& query) {
     const Tokens& tokens = dense.tokens;
     pass.tokens = tokens;
-    pass.plan = plan_token_pass(tokens, query.type);
+    pass.plan = plan_token_pass(tokens, query.dtype);
     check_width(pass.plan.shared, tokens.width);
-    pass.type = query.type;
+    pass.dtype = query.dtype;
     pass.tf32 = query.tf32;
     pass.key_query = query.key_query;
     pass.norm_weight = query.norm_weight;

@@ -23,7 +23,7 @@ __device__ __forceinline__ void load_wide_tile(T* tile, int stride, const Rows& 
 template <class T, int kRows, int kWidth, int kThreads>
 __device__ __forceinline__ void load_tile_as(T* tile, int stride, const Rows& matrix, std::int64_t row,
                                              std::int64_t rows, std::int64_t column, std::int64_t columns) {
-  if (sizeof(T) == 4 || matrix.type != Type::float32) {
+  if (sizeof(T) == 4 || matrix.dtype != DType::float32) {
     load_wide_tile<T, kRows, kWidth, kThreads>(tile, stride, matrix, row, rows, column, columns);
     return;
   }

@@ -31,7 +31,7 @@ Error launch(void (*kernel)(Parameters...), dim3 grid, int threads, std::size_t 
   return describe(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
 
-// Of the current device.
+// The multiprocessors of the current device.
 inline int multiprocessors() {
   int device = 0, count = 1;
   cudaGetDevice(&device);

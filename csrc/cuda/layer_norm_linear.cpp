@@ -7,8 +7,6 @@ namespace crossvit::cuda {
 
 namespace {
 
-float* float_data(const Tensor& t) { return t.numel() ? t.mutable_data_ptr<float>() : nullptr; }
-
 Norm norm_of(const Tensor& weight, const OptionalTensor& bias, double eps) {
   return {vector_of(weight), vector_of(bias), static_cast<float>(eps)};
 }
@@ -26,10 +24,10 @@ void layer_norm_linear_forward(const Tensor& x, const Tensor& norm_weight, const
                                const Tensor& pre) {
   const RowTensor in(x), matrix(weight), to(out);
   LayerNormLinearArgs args{};
-  args.type = matrix.type;
-  args.tf32 = matrix.type == Type::float32 && allow_tf32();
-  args.x = in.rows();
-  args.weight = matrix.rows();
+  args.dtype = dtype_of(weight);
+  args.tf32 = dtype_of(weight) == DType::float32 && allow_tf32();
+  args.x = rows_of(in);
+  args.weight = rows_of(matrix);
   args.rows = in.count;
   args.width = width_of(in.width);
   args.features = width_of(matrix.count);
@@ -37,14 +35,14 @@ void layer_norm_linear_forward(const Tensor& x, const Tensor& norm_weight, const
   args.bias = vector_of(bias);
   args.gelu_in = gelu_in;
   args.gelu_out = gelu_out;
-  args.out = to.rows();
-  if (pre.numel()) args.pre = RowTensor(pre).rows();
+  args.out = rows_of(to);
+  if (pre.numel()) args.pre = rows_of(RowTensor(pre));
   args.mean = float_data(mean);
   args.rstd = float_data(rstd);
   Tensor normalized;
   if (layer_norm_linear_in_two(args)) {
     normalized = empty({in.count, in.width}, weight.scalar_type(), x);
-    args.normalized = RowTensor(normalized).rows();
+    args.normalized = rows_of(RowTensor(normalized));
   }
   check(launch_layer_norm_linear(args, stream_of(x)), "layer_norm_linear");
 }
@@ -68,23 +66,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_linear(const Tensor& x, co
 std::vector<Tensor> layer_norm_linear_gradients(const RowTensor& grad, const Tensor& x, const Tensor& norm_weight,
                                                 const OptionalTensor& norm_bias, const Tensor& weight,
                                                 at::ScalarType bias_dtype, const Tensor& mean, const Tensor& rstd,
-                                                bool gelu_in, const bool (&needs)[5], const OptionalTensor& add) {
+                                                bool gelu_in, const LayerNormLinearNeeds& needs,
+                                                const OptionalTensor& add) {
   const RowTensor in(x);
   const Stream stream = stream_of(x);
   std::vector<Tensor> result;
   // What the weight's gradient multiplies is written once, rather than made again by each of its blocks.
   Tensor normalized;
-  if (needs[3]) normalized = empty({in.count, in.width}, weight.scalar_type(), x);
-  if (needs[0] || needs[1] || needs[2]) {
+  if (needs.weight) normalized = empty({in.count, in.width}, weight.scalar_type(), x);
+  if (needs.x || needs.norm_weight || needs.norm_bias) {
     const Tensor grad_normalized = input_gradient(grad, weight, {}, {});
     LayerNormBackwardArgs args{};
-    args.type = type_of(weight);
-    args.grad = RowTensor(grad_normalized).rows();
-    args.x = in.rows();
+    args.dtype = dtype_of(weight);
+    args.grad = rows_of(RowTensor(grad_normalized));
+    args.x = rows_of(in);
     RowTensor added;
     if (add) {
       added = RowTensor(add->to(x.scalar_type()));
-      args.add = added.rows();
+      args.add = rows_of(added);
     }
     args.rows = in.count;
     args.width = width_of(in.width);
@@ -92,61 +91,61 @@ std::vector<Tensor> layer_norm_linear_gradients(const RowTensor& grad, const Ten
     args.rstd = rstd.const_data_ptr<float>();
     args.norm = norm_of(norm_weight, norm_bias, 0);
     args.gelu = gelu_in;
-    if (needs[3]) args.y = RowTensor(normalized).rows();
-    if (needs[0]) {
+    if (needs.weight) args.y = rows_of(RowTensor(normalized));
+    if (needs.x) {
       result.push_back(empty(x.sizes(), x.scalar_type(), x));
-      args.grad_x = RowTensor(result.back()).rows();
+      args.grad_x = rows_of(RowTensor(result.back()));
     }
-    if (needs[1]) {
+    if (needs.norm_weight) {
       result.push_back(empty({in.width}, norm_weight.scalar_type(), x));
       args.grad_weight = result.back().mutable_data_ptr();
-      args.grad_weight_type = type_of(norm_weight);
+      args.grad_weight_dtype = dtype_of(norm_weight);
     }
-    if (needs[2]) {
+    if (needs.norm_bias) {
       result.push_back(empty({in.width}, norm_bias->scalar_type(), x));
       args.grad_bias = result.back().mutable_data_ptr();
-      args.grad_bias_type = type_of(*norm_bias);
+      args.grad_bias_dtype = dtype_of(*norm_bias);
     }
     Tensor partial;
-    if (needs[1] || needs[2]) {
+    if (needs.norm_weight || needs.norm_bias) {
       partial = empty_f32({layer_norm_backward_partial(args.rows, args.width)}, x);
       args.partial = float_data(partial);
     }
     check(layer_norm_backward(args, stream), "layer_norm_linear_backward");
-  } else if (needs[3]) {
+  } else if (needs.weight) {
     LayerNormLinearArgs args{};
-    args.type = type_of(weight);
-    args.x = in.rows();
+    args.dtype = dtype_of(weight);
+    args.x = rows_of(in);
     args.rows = in.count;
     args.width = width_of(in.width);
     args.norm = norm_of(norm_weight, norm_bias, 0);
     args.gelu_in = gelu_in;
     args.mean = float_data(mean);
     args.rstd = float_data(rstd);
-    args.normalized = RowTensor(normalized).rows();
+    args.normalized = rows_of(RowTensor(normalized));
     check(layer_norm_rows(args, /*given=*/true, stream), "layer_norm_linear_backward");
   }
-  weight_gradients(grad, normalized, weight, bias_dtype, needs[3], needs[4], result);
+  parameter_gradients(grad, normalized, weight, bias_dtype, needs.weight, needs.bias, result);
   return result;
 }
 
 std::vector<Tensor> layer_norm_linear_backward(const Tensor& grad_out, const Tensor& x, const Tensor& norm_weight,
                                                const OptionalTensor& norm_bias, const Tensor& weight,
                                                const Tensor& mean, const Tensor& rstd, const Tensor& pre, bool gelu_in,
-                                               bool gelu_out, Needs needs) {
-  arguments::layer_norm_linear_backward(taken(), grad_out, x, norm_weight, norm_bias, weight, mean, rstd, pre, gelu_out,
-                                        needs);
+                                               bool gelu_out, NeedsList list) {
+  const auto needs = arguments::layer_norm_linear_backward(taken(), grad_out, x, norm_weight, norm_bias, weight, mean,
+                                                           rstd, pre, gelu_out, list);
   const DeviceGuard guard(x.device());
   const RowTensor grad =
       product_gradient(grad_out, {}, gelu_out ? OptionalTensor(pre) : OptionalTensor(), weight.scalar_type());
   return layer_norm_linear_gradients(grad, x, norm_weight, norm_bias, weight, weight.scalar_type(), mean, rstd, gelu_in,
-                                     {needs.get(0), needs.get(1), needs.get(2), needs.get(3), needs.get(4)}, {});
+                                     needs, {});
 }
 
 }  // namespace crossvit::cuda
 
 TORCH_LIBRARY_FRAGMENT(crossvit_kernels_cuda, m) {
   crossvit::cuda::define(m, crossvit::schema::layer_norm_linear, TORCH_FN(crossvit::cuda::layer_norm_linear));
-  crossvit::cuda::define(m, crossvit::schema::layer_norm_linear_backward,
+  crossvit::cuda::define(m, crossvit::schema::layer_norm_linear_backward.cuda(),
                          TORCH_FN(crossvit::cuda::layer_norm_linear_backward));
 }

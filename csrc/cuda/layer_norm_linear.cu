@@ -59,7 +59,7 @@ __device__ __forceinline__ void normalize_tile(const LayerNormLinearArgs& p, typ
     const RowStatistics statistics =
         row_statistics<kSize>(p.width, p.norm.eps, in_place ? to_float(row[0]) : from[0], read);
     if (saves && lane == 0 && row0 + r < p.rows) {
-      p.mean[row0 + r] = statistics.first + statistics.shift;
+      p.mean[row0 + r] = statistics.origin + statistics.shift;
       p.rstd[row0 + r] = statistics.rstd;
     }
     for (int column = lane * kSize; column < depth; column += kLanesPerRow * kSize) {
@@ -69,7 +69,7 @@ __device__ __forceinline__ void normalize_tile(const LayerNormLinearArgs& p, typ
 #pragma unroll
       for (int e = 0; e < kSize; e++) {
         if (column + e < p.width) {
-          v[e] = (v[e] - statistics.first - statistics.shift) * statistics.rstd;
+          v[e] = (v[e] - statistics.origin - statistics.shift) * statistics.rstd;
           v[e] = fmaf(v[e], affine[column + e], affine[p.width + column + e]);
           if (p.gelu_in) v[e] = gelu<T>(v[e]);
         } else {
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(F::P::kThreads, sizeof(typename F::T) == 4 ? 3
   const std::int64_t row = static_cast<std::int64_t>(row_tile) * P::kRows;
   const int steps = tiles * steps_per_tile;
 
-  const bool in_place = p.x.type == p.type;
+  const bool in_place = p.x.dtype == p.dtype;
   if (in_place) {
     for (int column = 0; column < p.width; column += F::kDepth)
       load_tile<T, P::kRows, F::kDepth, P::kThreads>(x + column, x_stride, p.x, row, p.rows, column, p.width);
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(F::P::kThreads, sizeof(typename F::T) == 4 ? 3
   int column = tile0 * P::kColumns, k = 0;
   const auto begin = [&]() {
     sum.fill([&](int c) {
-      return p.bias.data && column + c < p.features ? load(p.bias.data, p.bias.type, column + c) : 0.0f;
+      return p.bias.data && column + c < p.features ? load(p.bias.data, p.bias.dtype, column + c) : 0.0f;
     });
   };
   const auto store = [&](const Rows& out) {
@@ -167,7 +167,7 @@ template <class T>
 using Wide = Fused<Product<T, false, 2, 4, 4, 8>, 32, 3>;
 
 struct Plan {
-  enum Kind { few, medium, large, wide, in_two } kind = in_two;
+  enum Kind { few, medium, large, widest, in_two } kind = in_two;
   Share share;
 };
 
@@ -175,7 +175,7 @@ struct Plan {
 // says how much of that a tile's instructions and its reads of shared memory and L2 leave. Where blocks are beside each
 // other, one normalises while another multiplies. Row tiles that do not fill the machine once more share their columns.
 Plan plan_of(const LayerNormLinearArgs& args) {
-  if (args.type == Type::float32 && args.rows > 256) return {};
+  if (args.dtype == DType::float32 && args.rows > 256) return {};
   const std::int64_t processors = multiprocessors(), limit = shared_memory_of_a_block();
   constexpr double kNormalize = 340, kStart = 2.7e6;  // of an element; of a block
   struct Candidate {
@@ -185,13 +185,13 @@ Plan plan_of(const LayerNormLinearArgs& args) {
     std::size_t shared;
   };
   using H = __half;
-  const bool is_float = args.type == Type::float32;
+  const bool is_float = args.dtype == DType::float32;
   const Candidate candidates[] = {
       {Plan::few, 16, 32, 4, 6, 6,
        is_float ? Few<float, false>::shared(args.width) : Few<H, false>::shared(args.width)},
       {Plan::medium, 64, 64, 4, 4, 1.8, Medium<H>::shared(args.width)},
       {Plan::large, 128, 128, 4, 2, 1.1, Large<H>::shared(args.width)},
-      {Plan::wide, 128, 256, 8, 1, 1.0, Wide<H>::shared(args.width)},
+      {Plan::widest, 128, 256, 8, 1, 1.0, Wide<H>::shared(args.width)},
   };
   const double width = args.width;
   Plan best;
@@ -252,14 +252,14 @@ bool layer_norm_linear_in_two(const LayerNormLinearArgs& args) { return plan_of(
 Error launch_layer_norm_linear(const LayerNormLinearArgs& args, Stream stream) {
   if (!args.normalized.data) {
     const Plan plan = plan_of(args);
-    if (args.type == Type::float16) return launch16<__half>(args, plan, stream);
-    if (args.type == Type::bfloat16) return launch16<__nv_bfloat16>(args, plan, stream);
+    if (args.dtype == DType::float16) return launch16<__half>(args, plan, stream);
+    if (args.dtype == DType::bfloat16) return launch16<__nv_bfloat16>(args, plan, stream);
     return args.tf32 ? launch_fused<Few<float, true>>(args, plan, stream)
                      : launch_fused<Few<float, false>>(args, plan, stream);
   }
   if (const Error error = layer_norm_rows(args, false, stream)) return error;
   LinearArgs product{};
-  product.type = args.type;
+  product.dtype = args.dtype;
   product.tf32 = args.tf32;
   product.x = args.normalized;
   product.weight = args.weight;

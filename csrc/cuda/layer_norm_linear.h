@@ -14,10 +14,10 @@ struct Norm {
   float eps;
 };
 
-// out (rows, features) = act(Linear(pre_act(LayerNorm(x)))), x (rows, width) of `type` or float32, weight
-// (features, width), out and pre of `type`.
+// out (rows, features) = act(Linear(pre_act(LayerNorm(x)))), x (rows, width) of `dtype` or float32, weight
+// (features, width), out and pre of `dtype`.
 struct LayerNormLinearArgs {
-  Type type;
+  DType dtype;
   bool tf32;  // float32 products by TF32 matrix instructions
   Rows x, weight;
   std::int64_t rows;
@@ -28,7 +28,7 @@ struct LayerNormLinearArgs {
   Rows out;
   Rows pre;            // what goes into gelu_out; null unless it is to be saved
   float *mean, *rstd;  // (rows,); null unless they are to be saved
-  Rows normalized;     // (rows, width) of `type`, if layer_norm_linear_in_two(); else null
+  Rows normalized;     // (rows, width) of `dtype`, if layer_norm_linear_in_two(); else null
 };
 // Whether the normalised rows go through memory, which needs args.normalized.
 bool layer_norm_linear_in_two(const LayerNormLinearArgs& args);
@@ -38,10 +38,10 @@ Error launch_layer_norm_linear(const LayerNormLinearArgs& args, Stream stream);
 // stored there if wanted.
 Error layer_norm_rows(const LayerNormLinearArgs& args, bool given, Stream stream);
 
-// From grad (rows, width) of `type`, the gradient of act(LayerNorm(x)): that of x, plus `add`, both of x's type, and the
+// From grad (rows, width) of `dtype`, the gradient of act(LayerNorm(x)): that of x, plus `add`, both of x's type, and the
 // sums for LayerNorm's weight and bias. What is not wanted is null.
 struct LayerNormBackwardArgs {
-  Type type;
+  DType dtype;
   Rows grad, x, add;
   std::int64_t rows;
   int width;
@@ -49,9 +49,9 @@ struct LayerNormBackwardArgs {
   Norm norm;
   bool gelu;
   Rows grad_x;
-  Rows y;  // becomes act(LayerNorm(x)), of `type`
+  Rows y;  // becomes act(LayerNorm(x)), of `dtype`
   void *grad_weight, *grad_bias;
-  Type grad_weight_type, grad_bias_type;
+  DType grad_weight_dtype, grad_bias_dtype;
   float* partial;  // of layer_norm_backward_partial() floats, where a sum is wanted
 };
 std::int64_t layer_norm_backward_partial(std::int64_t rows, int width);

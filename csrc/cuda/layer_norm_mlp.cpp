@@ -26,29 +26,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_mlp(const Tensor& x, const
 std::vector<Tensor> layer_norm_mlp_backward(const Tensor& grad_out, const Tensor& x, const Tensor& norm_weight,
                                             const OptionalTensor& norm_bias, const Tensor& w1, const Tensor& w2,
                                             const OptionalTensor& b2, const OptionalTensor& scale, bool per_sample,
-                                            const Tensor& mean, const Tensor& rstd, const Tensor& pre, Needs needs) {
-  arguments::layer_norm_mlp_backward(taken(), grad_out, x, norm_weight, norm_bias, w1, w2, b2, scale, per_sample, mean,
-                                     rstd, pre, needs);
+                                            const Tensor& mean, const Tensor& rstd, const Tensor& pre, NeedsList list) {
+  const auto needs = arguments::layer_norm_mlp_backward(taken(), grad_out, x, norm_weight, norm_bias, w1, w2, b2, scale,
+                                                        per_sample, mean, rstd, pre, list);
   const DeviceGuard guard(x.device());
   const ScaleTensor factor(scale, per_sample, x);
   const auto dtype = w2.scalar_type();
-  const bool first[5] = {needs.get(0), needs.get(1), needs.get(2), needs.get(3), needs.get(4)};
-  const bool below = first[0] || first[1] || first[2] || first[3] || first[4];
-  const bool hidden_wanted = needs.get(5) || needs.get(7);
+  const LayerNormLinearNeeds below{needs.x, needs.norm_weight, needs.norm_bias, needs.w1, needs.b1};
+  const bool hidden_wanted = needs.w2 || needs.scale;
   const RowTensor grad = product_gradient(grad_out, factor.scale, {}, dtype);
   std::vector<Tensor> result;
   Tensor hidden;
-  if (below) {
+  if (below.any()) {
     // The product's last step reads `pre` and makes gelu and its derivative of it, for all that follows.
     if (hidden_wanted) hidden = empty(pre.sizes(), dtype, pre);
     const RowTensor grad_pre(input_gradient(grad, w2, pre, hidden_wanted ? OptionalTensor(hidden) : OptionalTensor()));
     result = layer_norm_linear_gradients(grad_pre, x, norm_weight, norm_bias, w1, w1.scalar_type(), mean, rstd, false,
-                                         first, grad_out);
+                                         below, grad_out);
   } else if (hidden_wanted) {
     hidden = at::gelu(pre);
   }
-  weight_gradients(grad, hidden, w2, dtype, needs.get(5), needs.get(6), result);
-  if (needs.get(7)) result.push_back(scale_gradient(grad_out, hidden, w2, b2, *scale, factor.scale.kind));
+  parameter_gradients(grad, hidden, w2, dtype, needs.w2, needs.b2, result);
+  if (needs.scale) result.push_back(scale_gradient(grad_out, hidden, w2, b2, *scale, factor.scale.kind));
   return result;
 }
 
@@ -56,6 +55,6 @@ std::vector<Tensor> layer_norm_mlp_backward(const Tensor& grad_out, const Tensor
 
 TORCH_LIBRARY_FRAGMENT(crossvit_kernels_cuda, m) {
   crossvit::cuda::define(m, crossvit::schema::layer_norm_mlp, TORCH_FN(crossvit::cuda::layer_norm_mlp));
-  crossvit::cuda::define(m, crossvit::schema::layer_norm_mlp_backward,
+  crossvit::cuda::define(m, crossvit::schema::layer_norm_mlp_backward.cuda(),
                          TORCH_FN(crossvit::cuda::layer_norm_mlp_backward));
 }

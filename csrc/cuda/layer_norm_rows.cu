@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kNormThreads) norm_rows_kernel(const LayerNorm
   if (row >= p.rows) return;
   const int lane = threadIdx.x % kLanesPerRow;
   if (p.mean && !given && lane == 0) {
-    p.mean[row] = statistics.first + statistics.shift;
+    p.mean[row] = statistics.origin + statistics.shift;
     p.rstd[row] = statistics.rstd;
   }
 #pragma unroll 4
@@ -47,9 +47,9 @@ __global__ void __launch_bounds__(kNormThreads) norm_rows_kernel(const LayerNorm
     for (int e = 0; e < 4; e++) {
       const int c = min(column + e, p.width - 1);
       const Vector &weight = p.norm.weight, &bias = p.norm.bias;
-      const float factor = staged ? affine[c] : load(weight.data, weight.type, c);
-      const float offset = staged ? affine[p.width + c] : bias.data ? load(bias.data, bias.type, c) : 0.0f;
-      v.at[e] = fmaf((v.at[e] - statistics.first - statistics.shift) * statistics.rstd, factor, offset);
+      const float factor = staged ? affine[c] : load(weight.data, weight.dtype, c);
+      const float offset = staged ? affine[p.width + c] : bias.data ? load(bias.data, bias.dtype, c) : 0.0f;
+      v.at[e] = fmaf((v.at[e] - statistics.origin - statistics.shift) * statistics.rstd, factor, offset);
       if (p.gelu_in) v.at[e] = gelu<T>(v.at[e]);
     }
     store_four(row_of<T>(p.normalized, row), column, p.width, p.normalized.aligned, v);
@@ -62,7 +62,7 @@ Error launch_norm_rows(const LayerNormLinearArgs& args, bool given, Stream strea
   const std::size_t affine = 2 * sizeof(float) * args.width;
   const bool staged = affine <= 48 * 1024;
   const std::size_t shared = staged ? affine : 0;
-  if (args.x.type == args.type)
+  if (args.x.dtype == args.dtype)
     return launch(norm_rows_kernel<T, T>, grid, kNormThreads, shared, stream, args, given, staged);
   return launch(norm_rows_kernel<T, float>, grid, kNormThreads, shared, stream, args, given, staged);
 }
@@ -70,7 +70,7 @@ Error launch_norm_rows(const LayerNormLinearArgs& args, bool given, Stream strea
 }  // namespace
 
 Error layer_norm_rows(const LayerNormLinearArgs& args, bool given, Stream stream) {
-  return with_type(args.type, [&](auto example) { return launch_norm_rows<decltype(example)>(args, given, stream); });
+  return with_type(args.dtype, [&](auto example) { return launch_norm_rows<decltype(example)>(args, given, stream); });
 }
 
 }  // namespace crossvit::cuda

@@ -61,7 +61,7 @@ __device__ __forceinline__ void finish(const Epilogue& epilogue, std::int64_t ro
     }
     store_four(row_of<O>(epilogue.out, row), column, columns, epilogue.out.aligned, v);
   };
-  if (sizeof(T) == 4 || epilogue.out.type == Type::float32) {
+  if (sizeof(T) == 4 || epilogue.out.dtype == DType::float32) {
     end(float());
   } else {
     end(T());
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(P::kThreads) linear_kernel(const LinearArgs p)
   P sum;
   sum.fill([&](int c) {
     const Vector& bias = p.epilogue.bias;
-    return bias.data && column + c < p.columns ? load(bias.data, bias.type, column + c) : 0.0f;
+    return bias.data && column + c < p.columns ? load(bias.data, bias.dtype, column + c) : 0.0f;
   });
   Ring<kStages>::run(steps, load_step, [&](int stage, int) {
     const T* x = ring + stage * Tile::kStage;
@@ -137,7 +137,8 @@ __global__ void __launch_bounds__(P::kThreads) linear_kernel(const LinearArgs p)
       staging,
       [&](int r, int c) {
         if (!read.data || row + r >= p.rows || column + c >= p.columns) return Given{};
-        if (!kTransposed && read.type == Type::float32) return load_given<float>(read, row + r, column + c, p.columns);
+        if (!kTransposed && read.dtype == DType::float32)
+          return load_given<float>(read, row + r, column + c, p.columns);
         return load_given<T>(read, row + r, column + c, p.columns);
       },
       [&](int r, int c, const Chunk<float>& four, const Given& given) {
@@ -180,8 +181,8 @@ Error launch_type(const LinearArgs& args, Stream stream) {
 using namespace linear_tiles;
 
 Error linear(const LinearArgs& args, Stream stream) {
-  if (args.type == Type::float16) return launch_type<__half, false>(args, stream);
-  if (args.type == Type::bfloat16) return launch_type<__nv_bfloat16, false>(args, stream);
+  if (args.dtype == DType::float16) return launch_type<__half, false>(args, stream);
+  if (args.dtype == DType::bfloat16) return launch_type<__nv_bfloat16, false>(args, stream);
   return args.tf32 ? launch_type<float, true>(args, stream) : launch_type<float, false>(args, stream);
 }
 

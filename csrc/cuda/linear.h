@@ -19,23 +19,23 @@ struct Scale {
 
 // What happens to the sums v of a product before they are stored, in this order; what has no data is left out.
 struct Epilogue {
-  // Of x weight^T; out is of the operands' type or, without pre and gelu, float32.
+  // These go with x weight^T; out is of the operands' type or, without pre and gelu, float32.
   Vector bias;        // v += bias[column]
   Rows pre;           // pre = v, of the operands' type
   bool gelu = false;  // v = gelu(v)
   Scale scale;        // v *= scale
   Rows residual;      // v += residual, of out's type
-  // Of x weight; all of the operands' type.
+  // These go with x weight; all are of the operands' type.
   Rows gelu_of;    // v *= gelu'(gelu_of)
   Rows activated;  // activated = gelu(gelu_of)
-  // Of both.
+  // This one goes with both.
   Rows out;  // out = v
 };
 
 // out (rows, columns) = epilogue(x weight^T), x (rows, depth), weight (columns, depth); or, if `transposed`,
-// epilogue(x weight), weight (depth, columns). x and weight are of `type`.
+// epilogue(x weight), weight (depth, columns). x and weight are of `dtype`.
 struct LinearArgs {
-  Type type;
+  DType dtype;
   bool tf32;  // float32 products by TF32 matrix instructions
   bool transposed;
   Rows x, weight;
@@ -46,16 +46,16 @@ struct LinearArgs {
 Error linear(const LinearArgs& args, Stream stream);
 
 // grad_weight (features, width) = grad^T x and grad_bias (features) = column sums of grad, over grad (rows, features) and
-// x (rows, width) of `type`, as is grad_weight, which is contiguous. Either may have no data.
+// x (rows, width) of `dtype`, as is grad_weight, which is contiguous. Either may have no data.
 struct WeightGradientArgs {
-  Type type;
+  DType dtype;
   bool tf32;
   Rows grad, x;
   std::int64_t rows;
   int features, width;
   Rows grad_weight;
   void* grad_bias;
-  Type bias_type;
+  DType bias_dtype;
   float* partial;  // of weight_gradient_partial() floats
 };
 // How many floats args.partial has to have, looking at sizes and at what is wanted; 0 where one block sums all rows.

@@ -25,9 +25,9 @@ struct WeightPlan {
 WeightPlan plan_of(const WeightGradientArgs& args) {
   WeightPlan plan;
   const std::int64_t processors = multiprocessors();
-  plan.large = args.type != Type::float32 && args.features > 64 && args.width > 64 && args.rows >= 32 * processors;
+  plan.large = args.dtype != DType::float32 && args.features > 64 && args.width > 64 && args.rows >= 32 * processors;
   const int side = plan.large ? 128 : 64;
-  const std::int64_t depth = args.type == Type::float32 || plan.large ? 32 : 64;
+  const std::int64_t depth = args.dtype == DType::float32 || plan.large ? 32 : 64;
   plan.row_tiles = (args.features + side - 1) / side;
   plan.column_tiles = args.grad_weight.data ? (args.width + side - 1) / side : 1;
   const std::int64_t tiles = static_cast<std::int64_t>(plan.row_tiles) * plan.column_tiles;
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(P::kThreads, sizeof(typename P::T) == 4 ? 3 : 
     const int feature = row + static_cast<int>(threadIdx.x);
     const std::int64_t size = weight_wanted ? static_cast<std::int64_t>(p.features) * p.width : 0;
     if (whole) {
-      cuda::store(p.grad_bias, p.bias_type, feature, bias);
+      cuda::store(p.grad_bias, p.bias_dtype, feature, bias);
     } else {
       partial[size + feature] = bias;
     }
@@ -175,9 +175,9 @@ std::int64_t weight_gradient_partial(const WeightGradientArgs& args) {
 Error weight_gradient(const WeightGradientArgs& args, Stream stream) {
   const WeightPlan plan = plan_of(args);
   Error error = nullptr;
-  if (args.type == Type::float16) {
+  if (args.dtype == DType::float16) {
     error = launch_weight16<__half>(args, plan, stream);
-  } else if (args.type == Type::bfloat16) {
+  } else if (args.dtype == DType::bfloat16) {
     error = launch_weight16<__nv_bfloat16>(args, plan, stream);
   } else if (args.tf32) {
     error = launch_weight<Product<float, true, 2, 2, 2, 4>, 32, 3>(args, plan, stream);
@@ -186,24 +186,24 @@ Error weight_gradient(const WeightGradientArgs& args, Stream stream) {
   }
   if (error || plan.pieces == 1) return error;
   MatrixSumArgs sum;
-  sum.matrices = {args.partial, Type::float32};
+  sum.matrices = {args.partial, DType::float32};
   sum.count = plan.pieces;
   sum.stride = plan.piece_size;
   sum.first_size = args.grad_weight.data ? static_cast<std::int64_t>(args.features) * args.width : 0;
   sum.width = sum.first_size + (args.grad_bias ? args.features : 0);
   sum.aligned = sum.width % 4 == 0;
   sum.first = args.grad_weight.data;
-  sum.first_type = args.grad_weight.type;
+  sum.first_dtype = args.grad_weight.dtype;
   sum.second = args.grad_bias;
-  sum.second_type = args.bias_type;
+  sum.second_dtype = args.bias_dtype;
   return matrix_sum(sum, stream);
 }
 
 Error scaled_gradient(const ScaledGradientArgs& args, Stream stream) {
   const dim3 grid(static_cast<unsigned>((args.rows + kGradientRows - 1) / kGradientRows));
-  return with_type(args.out.type, [&](auto example) {
+  return with_type(args.out.dtype, [&](auto example) {
     using T = decltype(example);
-    if (args.grad.type == args.out.type)
+    if (args.grad.dtype == args.out.dtype)
       return launch(scaled_gradient_kernel<T, T>, grid, kGradientRows * 32, 0, stream, args);
     return launch(scaled_gradient_kernel<T, float>, grid, kGradientRows * 32, 0, stream, args);
   });

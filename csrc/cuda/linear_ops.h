@@ -35,14 +35,15 @@ Tensor input_gradient(const RowTensor& grad, const Tensor& weight, const Optiona
                       const OptionalTensor& activated);
 
 // Appends those of the gradients of a Linear's weight and bias that are wanted; x is the Linear's input.
-void weight_gradients(const RowTensor& grad, const Tensor& x, const Tensor& weight, at::ScalarType bias_dtype,
-                      bool weight_wanted, bool bias_wanted, std::vector<Tensor>& result);
+void parameter_gradients(const RowTensor& grad, const Tensor& x, const Tensor& weight, at::ScalarType bias_dtype,
+                         bool weight_wanted, bool bias_wanted, std::vector<Tensor>& result);
 
-// Of layer_norm_linear's five gradients those that are needed, from that of the Linear's output; `add` is added to x's.
+// Gives those of layer_norm_linear's gradients that are needed, from that of the Linear's output; `add` is added to x's.
 std::vector<Tensor> layer_norm_linear_gradients(const RowTensor& grad, const Tensor& x, const Tensor& norm_weight,
                                                 const OptionalTensor& norm_bias, const Tensor& weight,
                                                 at::ScalarType bias_dtype, const Tensor& mean, const Tensor& rstd,
-                                                bool gelu_in, const bool (&needs)[5], const OptionalTensor& add);
+                                                bool gelu_in, const LayerNormLinearNeeds& needs,
+                                                const OptionalTensor& add);
 
 // The gradient of `scale` in residual + scale * Linear(x).
 Tensor scale_gradient(const Tensor& grad_out, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,

@@ -1,132 +1,7 @@
-// linear_residual on a GPU, and the launches that ops with a Linear share.
+// linear_residual on a GPU: the product, with what is added in its last step (linear_ops.cpp).
 #include "cuda/linear_ops.h"
 
 namespace crossvit::cuda {
-
-namespace {
-
-int size_of(std::int64_t size) {
-  TORCH_CHECK(size < std::int64_t{1} << 30, "rows of ", size, " elements");
-  return static_cast<int>(size);
-}
-
-LinearArgs product_of(const RowTensor& x, const RowTensor& weight, bool transposed) {
-  LinearArgs args{};
-  args.type = weight.type;
-  args.tf32 = weight.type == Type::float32 && allow_tf32();
-  args.transposed = transposed;
-  args.x = x.rows();
-  args.weight = weight.rows();
-  args.rows = x.count;
-  args.depth = size_of(transposed ? weight.count : weight.width);
-  args.columns = size_of(transposed ? weight.width : weight.count);
-  return args;
-}
-
-}  // namespace
-
-ScaleTensor::ScaleTensor(const OptionalTensor& t, bool per_sample, const Tensor& x) {
-  if (!t) return;
-  tensor = t->to(at::kFloat).contiguous();
-  scale.kind = per_sample ? Scale::sample : Scale::channel;
-  scale.values = tensor.const_data_ptr<float>();
-  scale.aligned = reinterpret_cast<std::uintptr_t>(scale.values) % 16 == 0;
-  const std::int64_t rows = x.numel() / std::max<std::int64_t>(1, x.size(-1));
-  TORCH_CHECK(rows < std::int64_t{1} << 32, "a scale for ", rows, " rows");
-  scale.rows_per_sample =
-      static_cast<std::uint32_t>(std::max<std::int64_t>(1, rows / std::max<std::int64_t>(1, x.size(0))));
-}
-
-void linear_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
-                    const Scale& scale, const Tensor& out) {
-  const RowTensor in(x), matrix(weight), to(out);
-  LinearArgs args = product_of(in, matrix, false);
-  RowTensor base;
-  if (residual) {
-    base = RowTensor(residual->to(out.scalar_type()));
-    args.epilogue.residual = base.rows();
-  }
-  args.epilogue.bias = vector_of(bias);
-  args.epilogue.scale = scale;
-  args.epilogue.out = to.rows();
-  check(linear(args, stream_of(x)), "linear_residual");
-}
-
-RowTensor product_gradient(const Tensor& grad_out, const Scale& scale, const OptionalTensor& pre,
-                           at::ScalarType dtype) {
-  if (scale.kind == Scale::none && !pre && grad_out.scalar_type() == dtype) return RowTensor(grad_out);
-  const RowTensor grad(grad_out.scalar_type() == dtype ? grad_out : grad_out.to(at::kFloat));
-  const RowTensor result(empty({grad.count, grad.width}, dtype, grad_out));
-  ScaledGradientArgs args{};
-  args.grad = grad.rows();
-  RowTensor before;
-  if (pre) {
-    before = RowTensor(*pre);
-    args.pre = before.rows();
-  }
-  args.out = result.rows();
-  args.scale = scale;
-  args.rows = grad.count;
-  args.columns = size_of(grad.width);
-  check(scaled_gradient(args, stream_of(grad_out)), "linear_backward");
-  return result;
-}
-
-Tensor input_gradient(const RowTensor& grad, const Tensor& weight, const OptionalTensor& pre,
-                      const OptionalTensor& activated) {
-  const RowTensor matrix(weight);
-  const Tensor result = empty({grad.count, matrix.width}, weight.scalar_type(), weight);
-  LinearArgs args = product_of(grad, matrix, true);
-  RowTensor before;
-  if (pre) {
-    before = RowTensor(*pre);
-    args.epilogue.gelu_of = before.rows();
-  }
-  if (activated) args.epilogue.activated = RowTensor(*activated).rows();
-  args.epilogue.out = RowTensor(result).rows();
-  check(linear(args, stream_of(weight)), "linear_backward");
-  return result;
-}
-
-void weight_gradients(const RowTensor& grad, const Tensor& x, const Tensor& weight, at::ScalarType bias_dtype,
-                      bool weight_wanted, bool bias_wanted, std::vector<Tensor>& result) {
-  if (!weight_wanted && !bias_wanted) return;
-  WeightGradientArgs args{};
-  args.type = type_of(weight);
-  args.tf32 = args.type == Type::float32 && allow_tf32();
-  args.grad = grad.rows();
-  args.rows = grad.count;
-  args.features = size_of(weight.size(0));
-  args.width = size_of(weight.size(1));
-  RowTensor in;
-  if (weight_wanted) {
-    in = RowTensor(x);
-    args.x = in.rows();
-    result.push_back(empty(weight.sizes(), weight.scalar_type(), weight));
-    args.grad_weight = RowTensor(result.back()).rows();
-  }
-  if (bias_wanted) {
-    result.push_back(empty({weight.size(0)}, bias_dtype, weight));
-    args.grad_bias = result.back().mutable_data_ptr();
-    args.bias_type = type_of(result.back());
-  }
-  Tensor partial;
-  if (const std::int64_t size = weight_gradient_partial(args)) {
-    partial = empty_f32({size}, weight);
-    args.partial = partial.mutable_data_ptr<float>();
-  }
-  check(weight_gradient(args, stream_of(weight)), "linear_backward");
-}
-
-Tensor scale_gradient(const Tensor& grad_out, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                      const Tensor& scale, Scale::Kind kind) {
-  const Tensor product = empty_f32(grad_out.sizes(), grad_out);
-  linear_forward(x, weight, bias, {}, {}, product);
-  product.mul_(grad_out);
-  const Tensor result = kind == Scale::channel ? product.reshape({-1, grad_out.size(-1)}).sum(0)
-                                               : product.reshape({grad_out.size(0), -1}).sum(1);
-  return result.reshape(scale.sizes()).to(scale.scalar_type());
-}
 
 Tensor linear_residual(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& residual,
                        const OptionalTensor& scale, bool per_sample) {
@@ -140,18 +15,18 @@ Tensor linear_residual(const Tensor& x, const Tensor& weight, const OptionalTens
 
 std::vector<Tensor> linear_residual_backward(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
                                              const OptionalTensor& bias, const OptionalTensor& scale, bool per_sample,
-                                             Needs needs) {
-  arguments::linear_residual_backward(taken(), grad_out, x, weight, bias, scale, per_sample, needs);
+                                             NeedsList list) {
+  const auto needs = arguments::linear_residual_backward(taken(), grad_out, x, weight, bias, scale, per_sample, list);
   const DeviceGuard guard(x.device());
   const ScaleTensor factor(scale, per_sample, grad_out);
   std::vector<Tensor> result;
-  if (needs.get(0) || needs.get(1) || needs.get(2)) {
+  if (needs.x || needs.weight || needs.bias) {
     const RowTensor grad = product_gradient(grad_out, factor.scale, {}, weight.scalar_type());
-    if (needs.get(0)) result.push_back(input_gradient(grad, weight, {}, {}).view(x.sizes()));
-    weight_gradients(grad, x, weight, bias ? bias->scalar_type() : weight.scalar_type(), needs.get(1), needs.get(2),
-                     result);
+    if (needs.x) result.push_back(input_gradient(grad, weight, {}, {}).view(x.sizes()));
+    parameter_gradients(grad, x, weight, bias ? bias->scalar_type() : weight.scalar_type(), needs.weight, needs.bias,
+                        result);
   }
-  if (needs.get(3)) result.push_back(scale_gradient(grad_out, x, weight, bias, *scale, factor.scale.kind));
+  if (needs.scale) result.push_back(scale_gradient(grad_out, x, weight, bias, *scale, factor.scale.kind));
   return result;
 }
 
@@ -159,6 +34,6 @@ std::vector<Tensor> linear_residual_backward(const Tensor& grad_out, const Tenso
 
 TORCH_LIBRARY_FRAGMENT(crossvit_kernels_cuda, m) {
   crossvit::cuda::define(m, crossvit::schema::linear_residual, TORCH_FN(crossvit::cuda::linear_residual));
-  crossvit::cuda::define(m, crossvit::schema::linear_residual_backward,
+  crossvit::cuda::define(m, crossvit::schema::linear_residual_backward.cuda(),
                          TORCH_FN(crossvit::cuda::linear_residual_backward));
 }

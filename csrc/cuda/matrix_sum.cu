@@ -11,17 +11,17 @@ namespace crossvit::cuda {
 
 namespace {
 
-constexpr int kLanes = 32, kGroups = 8;  // neighbouring elements; parts of the sum
+constexpr int kLanes = 32, kSumParts = 8;  // neighbouring elements; parts of the sum
 
 // Four adjacent elements as they are added.
 __device__ __forceinline__ void add_four(float (&sum)[4], const Vector& from, std::int64_t i) {
-  if (from.type == Type::float32) {
+  if (from.dtype == DType::float32) {
     const float4 four = *reinterpret_cast<const float4*>(static_cast<const float*>(from.data) + i);
     sum[0] += four.x, sum[1] += four.y, sum[2] += four.z, sum[3] += four.w;
     return;
   }
   const uint2 raw = *reinterpret_cast<const uint2*>(static_cast<const __half*>(from.data) + i);
-  if (from.type == Type::float16) {
+  if (from.dtype == DType::float16) {
     __half four[4];
     memcpy(four, &raw, 8);
 #pragma unroll
@@ -36,9 +36,9 @@ __device__ __forceinline__ void add_four(float (&sum)[4], const Vector& from, st
 
 }  // namespace
 
-// A block: kLanes times kVector elements, each the sum of kGroups threads' sums.
+// A block: kLanes times kVector elements, each the sum of kSumParts threads' sums.
 template <int kVector>
-__global__ void __launch_bounds__(kLanes* kGroups) matrix_sum_kernel(const MatrixSumArgs args) {
+__global__ void __launch_bounds__(kLanes* kSumParts) matrix_sum_kernel(const MatrixSumArgs args) {
   float* parts = reinterpret_cast<float*>(ptx::shared_memory());
   const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
   const std::int64_t total = args.rows * args.width;
@@ -48,11 +48,11 @@ __global__ void __launch_bounds__(kLanes* kGroups) matrix_sum_kernel(const Matri
     const std::int64_t row = args.rows == 1 ? 0 : element / args.width;
     const std::int64_t at = row * args.row_stride + (element - row * args.width);
 #pragma unroll 2
-    for (std::int64_t i = group; i < args.count; i += kGroups) {
+    for (std::int64_t i = group; i < args.count; i += kSumParts) {
       if constexpr (kVector == 4) {
         add_four(sum, args.matrices, at + i * args.stride);
       } else {
-        sum[0] += load(args.matrices.data, args.matrices.type, at + i * args.stride);
+        sum[0] += load(args.matrices.data, args.matrices.dtype, at + i * args.stride);
       }
     }
   }
@@ -66,12 +66,12 @@ __global__ void __launch_bounds__(kLanes* kGroups) matrix_sum_kernel(const Matri
   if (to >= total) return;
   float result = 0;
 #pragma unroll
-  for (int g = 0; g < kGroups; g++) result += parts[g * kVector * kLanes + from];
-  if (args.all != nullptr) store(args.all, args.all_type, to, result);
+  for (int g = 0; g < kSumParts; g++) result += parts[g * kVector * kLanes + from];
+  if (args.all != nullptr) store(args.all, args.all_dtype, to, result);
   if (to < args.first_size) {
-    if (args.first != nullptr) store(args.first, args.first_type, to, result);
+    if (args.first != nullptr) store(args.first, args.first_dtype, to, result);
   } else if (args.second != nullptr) {
-    store(args.second, args.second_type, to - args.first_size, result);
+    store(args.second, args.second_dtype, to - args.first_size, result);
   }
   if (args.sums != nullptr) args.sums[to] = result;
 }
@@ -80,7 +80,7 @@ Error matrix_sum(const MatrixSumArgs& args, Stream stream) {
   const int vector = args.aligned ? 4 : 1;
   const std::int64_t per_block = kLanes * vector;
   const dim3 grid(static_cast<unsigned>((args.rows * args.width + per_block - 1) / per_block));
-  const int threads = kLanes * kGroups, shared = threads * vector * 4;
+  const int threads = kLanes * kSumParts, shared = threads * vector * 4;
   if (args.aligned) return launch(matrix_sum_kernel<4>, grid, threads, shared, stream, args);
   return launch(matrix_sum_kernel<1>, grid, threads, shared, stream, args);
 }

@@ -14,7 +14,7 @@ struct MatrixSumArgs {
   bool aligned = false;  // four elements lie together and are aligned to their size, wherever they begin
   std::int64_t count = 0, stride = 0, rows = 1, row_stride = 0, width = 0, first_size = 0;
   void *all = nullptr, *first = nullptr, *second = nullptr;
-  Type all_type = Type::float32, first_type = Type::float32, second_type = Type::float32;
+  DType all_dtype = DType::float32, first_dtype = DType::float32, second_dtype = DType::float32;
   float* sums = nullptr;
 };
 Error matrix_sum(const MatrixSumArgs& args, Stream stream);

@@ -10,7 +10,7 @@ namespace crossvit::cuda {
 constexpr int kLanesPerRow = 8;
 
 struct RowStatistics {
-  float first, shift, rstd;  // the mean is first + shift
+  float origin, shift, rstd;  // the mean is origin + shift
 };
 
 __device__ __forceinline__ float sum_of_lanes(float x) {
@@ -45,22 +45,22 @@ __device__ __forceinline__ float row_sum(int width, Read&& read, F&& f) {
   return sum_of_lanes(total);
 }
 
-// Of one row, by eight lanes; `first` is its first element.
+// The statistics of one row, by eight lanes; `origin` is its first element.
 template <int kSize, class Read>
-__device__ __forceinline__ RowStatistics row_statistics(int width, float eps, float first, Read&& read) {
-  const float shift = row_sum<kSize>(width, read, [&](float x) { return x - first; }) / width;
+__device__ __forceinline__ RowStatistics row_statistics(int width, float eps, float origin, Read&& read) {
+  const float shift = row_sum<kSize>(width, read, [&](float x) { return x - origin; }) / width;
   const float squares = row_sum<kSize>(width, read, [&](float x) {
-    const float difference = x - first - shift;
+    const float difference = x - origin - shift;
     return difference * difference;
   });
-  return {first, shift, rsqrtf(squares / width + eps)};
+  return {origin, shift, rsqrtf(squares / width + eps)};
 }
 
 // Copies LayerNorm's weight and bias (zero where there is none) to shared memory as floats, `width` each.
 __device__ __forceinline__ void load_affine(float* affine, int width, const Vector& weight, const Vector& bias) {
   for (int c = threadIdx.x; c < width; c += blockDim.x) {
-    affine[c] = load(weight.data, weight.type, c);
-    affine[width + c] = bias.data ? load(bias.data, bias.type, c) : 0.0f;
+    affine[c] = load(weight.data, weight.dtype, c);
+    affine[width + c] = bias.data ? load(bias.data, bias.dtype, c) : 0.0f;
   }
 }
 

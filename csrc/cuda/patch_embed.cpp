@@ -24,7 +24,7 @@ struct Images {
   Images(Tensor given, std::int64_t patch, std::int64_t height, std::int64_t width) : tensor(std::move(given)) {
     if (tensor.size(3) * tensor.stride(3) >= std::int64_t{1} << 31) tensor = tensor.contiguous();
     images.data = tensor.const_data_ptr();
-    images.type = type_of(tensor);
+    images.dtype = dtype_of(tensor);
     images.batch_stride = tensor.stride(0);
     images.channel_stride = tensor.stride(1);
     images.row_stride = tensor.stride(2);
@@ -79,12 +79,12 @@ Tensor patch_embed(const Tensor& images, const Tensor& weight, const OptionalTen
   args.images = cut.images;
   args.patches = static_cast<std::uint32_t>(cut.patches);
   args.features = static_cast<int>(features);
-  args.weight = RowTensor(matrix).rows();
+  args.weight = rows_of(RowTensor(matrix));
   args.bias = vector_of(bias);
   args.cls = vector_of(cls);
   args.position = vector_of(position);
   args.out = out.mutable_data_ptr();
-  args.out_type = type_of(out);
+  args.out_dtype = dtype_of(out);
   args.aligned =
       aligned_to_16(out.view({-1, features})) && aligned_to_16(position.view({-1, features})) && features % 8 == 0;
   args.tf32 = allow_tf32();
@@ -94,11 +94,11 @@ Tensor patch_embed(const Tensor& images, const Tensor& weight, const OptionalTen
 
 namespace {
 
-Tensor images_gradient(const RowTensor& grad, const Tensor& images, const Tensor& weight, std::int64_t height,
-                       std::int64_t width) {
+Tensor patch_images_gradient(const RowTensor& grad, const Tensor& images, const Tensor& weight, std::int64_t height,
+                             std::int64_t width) {
   const bool resize = images.size(2) != height || images.size(3) != width;
   const std::int64_t planes = images.size(0) * images.size(1);
-  // Of the resized images, where there are any.
+  // This is the gradient of the resized images, where images are resized.
   Tensor pixels =
       empty({images.size(0), images.size(1), height, width}, resize ? at::kFloat : images.scalar_type(), images);
   PatchImagesGradientArgs args;
@@ -106,9 +106,9 @@ Tensor images_gradient(const RowTensor& grad, const Tensor& images, const Tensor
   args.out = cut.images;
   args.patches = static_cast<std::uint32_t>(cut.patches);
   args.features = static_cast<int>(weight.size(0));
-  args.grad = grad.rows();
+  args.grad = rows_of(grad);
   const Tensor matrix = as_matrix(weight);
-  args.weight = RowTensor(matrix).rows();
+  args.weight = rows_of(RowTensor(matrix));
   args.tf32 = allow_tf32();
   check(launch_patch_images_gradient(args, stream_of(images)), "patch_images_gradient");
   const auto resize_back = [&](const Tensor& out, std::int64_t outer, std::int64_t size, std::int64_t resized,
@@ -116,7 +116,7 @@ Tensor images_gradient(const RowTensor& grad, const Tensor& images, const Tensor
     ResizeGradientArgs axis;
     axis.grad = static_cast<const float*>(pixels.const_data_ptr());
     axis.out = out.mutable_data_ptr();
-    axis.out_type = type_of(out);
+    axis.out_dtype = dtype_of(out);
     axis.outer = outer;
     axis.size = static_cast<int>(size);
     axis.resized = static_cast<int>(resized);
@@ -132,15 +132,15 @@ Tensor images_gradient(const RowTensor& grad, const Tensor& images, const Tensor
   return pixels;
 }
 
-Tensor weight_gradient(const RowTensor& grad, const Tensor& images, const Tensor& weight, std::int64_t height,
-                       std::int64_t width) {
+Tensor patch_weight_gradient(const RowTensor& grad, const Tensor& images, const Tensor& weight, std::int64_t height,
+                             std::int64_t width) {
   const Images cut(images, weight, height, width);
   PatchWeightGradientArgs args;
   args.images = cut.images;
   args.patches = static_cast<std::uint32_t>(cut.patches);
   args.features = static_cast<int>(weight.size(0));
-  args.grad = grad.rows();
-  args.type = type_of(weight);
+  args.grad = rows_of(grad);
+  args.dtype = dtype_of(weight);
   args.tf32 = allow_tf32();
   args.pieces = patch_weight_gradient_pieces(args);
   const Tensor result = empty(weight.sizes(), weight.scalar_type(), weight);
@@ -155,7 +155,7 @@ Tensor weight_gradient(const RowTensor& grad, const Tensor& images, const Tensor
   sum.count = args.pieces;
   sum.stride = sum.width = weight.numel();
   sum.all = result.mutable_data_ptr();
-  sum.all_type = type_of(result);
+  sum.all_dtype = dtype_of(result);
   check(matrix_sum(sum, stream_of(images)), "matrix_sum");
   return result;
 }
@@ -167,7 +167,7 @@ void append_sums(const Tensor& grad_out, const OptionalTensor& bias, const Tenso
   const std::int64_t tokens = grad_out.size(1), features = grad_out.size(2);
   const auto four_together = [&](std::int64_t elements) { return elements % 4 == 0; };
   MatrixSumArgs args;
-  args.matrices = {grad_out.const_data_ptr(), type_of(grad_out)};
+  args.matrices = {grad_out.const_data_ptr(), dtype_of(grad_out)};
   args.count = grad_out.size(0);
   args.stride = grad_out.stride(0);
   args.rows = needs_bias || needs_position ? tokens : 1;
@@ -185,22 +185,22 @@ void append_sums(const Tensor& grad_out, const OptionalTensor& bias, const Tenso
   if (needs_cls) {
     result.push_back(empty(cls_token.sizes(), cls_token.scalar_type(), grad_out));
     args.first = result.back().mutable_data_ptr();
-    args.first_type = type_of(cls_token);
+    args.first_dtype = dtype_of(cls_token);
   }
   if (needs_position) {
     result.push_back(empty(pos_embed.sizes(), pos_embed.scalar_type(), grad_out));
     args.all = result.back().mutable_data_ptr();
-    args.all_type = type_of(pos_embed);
+    args.all_dtype = dtype_of(pos_embed);
   }
   check(matrix_sum(args, stream_of(grad_out)), "matrix_sum");
   if (!needs_bias) return;
   MatrixSumArgs over;
-  over.matrices = {args.sums + features, Type::float32};
+  over.matrices = {args.sums + features, DType::float32};
   over.aligned = four_together(features);
   over.count = tokens - 1;
   over.stride = over.width = features;
   over.all = grad_bias.mutable_data_ptr();
-  over.all_type = type_of(grad_bias);
+  over.all_dtype = dtype_of(grad_bias);
   check(matrix_sum(over, stream_of(grad_out)), "matrix_sum");
 }
 
@@ -208,21 +208,22 @@ void append_sums(const Tensor& grad_out, const OptionalTensor& bias, const Tenso
 
 std::vector<Tensor> patch_embed_backward(const Tensor& grad_out, const Tensor& images, const Tensor& weight,
                                          const OptionalTensor& bias, const Tensor& cls_token, const Tensor& pos_embed,
-                                         int64_t height, int64_t width, Needs needs) {
-  arguments::patch_embed_backward(taken(), grad_out, images, weight, bias, cls_token, pos_embed, height, width, needs);
+                                         int64_t height, int64_t width, NeedsList list) {
+  const auto needs = arguments::patch_embed_backward(taken(), grad_out, images, weight, bias, cls_token, pos_embed,
+                                                     height, width, list);
   const DeviceGuard guard(images.device());
   const Tensor dense = dense_rows(grad_out);
   std::vector<Tensor> result;
-  if (needs.get(0) || needs.get(1)) {
+  if (needs.images || needs.weight) {
     // A matrix operand: of the weight's type, or float32.
     const Tensor patches = dense.narrow(1, 1, dense.size(1) - 1);
     const bool fits = patches.scalar_type() == weight.scalar_type() || patches.scalar_type() == at::kFloat;
     const RowTensor grad(fits ? patches : patches.to(at::kFloat));
-    if (needs.get(0)) result.push_back(images_gradient(grad, images, weight, height, width));
-    if (needs.get(1)) result.push_back(weight_gradient(grad, images, weight, height, width));
+    if (needs.images) result.push_back(patch_images_gradient(grad, images, weight, height, width));
+    if (needs.weight) result.push_back(patch_weight_gradient(grad, images, weight, height, width));
   }
-  if (needs.get(2) || needs.get(3) || needs.get(4)) {
-    append_sums(dense, bias, weight, cls_token, pos_embed, needs.get(2), needs.get(3), needs.get(4), result);
+  if (needs.bias || needs.cls_token || needs.pos_embed) {
+    append_sums(dense, bias, weight, cls_token, pos_embed, needs.bias, needs.cls_token, needs.pos_embed, result);
   }
   return result;
 }
@@ -232,5 +233,5 @@ std::vector<Tensor> patch_embed_backward(const Tensor& grad_out, const Tensor& i
 TORCH_LIBRARY_FRAGMENT(crossvit_kernels_cuda, m) {
   using namespace crossvit;
   cuda::define(m, schema::patch_embed, TORCH_FN(cuda::patch_embed));
-  cuda::define(m, schema::patch_embed_backward, TORCH_FN(cuda::patch_embed_backward));
+  cuda::define(m, schema::patch_embed_backward.cuda(), TORCH_FN(cuda::patch_embed_backward));
 }

@@ -43,7 +43,7 @@ template <int kSize>
 __device__ __forceinline__ void load_floats(float (&to)[kSize], const Vector& from, std::int64_t i, int count,
                                             bool aligned) {
   if (aligned && count >= kSize) {
-    if (from.type == Type::float32) {
+    if (from.dtype == DType::float32) {
 #pragma unroll
       for (int e = 0; e < kSize; e += 4) {
         const float4 four = __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(from.data) + i + e));
@@ -52,7 +52,7 @@ __device__ __forceinline__ void load_floats(float (&to)[kSize], const Vector& fr
       return;
     }
     if constexpr (kSize == 8) {
-      if (from.type == Type::float16) {
+      if (from.dtype == DType::float16) {
         const auto chunk = *reinterpret_cast<const Chunk<__half>*>(static_cast<const __half*>(from.data) + i);
 #pragma unroll
         for (int e = 0; e < 8; e++) to[e] = to_float(chunk.at[e]);
@@ -66,7 +66,7 @@ __device__ __forceinline__ void load_floats(float (&to)[kSize], const Vector& fr
     }
   }
 #pragma unroll
-  for (int e = 0; e < kSize; e++) to[e] = e < count ? load(from.data, from.type, i + e) : 0.0f;
+  for (int e = 0; e < kSize; e++) to[e] = e < count ? load(from.data, from.dtype, i + e) : 0.0f;
 }
 
 template <class O, int kSize>
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(Tile::Product::kThreads, Tile::kBlocks)
   }
   for (int c = threadIdx.x; c < kColumns; c += kThreads) {
     bias[c] =
-        args.bias.data != nullptr && column + c < args.features ? load(args.bias.data, args.bias.type, column + c) : 0;
+        args.bias.data != nullptr && column + c < args.features ? load(args.bias.data, args.bias.dtype, column + c) : 0;
   }
   const typename Tile::Resizer resized(reinterpret_cast<unsigned char*>(bias + kColumns), images);
   __syncthreads();
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(Tile::Product::kThreads, Tile::kBlocks)
 #pragma unroll
     for (int e = 0; e < Chunk<T>::kSize; e++) value[e] += to_float(chunk.at[e]);
     const std::int64_t at = static_cast<std::int64_t>(token.x) * features + c;
-    if (sizeof(T) == 4 || args.out_type == Type::float32) {
+    if (sizeof(T) == 4 || args.out_dtype == DType::float32) {
       store_floats(static_cast<float*>(args.out) + at, value, features - c, args.aligned);
     } else {
       store_floats(static_cast<T*>(args.out) + at, value, features - c, args.aligned);
@@ -194,8 +194,8 @@ __global__ void __launch_bounds__(Tile::Product::kThreads, Tile::kBlocks)
   for (; first < kRows && m + first < args.patches; first += images.per_image) {
     const std::int64_t at = static_cast<std::int64_t>(tokens[first].x - 1) * features;
     for (int c = column + static_cast<int>(threadIdx.x); c < min(column + kColumns, features); c += kThreads) {
-      store(args.out, args.out_type, at + c,
-            load(args.cls.data, args.cls.type, c) + load(args.position.data, args.position.type, c));
+      store(args.out, args.out_dtype, at + c,
+            load(args.cls.data, args.cls.dtype, c) + load(args.position.data, args.position.dtype, c));
     }
   }
 }
@@ -264,8 +264,8 @@ bool run32(const PatchEmbedArgs& args, Stream stream, Error& error) {
 
 template <bool kResize>
 bool run_typed(const PatchEmbedArgs& args, Stream stream, Error& error) {
-  if (args.weight.type == Type::float16) return run16<__half, kResize>(args, stream, error);
-  if (args.weight.type == Type::bfloat16) return run16<__nv_bfloat16, kResize>(args, stream, error);
+  if (args.weight.dtype == DType::float16) return run16<__half, kResize>(args, stream, error);
+  if (args.weight.dtype == DType::bfloat16) return run16<__nv_bfloat16, kResize>(args, stream, error);
   return args.tf32 ? run32<true, kResize>(args, stream, error) : run32<false, kResize>(args, stream, error);
 }
 

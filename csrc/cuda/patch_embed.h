@@ -13,7 +13,7 @@ namespace crossvit::cuda {
 // m % per_image of image m / per_image, with `depth` pixels (channel, row, column) that count as a row of a matrix.
 struct PatchImages {
   const void* data = nullptr;
-  Type type = Type::float32;  // the matrix operand's, or float32
+  DType dtype = DType::float32;  // the matrix operand's, or float32
   std::int64_t batch_stride = 0, channel_stride = 0, row_stride = 0, column_stride = 0;
   int height = 0, width = 0;
   bool resize = false;
@@ -28,13 +28,13 @@ struct PatchEmbedArgs {
   PatchImages images;
   std::uint32_t patches = 0;  // in all images
   int features = 0;
-  Rows weight;                    // (features, depth), of the matrix operand's type
-  Vector bias;                    // (features), or null
-  Vector cls;                     // (features)
-  Vector position;                // (1 + per_image, features)
-  void* out = nullptr;            // (batch, 1 + per_image, features)
-  Type out_type = Type::float32;  // the weight's, or float32
-  bool aligned = false;           // rows of position and out begin at multiples of 16 bytes
+  Rows weight;                       // (features, depth), of the matrix operand's type
+  Vector bias;                       // (features), or null
+  Vector cls;                        // (features)
+  Vector position;                   // (1 + per_image, features)
+  void* out = nullptr;               // (batch, 1 + per_image, features)
+  DType out_dtype = DType::float32;  // the weight's, or float32
+  bool aligned = false;              // rows of position and out begin at multiples of 16 bytes
   bool tf32 = false;
 };
 Error launch_patch_embed(const PatchEmbedArgs& args, Stream stream);
@@ -44,8 +44,8 @@ struct PatchWeightGradientArgs {
   PatchImages images;
   std::uint32_t patches = 0;
   int features = 0;
-  Rows grad;                  // (patches, features), of the matrix operand's type or float32
-  Type type = Type::float32;  // of the matrix operands
+  Rows grad;                     // (patches, features), of the matrix operand's type or float32
+  DType dtype = DType::float32;  // of the matrix operands
   bool tf32 = false;
   float* partial = nullptr;
   int pieces = 1;  // what patch_weight_gradient_pieces() says
@@ -68,7 +68,7 @@ Error launch_patch_images_gradient(const PatchImagesGradientArgs& args, Stream s
 struct ResizeGradientArgs {
   const float* grad = nullptr;
   void* out = nullptr;
-  Type out_type = Type::float32;
+  DType out_dtype = DType::float32;
   std::int64_t outer = 0;
   int size = 0, resized = 0, inner = 0;
 };

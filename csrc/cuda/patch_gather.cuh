@@ -119,7 +119,7 @@ struct PatchTile {
 
  private:
   static __device__ __forceinline__ bool same(const PatchImages& images) {
-    return sizeof(T) == 4 || images.type != Type::float32;
+    return sizeof(T) == 4 || images.dtype != DType::float32;
   }
 
   // f(row, column, offset behind the patch's first pixel, inside) for pieces of kPiece pixels.

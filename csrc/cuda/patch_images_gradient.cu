@@ -89,9 +89,9 @@ __global__ void __launch_bounds__(Tile::Product::kThreads)
   sum.template for_each_chunk<float, 1>(reinterpret_cast<float*>(stages), [&](int r, int c, const Chunk<float>& four) {
     const std::int64_t at = rows[r].at;
     if (at < 0 || pixel + c >= out.depth) return;
-    if (out.type == Type::float32) {
+    if (out.dtype == DType::float32) {
       store_pixels<float>(out, at, pixel + c, four);
-    } else if (out.type == Type::float16) {
+    } else if (out.dtype == DType::float16) {
       store_pixels<__half>(out, at, pixel + c, four);
     } else {
       store_pixels<__nv_bfloat16>(out, at, pixel + c, four);
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(256) resize_gradient_kernel(const ResizeGradie
     }
     if (meets) sum = fmaf(grad[static_cast<std::int64_t>(candidate) * args.inner], weight, sum);
   }
-  store(args.out, args.out_type, element, sum);
+  store(args.out, args.out_dtype, element, sum);
 }
 
 namespace {
@@ -139,9 +139,9 @@ Error run(const PatchImagesGradientArgs& args, Stream stream) {
 }  // namespace
 
 Error launch_patch_images_gradient(const PatchImagesGradientArgs& args, Stream stream) {
-  if (args.weight.type == Type::float16)
+  if (args.weight.dtype == DType::float16)
     return run<PatchPixelTile<Product<__half, false, 2, 4, 4, 4>, 32, 4>>(args, stream);
-  if (args.weight.type == Type::bfloat16)
+  if (args.weight.dtype == DType::bfloat16)
     return run<PatchPixelTile<Product<__nv_bfloat16, false, 2, 4, 4, 4>, 32, 4>>(args, stream);
   if (args.tf32) return run<PatchPixelTile<Product<float, true, 2, 4, 2, 4>, 16, 4>>(args, stream);
   return run<PatchPixelTile<Product<float, false, 2, 4, 2, 4>, 16, 4>>(args, stream);

@@ -35,8 +35,8 @@ struct ResizedTile {
     float at[kLines];
   };
 
-  // Groups of four columns that a patch's taps may meet; they begin at a multiple of four.
-  static __host__ __device__ int groups(const PatchImages& images) {
+  // Quads of columns that a patch's taps may meet; they begin at a multiple of four.
+  static __host__ __device__ int quads(const PatchImages& images) {
     const int columns = static_cast<int>(static_cast<float>(images.patch - 1) * images.column_scale + 0.999f) + 4;
     return (columns + 3 + 3) / 4;
   }
@@ -44,14 +44,14 @@ struct ResizedTile {
   // Bytes of shared memory, 16-byte aligned.
   static std::int64_t shared(const PatchImages& images) {
     const std::int64_t taps = images.resized_height + images.resized_width;
-    return (taps * 20 + 15) / 16 * 16 + std::int64_t{kRows} * groups(images) * 4 * sizeof(Lines);
+    return (taps * 20 + 15) / 16 * 16 + std::int64_t{kRows} * quads(images) * 4 * sizeof(Lines);
   }
 
   float4* weights;  // of the rows' taps, then of the columns'
   int* first;
-  Lines* buffer;                 // of this warp: (kPatches, groups, 4), the four in an order that meets different banks
-  int per_patch;                 // groups
-  unsigned by_groups, by_patch;  // x / y = x * by_y >> 16, for small x
+  Lines* buffer;                // of this warp: (kPatches, quads, 4), the four in an order that meets different banks
+  int per_patch;                // quads
+  unsigned by_quads, by_patch;  // x / y = x * by_y >> 16, for small x
 
   // Called by all threads; a barrier before the first fill().
   __device__ __forceinline__ ResizedTile(unsigned char* memory, const PatchImages& images) {
@@ -64,8 +64,8 @@ struct ResizedTile {
       weights[i] = make_float4(of.weight[0], of.weight[1], of.weight[2], of.weight[3]);
       first[i] = of.first;
     }
-    per_patch = groups(images);
-    by_groups = 65536u / static_cast<unsigned>(per_patch) + 1;
+    per_patch = quads(images);
+    by_quads = 65536u / static_cast<unsigned>(per_patch) + 1;
     by_patch = 65536u / static_cast<unsigned>(images.patch) + 1;
     buffer = reinterpret_cast<Lines*>(memory + (taps * 20 + 15) / 16 * 16) +
              static_cast<int>(threadIdx.x) / 32 * (kPatches * per_patch * 4);
@@ -75,7 +75,7 @@ struct ResizedTile {
   __device__ __forceinline__ void fill(T* tile, int stride, const PatchImages& images, const PatchRow* rows,
                                        int k) const {
     if constexpr (sizeof(T) == 2) {
-      if (images.type == Type::float32) {
+      if (images.dtype == DType::float32) {
         fill_as<float>(tile, stride, images, rows, k);
         return;
       }
@@ -107,7 +107,7 @@ struct ResizedTile {
     __syncwarp();  // the last pixels have been read
 #pragma unroll 1
     for (int item = lane; item < kPatches * per_patch; item += 32) {
-      const int p = static_cast<int>(item * by_groups >> 16), g = item - p * per_patch;
+      const int p = static_cast<int>(item * by_quads >> 16), g = item - p * per_patch;
       const PatchRow row = rows[p];
       if (row.at < 0) continue;
       const int column = base(images, row.x) + 4 * g;

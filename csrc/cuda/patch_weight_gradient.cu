@@ -153,15 +153,15 @@ template <class T, class F>
 auto with_tile16(const PatchWeightGradientArgs& args, F&& f) {
   // The narrow tile where that saves more products than cutting out the patches again costs.
   const int gather = args.images.resize ? 384 : 64;
-  const int wide = (args.features + 191) / 192 * (192 + gather), narrow = (args.features + 95) / 96 * (96 + gather);
-  if (narrow < wide) return with_product<Product<T, false, 2, 4, 3, 4>, 32>(args, f);
+  const int by_192 = (args.features + 191) / 192 * (192 + gather), by_96 = (args.features + 95) / 96 * (96 + gather);
+  if (by_96 < by_192) return with_product<Product<T, false, 2, 4, 3, 4>, 32>(args, f);
   return with_product<Product<T, false, 2, 4, 6, 4>, 32>(args, f);
 }
 
 template <class F>
 auto with_tile(const PatchWeightGradientArgs& args, F&& f) {
-  if (args.type == Type::float16) return with_tile16<__half>(args, f);
-  if (args.type == Type::bfloat16) return with_tile16<__nv_bfloat16>(args, f);
+  if (args.dtype == DType::float16) return with_tile16<__half>(args, f);
+  if (args.dtype == DType::bfloat16) return with_tile16<__nv_bfloat16>(args, f);
   if (args.tf32) return with_product<Product<float, true, 2, 4, 3, 4>, 16>(args, f);
   return with_product<Product<float, false, 2, 4, 3, 4>, 16>(args, f);
 }

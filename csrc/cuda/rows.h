@@ -11,7 +11,7 @@ namespace crossvit::cuda {
 // r / tokens * batch_stride + r % tokens * row_stride (in elements), and there are less than 2^32 rows.
 struct Rows {
   void* data = nullptr;
-  Type type = Type::float32;
+  DType dtype = DType::float32;
   bool aligned = false;  // every row begins at a multiple of 16 bytes
   std::uint32_t tokens = 0;
   std::int64_t batch_stride = 0;

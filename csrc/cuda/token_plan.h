@@ -11,9 +11,9 @@ namespace crossvit::cuda {
 
 // bytes(plan): the shared memory of a block.
 template <class Bytes>
-TokenPlan plan_tokens(const Tokens& tokens, Type type, Bytes&& bytes) {
+TokenPlan plan_tokens(const Tokens& tokens, DType dtype, Bytes&& bytes) {
   const auto divide_up = [](int a, int b) { return (a + b - 1) / b; };
-  const int of_x = tokens.type == Type::float32 || type == Type::float32 ? 4 : 2;
+  const int of_x = tokens.dtype == DType::float32 || dtype == DType::float32 ? 4 : 2;
   TokenPlan plan{};
   plan.columns = divide_up(tokens.width, 16) * 16;
   plan.row_bytes = row_stride(plan.columns, of_x) * of_x;
@@ -22,29 +22,29 @@ TokenPlan plan_tokens(const Tokens& tokens, Type type, Bytes&& bytes) {
   plan.stages = 2;
   // Two blocks find room on a multiprocessor if their tokens are few enough.
   constexpr int kHalfOfHopper = 113 * 1024;
-  for (plan.groups = tokens.heads <= 8 ? 1 : 2; plan.groups > 0; plan.groups--) {
+  for (plan.head_groups = tokens.heads <= 8 ? 1 : 2; plan.head_groups > 0; plan.head_groups--) {
     plan.parts = 1;
-    while (plan.parts * (kMostTiles / plan.groups) * 16 < plan.columns) plan.parts *= 2;
+    while (plan.parts * (kMostTiles / plan.head_groups) * 16 < plan.columns) plan.parts *= 2;
     while (plan.parts < kTokenWarps && bytes(plan) > kHalfOfHopper) plan.parts *= 2;
     if (plan.parts <= kTokenWarps && bytes(plan) <= kSharedMemory) break;
   }
-  if (plan.groups == 0) {
+  if (plan.head_groups == 0) {
     plan.shared = kSharedMemory + 1;
     return plan;
   }
-  plan.sets = divide_up(tokens.heads, 8 * plan.groups);
-  const int groups = kTokenWarps / plan.parts, steps = divide_up(tokens.patches + 1, kStepTokens);
+  plan.sets = divide_up(tokens.heads, 8 * plan.head_groups);
+  const int warp_groups = kTokenWarps / plan.parts, steps = divide_up(tokens.patches + 1, kStepTokens);
   // Where images alone leave multiprocessors idle, several blocks share one.
   const std::int64_t blocks = std::max<std::int64_t>(tokens.batch * plan.sets, 1), processors = multiprocessors();
   plan.splits = 1;
   if (blocks < 0.8 * processors) {
-    const int most = std::min(32, divide_up(steps, std::max(1, groups / 2)));
+    const int most = std::min(32, divide_up(steps, std::max(1, warp_groups / 2)));
     plan.splits = static_cast<int>(std::clamp<std::int64_t>(2 * processors / blocks, 1, most));
   }
   plan.steps = divide_up(steps, plan.splits);
   plan.splits = divide_up(steps, plan.steps);
   plan.shared = bytes(plan);
-  while (plan.stages < 4 && plan.stages < divide_up(plan.steps, groups)) {
+  while (plan.stages < 4 && plan.stages < divide_up(plan.steps, warp_groups)) {
     TokenPlan more = plan;
     more.stages++;
     more.shared = bytes(more);

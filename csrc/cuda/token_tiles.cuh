@@ -1,16 +1,39 @@
 // The tokens of an image as the passes over them take them: steps of 16 tokens, each normalised in shared memory and met
-// there by all heads. A step belongs to a group of `parts` warps, which split its columns among them; groups go their own
-// ways, each with a ring of buffers that asynchronous copies fill. Token 0 is CLS.
+// there by all heads. A step belongs to a warp group of `parts` warps, which split its columns among them; warp groups
+// go their own ways, each with a ring of buffers that asynchronous copies fill. Token 0 is CLS.
 #pragma once
 
 #include <cuda/ptx.cuh>
 
 #include <cstdint>
+#include <initializer_list>
 
 #include "cuda/cls_cross_attention.h"
 #include "cuda/types.cuh"
 
 namespace crossvit::cuda {
+
+// A part of a block's shared memory, in bytes. What is made with behind() begins where this one ends.
+struct Region {
+  int begin = 0, size = 0;
+  __host__ __device__ constexpr int end() const { return begin + size; }
+  __host__ __device__ constexpr Region behind(int bytes) const { return {end(), bytes}; }
+  template <class T>
+  __device__ __forceinline__ T* in(unsigned char* memory) const {
+    return reinterpret_cast<T*>(memory + begin);
+  }
+};
+// Whether these lie one behind the other and all begin at multiples of 16 bytes.
+template <class... Regions>
+constexpr bool in_order(const Region& first, const Regions&... others) {
+  int end = first.begin;
+  bool right = true;
+  for (const Region& region : {first, others...}) {
+    right = right && region.begin >= end && region.begin % 16 == 0 && region.size >= 0;
+    end = region.end();
+  }
+  return right;
+}
 
 constexpr int kTokenWarps = 8, kTokenThreads = 32 * kTokenWarps;
 constexpr int kStepTokens = 16;
@@ -22,10 +45,10 @@ constexpr int kTokenBlocks = 1;
 constexpr int kTokenBlocks = 2;
 #endif
 
-// Tiles of 16 columns whose sums a warp keeps, for one group of 8 heads.
+// Tiles of 16 columns whose sums a warp keeps, for one head group (8 heads).
 constexpr int kMostTiles = 12;
-template <int kGroups>
-constexpr int kTiles = kMostTiles / kGroups;
+template <int kHeadGroups>
+constexpr int kTiles = kMostTiles / kHeadGroups;
 
 // Elements of a row in shared memory, an odd number of 16 bytes; `columns` is a multiple of 16.
 __host__ __device__ constexpr int row_stride(int columns, int element) {
@@ -41,7 +64,7 @@ __device__ __forceinline__ void normalize_row(unsigned char* row, bool valid, in
   constexpr int kChunk = Chunk<X>::kSize, kHeld = 24 / kChunk;
   const X* from = reinterpret_cast<const X*>(row);
   T* to = reinterpret_cast<T*>(row);
-  const float first = kSaved ? mean : to_float(from[0]);
+  const float origin = kSaved ? mean : to_float(from[0]);
   const auto sum_lanes = [lanes](float value) {
     for (int distance = lanes / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(~0u, value, distance);
     return value;
@@ -56,7 +79,7 @@ __device__ __forceinline__ void normalize_row(unsigned char* row, bool valid, in
       if (sub + j * lanes < chunks) {
         const Chunk<X> chunk = reinterpret_cast<const Chunk<X>*>(row)[sub + j * lanes];
 #pragma unroll
-        for (int e = 0; e < kChunk; e++) sum += x[j][e] = to_float(chunk.at[e]) - first;
+        for (int e = 0; e < kChunk; e++) sum += x[j][e] = to_float(chunk.at[e]) - origin;
       } else {
 #pragma unroll
         for (int e = 0; e < kChunk; e++) x[j][e] = 0;
@@ -73,7 +96,7 @@ __device__ __forceinline__ void normalize_row(unsigned char* row, bool valid, in
         }
       }
       rstd = rsqrtf(sum_lanes(squares) / width + eps);
-      mean = first + shift;
+      mean = origin + shift;
     }
     if constexpr (sizeof(T) != sizeof(X)) __syncwarp();  // what is written now, other lanes have read
 #pragma unroll
@@ -96,19 +119,19 @@ __device__ __forceinline__ void normalize_row(unsigned char* row, bool valid, in
   }
   if constexpr (!kSaved) {
     float sum = 0, squares = 0;
-    for (int c = sub; c < width; c += lanes) sum += to_float(from[c]) - first;
+    for (int c = sub; c < width; c += lanes) sum += to_float(from[c]) - origin;
     shift = sum_lanes(sum) / width;
     for (int c = sub; c < width; c += lanes) {
-      const float x = (to_float(from[c]) - first) - shift;
+      const float x = (to_float(from[c]) - origin) - shift;
       squares = fmaf(x, x, squares);
     }
     rstd = rsqrtf(sum_lanes(squares) / width + eps);
-    mean = first + shift;
+    mean = origin + shift;
   }
   __syncwarp();  // everyone has read the first element
   for (int base = 0; base < columns; base += lanes) {
     const int c = base + sub;
-    const float x = c < width && valid ? ((to_float(from[c]) - first) - shift) * rstd : 0;
+    const float x = c < width && valid ? ((to_float(from[c]) - origin) - shift) * rstd : 0;
     __syncwarp();  // an element of T lies where one of X lay that was read now or before
     if (c < columns) to[c] = from_float<T>(x);
   }
@@ -155,7 +178,7 @@ struct TokenRing {
       X* at = reinterpret_cast<X*>(to + row * plan.row_bytes);
       if (token == 0) {
         for (int c = sub; c < tokens.width; c += lanes)
-          at[c] = from_float<X>(load(tokens.cls, tokens.cls_type, image * tokens.cls_stride + c));
+          at[c] = from_float<X>(load(tokens.cls, tokens.cls_dtype, image * tokens.cls_stride + c));
       } else if (token <= tokens.patches) {
         const X* from = static_cast<const X*>(tokens.data) + image * tokens.batch_stride +
                         static_cast<std::int64_t>(token - 1) * tokens.token_stride;
@@ -194,10 +217,10 @@ struct TokenRing {
   // use(step, rows) for every step of the group, all of [first, last) together; `prepare` runs while the first copies do.
   template <class Prepare, class Use>
   __device__ __forceinline__ void for_each_step(int first, int last, Prepare&& prepare, Use&& use) const {
-    const int groups = kTokenWarps / plan.parts, group = threadIdx.x / 32 / plan.parts;
+    const int warp_groups = kTokenWarps / plan.parts, group = threadIdx.x / 32 / plan.parts;
     const int ahead = plan.stages - 1;
     for (int i = 0; i < ahead; i++) {
-      const int step = first + group + i * groups;
+      const int step = first + group + i * warp_groups;
       if (step < last) fill(i, step);
       ptx::commit_copies();
     }
@@ -205,10 +228,10 @@ struct TokenRing {
     __syncthreads();
     int stage = 0, next = ahead;
     // Warps that meet at barriers take the same number of rounds, with no tokens in the last.
-    for (int step = first + group; plan.parts == 1 ? step < last : step - group < last; step += groups) {
+    for (int step = first + group; plan.parts == 1 ? step < last : step - group < last; step += warp_groups) {
       wait();
       sync();
-      if (step + ahead * groups < last) fill(next, step + ahead * groups);
+      if (step + ahead * warp_groups < last) fill(next, step + ahead * warp_groups);
       ptx::commit_copies();
       use(step, buffer(stage), step < last);
       stage = stage == ahead ? 0 : stage + 1;

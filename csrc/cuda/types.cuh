@@ -48,16 +48,16 @@ struct alignas(16) Chunk {
 };
 
 // An element of a vector whose type is known at run time only (LayerNorm's weight and bias, biases: read once a tile).
-__device__ __forceinline__ float load(const void* data, Type type, std::int64_t i) {
-  if (type == Type::float32) return static_cast<const float*>(data)[i];
-  if (type == Type::float16) return to_float(static_cast<const __half*>(data)[i]);
+__device__ __forceinline__ float load(const void* data, DType dtype, std::int64_t i) {
+  if (dtype == DType::float32) return static_cast<const float*>(data)[i];
+  if (dtype == DType::float16) return to_float(static_cast<const __half*>(data)[i]);
   return to_float(static_cast<const __nv_bfloat16*>(data)[i]);
 }
 
-__device__ __forceinline__ void store(void* data, Type type, std::int64_t i, float value) {
-  if (type == Type::float32) {
+__device__ __forceinline__ void store(void* data, DType dtype, std::int64_t i, float value) {
+  if (dtype == DType::float32) {
     static_cast<float*>(data)[i] = value;
-  } else if (type == Type::float16) {
+  } else if (dtype == DType::float16) {
     static_cast<__half*>(data)[i] = __float2half_rn(value);
   } else {
     static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(value);
@@ -66,9 +66,9 @@ __device__ __forceinline__ void store(void* data, Type type, std::int64_t i, flo
 
 // f(element of the type): f([](auto example) { using T = decltype(example); ... }).
 template <class F>
-decltype(auto) with_type(Type type, F&& f) {
-  if (type == Type::float32) return f(float());
-  if (type == Type::float16) return f(__half());
+decltype(auto) with_type(DType dtype, F&& f) {
+  if (dtype == DType::float32) return f(float());
+  if (dtype == DType::float16) return f(__half());
   return f(__nv_bfloat16());
 }
 

@@ -3,15 +3,9 @@
 
 #include <cstdint>
 
+#include "plain.h"
+
 namespace crossvit::cuda {
-
-enum class Type : int { float32, float16, bfloat16 };
-
-// A vector whose element type is known at run time; data may be null where the argument is optional.
-struct Vector {
-  const void* data = nullptr;
-  Type type = Type::float32;
-};
 
 // What a launch function returns: null, or why the launch failed.
 using Error = const char*;

@@ -145,17 +145,17 @@ __device__ __forceinline__ void multiply_warp(float (&d)[kN][4], const T* a, int
   }
 }
 
-// A small matrix (16 tokens, 8 kGroups heads) in registers, as the right operand of a product over the tokens. It is made
+// A small matrix (16 tokens, 8 kHeadGroups heads) in registers, as the right operand of a product over the tokens. It is made
 // of sums (heads, tokens), s[i] the 8 tokens from 8 i on: no lane has to ask another one, except for IEEE float32.
-template <class T, bool kTf32, int kGroups>
+template <class T, bool kTf32, int kHeadGroups>
 struct TokenWeights {
   static constexpr bool kIeee = sizeof(T) == 4 && !kTf32;
-  std::uint32_t packed[kGroups][2];
-  float wide[kIeee ? kGroups : 1][kIeee ? 16 : 1][2];
+  std::uint32_t packed[kHeadGroups][2];
+  float spread[kIeee ? kHeadGroups : 1][kIeee ? 16 : 1][2];
 
   __device__ __forceinline__ explicit TokenWeights(const float (&s)[2][4]) {
 #pragma unroll
-    for (int g = 0; g < kGroups; g++) {
+    for (int g = 0; g < kHeadGroups; g++) {
       if constexpr (sizeof(T) == 2) {
         packed[g][0] = pack<T>(s[0][2 * g], s[0][2 * g + 1]);
         packed[g][1] = pack<T>(s[1][2 * g], s[1][2 * g + 1]);
@@ -164,50 +164,50 @@ struct TokenWeights {
 #pragma unroll
         for (int t = 0; t < 16; t++) {
           const float value = s[t / 8][2 * g + t % 2];
-          wide[g][t][0] = __shfl_sync(~0u, value, source + t % 8 / 2);
-          wide[g][t][1] = __shfl_sync(~0u, value, source + 4 + t % 8 / 2);
+          spread[g][t][0] = __shfl_sync(~0u, value, source + t % 8 / 2);
+          spread[g][t][1] = __shfl_sync(~0u, value, source + 4 + t % 8 / 2);
         }
       }
     }
   }
 
   // d[g] (16, 8) += x^T (16, 16 tokens) w_g (16 tokens, 8 heads), x 16 columns of the tokens' rows; s as above.
-  __device__ __forceinline__ void multiply(float (&d)[kGroups][4], const T* x, int stride,
+  __device__ __forceinline__ void multiply(float (&d)[kHeadGroups][4], const T* x, int stride,
                                            const float (&s)[2][4]) const {
-    const int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
+    const int row8 = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
     if constexpr (sizeof(T) == 2) {
       std::uint32_t columns[4];
       ptx::load_matrices_transposed(columns, x + matrices_across(stride));
 #pragma unroll
-      for (int g = 0; g < kGroups; g++) ptx::multiply(T(), d[g], columns, packed[g]);
+      for (int g = 0; g < kHeadGroups; g++) ptx::multiply(T(), d[g], columns, packed[g]);
     } else if constexpr (kTf32) {
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         // k in the order of the sums' registers: token 2 pair, then token 2 pair + 1 in place of pair + 4.
-        const float* at = x + (i * 8 + 2 * pair) * stride + group;
+        const float* at = x + (i * 8 + 2 * pair) * stride + row8;
         const std::uint32_t columns[4] = {ptx::round_to_tf32(at[0]), ptx::round_to_tf32(at[8]),
                                           ptx::round_to_tf32(at[stride]), ptx::round_to_tf32(at[stride + 8])};
 #pragma unroll
-        for (int g = 0; g < kGroups; g++) {
+        for (int g = 0; g < kHeadGroups; g++) {
           const std::uint32_t weights[2] = {ptx::round_to_tf32(s[i][2 * g]), ptx::round_to_tf32(s[i][2 * g + 1])};
           ptx::multiply_tf32(d[g], columns, weights);
         }
       }
     } else {
-      float part[kGroups][4] = {};
+      float part[kHeadGroups][4] = {};
 #pragma unroll
       for (int t = 0; t < 16; t++) {
-        const float low = x[t * stride + group], high = x[t * stride + group + 8];
+        const float low = x[t * stride + row8], high = x[t * stride + row8 + 8];
 #pragma unroll
-        for (int g = 0; g < kGroups; g++) {
-          part[g][0] = fmaf(low, wide[g][t][0], part[g][0]);
-          part[g][1] = fmaf(low, wide[g][t][1], part[g][1]);
-          part[g][2] = fmaf(high, wide[g][t][0], part[g][2]);
-          part[g][3] = fmaf(high, wide[g][t][1], part[g][3]);
+        for (int g = 0; g < kHeadGroups; g++) {
+          part[g][0] = fmaf(low, spread[g][t][0], part[g][0]);
+          part[g][1] = fmaf(low, spread[g][t][1], part[g][1]);
+          part[g][2] = fmaf(high, spread[g][t][0], part[g][2]);
+          part[g][3] = fmaf(high, spread[g][t][1], part[g][3]);
         }
       }
 #pragma unroll
-      for (int g = 0; g < kGroups; g++)
+      for (int g = 0; g < kHeadGroups; g++)
 #pragma unroll
         for (int e = 0; e < 4; e++) d[g][e] += part[g][e];
     }

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 import crossvit
 import crossvit_kernels
 from available import GPU
-from crossvit_kernels import backends, graphed, layer_norm_mlp, triton
+from crossvit_kernels import backends, graphed, layer_norm_mlp, triton_kernels
 from inputs import EXAMPLES, Random
 
 gpu = pytest.mark.gpu
@@ -162,7 +162,7 @@ def test_another_input_is_refused(layer: Layer) -> None:
 
 @gpu
 @pytest.mark.parametrize("kernels", ["triton", "cuda"])
-@pytest.mark.parametrize("name", triton.OPS)
+@pytest.mark.parametrize("name", triton_kernels.OPS)
 def test_ops_run_on_a_side_stream_and_in_a_captured_graph(name: str, kernels: str) -> None:
     """On a stream of their own the inputs become ready late: a kernel on another stream would read NaN."""
     if (why := backends.reason(kernels)) is not None:

@@ -102,8 +102,8 @@ TF32: list[tuple[str, dict[str, Any], list[str]]] = [
             "cls_cross_attention",
             {"shape": (2, 40, 12 * heads, heads), "bias": False},
             [
-                *("query", "token_pass", "value", "value_gradient", "token_gradient"),
-                *("query_gradient", "query_input_gradient", "weight_gradients"),
+                *("cls_query", "token_pass", "cls_value", "value_gradient", "token_gradient"),
+                *("query_gradient", "query_input_gradient", "projection_gradients"),
             ],
         )
         for heads in (6, 12)

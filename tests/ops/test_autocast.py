@@ -8,7 +8,7 @@ from torch import Tensor
 
 import crossvit_kernels
 import inputs
-from crossvit_kernels.ops._registry import OPS
+from crossvit_kernels.dispatch.register import OPS
 from inputs import DIFFERENTIABLE, EXAMPLES, Random
 from numerics import AUTOCAST, FLOAT32, Precision, evaluate, place
 

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import crossvit_kernels
 from available import NATIVE
-from crossvit_kernels.ops._registry import OPS
+from crossvit_kernels.dispatch.register import OPS
 from inputs import DIFFERENTIABLE, EXAMPLES, Random
 from numerics import AUTOCAST, DEVICES, FLOAT32, Precision
 

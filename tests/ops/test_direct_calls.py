@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import crossvit_kernels
 from available import NATIVE
-from crossvit_kernels.ops._registry import OPS
+from crossvit_kernels.dispatch.register import OPS
 from inputs import DIFFERENTIABLE, EXAMPLES, arrange
 from numerics import DEVICES, place
 

@@ -18,7 +18,10 @@ import crossvit_kernels
 import inputs
 from available import NATIVE, interpreted
 from crossvit_kernels import backends
-from crossvit_kernels.ops._registry import OPS, Op
+from crossvit_kernels.dispatch import register
+from crossvit_kernels.dispatch.op import REGISTERED
+from crossvit_kernels.dispatch.register import OPS
+from crossvit_kernels.dispatch.spec import OpSpec
 from inputs import DIFFERENTIABLE, EXAMPLES, Random
 from numerics import AUTOCAST, DEVICES, FLOAT32, FLOAT64, Draw, Precision, evaluate, judge, nearby, place
 from rounding import Rounded
@@ -91,14 +94,14 @@ def dispatcher_inputs(name: str, *, permuted: bool = False, device: str = "cpu")
 
 
 def backward_arguments(
-    op: Op, values: list[Any], saved: tuple[Tensor, ...], grad_out: Tensor, needs: list[bool]
+    op: OpSpec, values: list[Any], saved: tuple[Tensor, ...], grad_out: Tensor, needs: list[bool]
 ) -> list[Any]:
     """The arguments of crossvit_kernels::<name>_backward up to `kernels`."""
     kept = [values[i] for i in op.kept]
     return [grad_out, *kept, *saved[0 if op.takes_out else 1 :], needs]
 
 
-def forward(op: Op, values: list[Any], kernels: str) -> tuple[Tensor, ...]:
+def forward(op: OpSpec, values: list[Any], kernels: str) -> tuple[Tensor, ...]:
     """(out, saved...) of crossvit_kernels::<name>."""
     result = op.op(*values, True, kernels)
     return result if isinstance(result, tuple) else (result,)
@@ -148,7 +151,7 @@ def test_any_backward_accepts_any_forward(backend: str, name: str, rng: Random) 
         kernel = op.backward_op(*arguments(given, grad_out, forward_kernels), backward_kernels)
         plain = arguments(given, grad_out, "reference")
         with Rounded():
-            simulated = op.backwards["reference"](*plain)
+            simulated = REGISTERED[name].backwards["reference"](*plain)
         ref64 = op.backward_op(*arguments(exact, grad_out.double(), "reference"), "reference")
         found = [dict(zip(names, (gradient.cpu() for gradient in r))) for r in (kernel, simulated, ref64)]
         return Draw(found[0], (found[1],), found[2])
@@ -381,9 +384,8 @@ def test_compile_with_inductor_and_a_dynamic_batch(backend: str, monkeypatch: py
 def test_the_fake_stands_in_for_the_op_where_sizes_are_symbolic(backend: str) -> None:
     """The ONNX decomposition must not run there: it would trace the reference's shapes, guards and all."""
     torch._dynamo.reset()
-    op = OPS["layer_norm_linear"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(op, "_run_reference", None)
+        patch.setattr(register, "decompose", None)
         given = place(EXAMPLES["layer_norm_linear"](), backend)
         call = torch.compile(
             lambda v: crossvit_kernels.layer_norm_linear(**v, kernels=backend), dynamic=True, backend="aot_eager"

@@ -14,6 +14,8 @@ import torch
 import crossvit_kernels
 from available import NATIVE
 from crossvit_kernels import backends
+from crossvit_kernels.backends import availability, build_record, choice, reporting
+from crossvit_kernels.dispatch.register import OPS
 from inputs import EXAMPLES
 
 CPU = torch.device("cpu")
@@ -23,11 +25,11 @@ needs_cpu_kernels = pytest.mark.skipif("cpu" not in NATIVE, reason=f"no CPU kern
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """backends as after an import: nothing resolved yet, no warning given."""
-    monkeypatch.setattr(backends, "_resolved", {})
-    for function in (backends._environment, backends._fallback_warning):
+    monkeypatch.setattr(choice, "_resolved", {})
+    for function in (choice.environment, choice._fallback_warning):
         function.cache_clear()
     yield monkeypatch
-    for function in (backends._environment, backends._fallback_warning):
+    for function in (choice.environment, choice._fallback_warning):
         function.cache_clear()
 
 
@@ -114,7 +116,7 @@ def test_an_unknown_name_in_the_environment_names_the_variable(fresh: pytest.Mon
 
 
 def test_an_absent_backend_in_the_environment_raises(fresh: pytest.MonkeyPatch) -> None:
-    fresh.setattr(backends, "_extension_missing", "it was not built")
+    fresh.setattr(availability, "extension_missing", "it was not built")
     fresh.setenv("CROSSVIT_KERNELS", "cpu")
     with pytest.raises(RuntimeError, match="kernels='cpu' is not there: it was not built"):
         crossvit_kernels.self_attention(**EXAMPLES["self_attention"]())
@@ -128,12 +130,16 @@ def test_report_lists_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
         assert (backends.reason(name) or "available") in line
 
 
+def test_the_report_knows_every_op() -> None:
+    assert set(reporting.OPS) == set(OPS)
+
+
 def test_report_names_architectures_and_what_auto_was_measured_on(monkeypatch: pytest.MonkeyPatch) -> None:
     record = {"cuda": {"architectures": ["sm_80", "compute_90"], "nvcc": "13.0.88", "missing": None}}
-    monkeypatch.setattr(backends, "_read_record", lambda what: (record, None))
-    monkeypatch.setattr(backends, "_cuda_ops", lambda: ["cls_fusion", "patch_embed"])
-    monkeypatch.setattr(backends, "_environment", lambda: "auto")
-    monkeypatch.setitem(backends._MEASURED, "patch_embed", ("cuda", "an H100, bfloat16"))
+    monkeypatch.setattr(build_record, "read_record", lambda what: (record, None))
+    monkeypatch.setattr(reporting, "cuda_ops", lambda: ["cls_fusion", "patch_embed"])
+    monkeypatch.setattr(choice, "environment", lambda: "auto")
+    monkeypatch.setitem(choice.MEASURED, "patch_embed", ("cuda", "an H100, bfloat16"))
     text = backends.report()
     assert "(built for sm_80, compute_90 by nvcc 13.0.88: cls_fusion, patch_embed)" in text
     assert "on a GPU, cls_fusion: triton, unmeasured against cuda" in text
@@ -142,14 +148,14 @@ def test_report_names_architectures_and_what_auto_was_measured_on(monkeypatch: p
 
 def test_on_a_gpu_auto_takes_what_measured_faster_and_else_triton(fresh: pytest.MonkeyPatch) -> None:
     fresh.setenv("CROSSVIT_KERNELS", "")
-    fresh.setattr(backends, "reason", lambda name: None)
-    fresh.setattr(backends, "serves", lambda name, op: True)
-    fresh.setitem(backends._MEASURED, "patch_embed", ("cuda", "an H100"))
+    fresh.setattr(availability, "reason", lambda name: None)
+    fresh.setattr(availability, "serves", lambda name, op: True)
+    fresh.setitem(choice.MEASURED, "patch_embed", ("cuda", "an H100"))
     gpu = torch.device("cuda", 0)
     assert backends.resolve("auto", gpu, torch.float16, "patch_embed") == "cuda"
     assert backends.resolve("auto", gpu, torch.float16, "linear_residual") == "triton"
-    fresh.setattr(backends, "_resolved", {})
-    fresh.setattr(backends, "reason", lambda name: "absent" if name == "cuda" else None)
+    fresh.setattr(choice, "_resolved", {})
+    fresh.setattr(availability, "reason", lambda name: "absent" if name == "cuda" else None)
     assert backends.resolve("auto", gpu, torch.float16, "patch_embed") == "triton"
 
 
@@ -169,7 +175,7 @@ def test_architectures_that_a_gpu_can_run(
     built: list[str], capability: tuple[int, int], fits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    why = backends._not_built_for(built)
+    why = availability._not_built_for(built)
     assert (why is None) == fits
     if why is not None:
         assert f"compute capability {capability[0]}.{capability[1]}" in why
@@ -194,11 +200,11 @@ RECORD = {"torch": str(torch.__version__), "abi": sysconfig.get_config_var("SOAB
 def test_an_extension_that_does_not_fit_is_not_loaded(
     record: str | None, expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(backends, "__file__", str(tmp_path / "backends.py"))
-    monkeypatch.setattr(backends.importlib, "import_module", pytest.fail)
+    monkeypatch.setattr(build_record, "__file__", str(tmp_path / "backends" / "build_record.py"))
+    monkeypatch.setattr(availability.importlib, "import_module", pytest.fail)
     if record is not None:
         (tmp_path / "_build.json").write_text(record)
-    extension, why = backends._load_extension()
+    extension, why = availability._load_extension()
     assert extension is None
     assert expected in why
     assert "pip install --no-build-isolation ." in why
@@ -208,16 +214,16 @@ def test_an_extension_that_fails_to_load_is_told_in_a_sentence(monkeypatch: pyte
     def undefined_symbol(name: str) -> None:
         raise ImportError(f"{name}: undefined symbol: _ZN2at")
 
-    monkeypatch.setattr(backends, "__file__", str(tmp_path / "backends.py"))
-    monkeypatch.setattr(backends.importlib, "import_module", undefined_symbol)
+    monkeypatch.setattr(build_record, "__file__", str(tmp_path / "backends" / "build_record.py"))
+    monkeypatch.setattr(availability.importlib, "import_module", undefined_symbol)
     (tmp_path / "_build.json").write_text(json.dumps(RECORD))
-    extension, why = backends._load_extension()
+    extension, why = availability._load_extension()
     assert extension is None
     assert "cannot be loaded (crossvit_kernels._C: undefined symbol: _ZN2at)" in why
 
 
 def test_without_the_extension_auto_runs_on_the_reference_and_says_so_once(fresh: pytest.MonkeyPatch) -> None:
-    fresh.setattr(backends, "_extension_missing", "it was not built")
+    fresh.setattr(availability, "extension_missing", "it was not built")
     given = EXAMPLES["self_attention"]()
     with pytest.warns(RuntimeWarning, match="runs on its PyTorch reference: it was not built") as caught:
         out = crossvit_kernels.self_attention(**given)

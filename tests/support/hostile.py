@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import crossvit_kernels
 import inputs
-from crossvit_kernels.ops._registry import OPS
+from crossvit_kernels.dispatch.register import OPS
 from inputs import Random
 
 LARGE = 1 << 16  # elements of a tensor that a change may make

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crossvit_kernels.ops._registry import OPS
+from crossvit_kernels.dispatch.register import OPS
 from hostile import Call
 
 REFUSALS = (RuntimeError, ValueError, TypeError)  # what a wrong call may raise

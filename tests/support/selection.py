@@ -18,7 +18,7 @@ import pytest
 
 from available import GPU, NATIVE, computes, interpreted
 from crossvit_kernels import backends
-from crossvit_kernels.ops._registry import OPS
+from crossvit_kernels.dispatch.register import OPS
 from numerics import AUTOCAST, AUTOCAST16, BFLOAT16, FLOAT16, FLOAT32, PRECISIONS
 
 # float16 is run through the interpreter, where bfloat16 is not to be had; a GPU compiles its kernels as bfloat16's.

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from benchmarks.inspect.compiled import SHARED_LIMIT
-from crossvit_kernels import triton as triton_kernels
-from crossvit_kernels.triton._launch import table
+from crossvit_kernels import triton_kernels
+from crossvit_kernels.triton_kernels.configs import table
 
 ROOT = Path(__file__).resolve().parents[2]
 

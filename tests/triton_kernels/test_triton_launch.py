@@ -22,8 +22,9 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import crossvit_kernels
-from crossvit_kernels.triton import OPS, _direct
-from crossvit_kernels.triton._launch import Launch, launch, recording
+from crossvit_kernels.triton_kernels import OPS, direct
+from crossvit_kernels.triton_kernels.configs import Config
+from crossvit_kernels.triton_kernels.launch import Launch, launch, recording
 from inputs import DIFFERENTIABLE, EXAMPLES, Random, layer_norm_linear
 
 HOOKS = ("launch_enter_hook", "launch_exit_hook")
@@ -77,7 +78,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Driver:
     made = Driver()
     monkeypatch.setattr(driver, "_active", made)
     monkeypatch.setattr(triton.compiler, "compile", lambda source, **options: Kernel(source, made))
-    monkeypatch.setattr(_direct, "_kernels", {})
+    monkeypatch.setattr(direct, "_kernels", {})
     return made
 
 
@@ -111,7 +112,7 @@ def same(found: tuple[Any, ...], expected: tuple[Any, ...]) -> bool:
 def launch_as_triton(device: Driver, kernel: JITFunction, grid: tuple[int, ...], **arguments: Any) -> int:
     """Launches by ours and by Triton's own path, which must not differ, and gives the compiled kernel's number."""
     before = len(device.launched)
-    _direct.run(kernel, grid, {n: v for n, v in arguments.items() if n not in OPTIONS}, **options_of(arguments))
+    direct.run(kernel, grid, {n: v for n, v in arguments.items() if n not in OPTIONS}, **options_of(arguments))
     kernel[grid](**arguments)
     ours, theirs = device.launched[before:]
     assert same(ours, theirs)
@@ -144,7 +145,7 @@ def launches_of_every_op() -> list[Launch]:
 
 
 def test_the_launch_of_this_triton_is_the_known_one() -> None:
-    assert _direct.launches_as_known()
+    assert direct.launches_as_known()
 
 
 def test_every_kernel_of_the_package_is_launched_as_triton_does(device: Driver) -> None:
@@ -166,7 +167,7 @@ def test_every_kernel_of_the_package_is_launched_directly_again(
     def run() -> list[tuple[Any, ...]]:
         device.launched.clear()
         for of in launches:
-            _direct.run(jitted[of.name], of.grid, of.arguments, of.num_warps, of.num_stages)
+            direct.run(jitted[of.name], of.grid, of.arguments, of.num_warps, of.num_stages)
         return list(device.launched)
 
     first = run()
@@ -256,7 +257,7 @@ def test_device_and_stream_are_those_of_the_moment(device: Driver, without_trito
     without_triton()
     device.launched.clear()
     for device.device, device.stream in ((1, 3), (0, 4)):
-        _direct.run(kernel, (5, 6, 7), {**GIVEN}, **OPTIONS)
+        direct.run(kernel, (5, 6, 7), {**GIVEN}, **OPTIONS)
     assert [launched[:5] for launched in device.launched] == [(5, 6, 7, 103, numbers[1]), (5, 6, 7, 4, numbers[0])]
 
 
@@ -274,25 +275,25 @@ def test_modes_of_compiling_are_heeded(device: Driver, monkeypatch: pytest.Monke
 def test_hooks_on_launches_are_called(device: Driver, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """As Triton calls them, who watches for as long as it does."""
     kernel, seen = JITFunction(add), []
-    _direct.run(kernel, (1,), {**GIVEN}, **OPTIONS)
-    _direct.run(kernel, (1,), {**GIVEN}, **OPTIONS)
+    direct.run(kernel, (1,), {**GIVEN}, **OPTIONS)
+    direct.run(kernel, (1,), {**GIVEN}, **OPTIONS)
     hook = getattr(knobs.runtime, name)
     hook.add(seen.append)
     try:
-        _direct.run(kernel, (1,), {**GIVEN}, **OPTIONS)
+        direct.run(kernel, (1,), {**GIVEN}, **OPTIONS)
     finally:
         hook.remove(seen.append)
     assert [metadata.get()["name"] for metadata in seen] == ["kernel"]
     monkeypatch.setattr(knobs.runtime, name, lambda metadata: seen.append(metadata))
-    _direct.run(kernel, (1,), {**GIVEN}, **OPTIONS)
+    direct.run(kernel, (1,), {**GIVEN}, **OPTIONS)
     assert len(seen) == 2
 
 
 def test_hooks_before_runs_are_called(device: Driver) -> None:
     kernel, seen = JITFunction(add), []
-    _direct.run(kernel, (1,), {**GIVEN}, **OPTIONS)
+    direct.run(kernel, (1,), {**GIVEN}, **OPTIONS)
     kernel.add_pre_run_hook(lambda *args, **kwargs: seen.append(kwargs["size"]))
-    _direct.run(kernel, (1,), {**GIVEN}, **OPTIONS)
+    direct.run(kernel, (1,), {**GIVEN}, **OPTIONS)
     assert seen == [32]
 
 
@@ -305,25 +306,25 @@ def unknown(device: Driver, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[in
         sizes.append(size)
         return Kernel(None, device)
 
-    _direct.launches_as_known.cache_clear()
+    direct.launches_as_known.cache_clear()
     monkeypatch.setattr(JITFunction, "run", run)
     yield sizes
-    _direct.launches_as_known.cache_clear()
+    direct.launches_as_known.cache_clear()
 
 
 def test_a_triton_that_launches_otherwise_launches_itself(device: Driver, unknown: list[int]) -> None:
     kernel = JITFunction(add)
     for size in (1, 2, 2):
-        _direct.run(kernel, (1,), GIVEN | {"size": size}, **OPTIONS)
+        direct.run(kernel, (1,), GIVEN | {"size": size}, **OPTIONS)
     assert unknown == [1, 2, 2]
 
 
 def test_as_many_launches_are_kept_as_are_said(device: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_direct, "MOST", 3)
+    monkeypatch.setattr(direct, "MOST", 3)
     kernel = JITFunction(add)
     for size in (*range(8), *range(8)):
         launch_as_triton(device, kernel, (1,), **GIVEN | OPTIONS | {"size": size})
-    ((form,),) = [known.forms.values() for known in _direct._kernels.values()]
+    ((form,),) = [known.forms.values() for known in direct._kernels.values()]
     assert 0 < len(form.compiled) <= 3
 
 
@@ -331,7 +332,7 @@ def test_launch_gives_blocks_and_options(device: Driver) -> None:
     kernel = JITFunction(add)
     rest = {name: value for name, value in GIVEN.items() if name != "BLOCK"}
     for _ in range(2):
-        launch(kernel, (1,), {"BLOCK": 64, "num_warps": 2, "num_stages": 1}, **rest)
+        launch(kernel, (1,), Config({"BLOCK": 64}, num_warps=2, num_stages=1), **rest)
     assert [launched[-1] for launched in device.launched] == [64, 64]
-    launch(kernel, (1, 0), {"BLOCK": 64, "num_warps": 2, "num_stages": 1}, **rest)
+    launch(kernel, (1, 0), Config({"BLOCK": 64}, num_warps=2, num_stages=1), **rest)
     assert len(device.launched) == 2

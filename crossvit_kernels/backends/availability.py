@@ -1,0 +1,152 @@
+"""Which backends exist on this machine, and if not, why; which devices, dtypes and ops each takes."""
+
+import functools
+import importlib
+import importlib.util
+import os
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from .. import triton_kernels
+from .build_record import INSTALL, read_record
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+CHOICES = "'auto' or one of " + ", ".join(map(repr, BACKENDS))
+
+_DTYPES = {  # others go to the reference
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.float16, torch.bfloat16),
+}
+_DEVICES = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+_CAPABILITY = (8, 0)  # the least that the GPU kernels are written for
+
+
+def _load_extension() -> tuple[ModuleType | None, str | None]:
+    """The extension module, or why it is not there; one built against another torch is not loaded."""
+    record, why = read_record("crossvit_kernels._C")
+    if why is not None:
+        return None, why
+    if record.get("abi") != (abi := sysconfig.get_config_var("SOABI")):
+        return None, f"crossvit_kernels._C was built for {record.get('abi')}, this Python is {abi}; {INSTALL} again"
+    try:
+        return importlib.import_module("crossvit_kernels._C"), None
+    except ImportError as error:
+        return None, f"crossvit_kernels._C cannot be loaded ({error}); {INSTALL} again"
+
+
+extension, extension_missing = _load_extension()
+
+
+def reason(name: str) -> str | None:
+    """Why the backend `name` is not there, in words; None where it is. ValueError where no backend has that name."""
+    if name not in BACKENDS:
+        raise ValueError(f"kernels: expected {CHOICES}, got {name!r}")
+    if name == "reference":
+        return None
+    if name == "triton":
+        return _triton_missing()
+    return extension_missing if name == "cpu" else cuda_missing()
+
+
+_NO_GPU = "no CUDA device was found"
+
+
+@functools.cache
+def _triton_missing() -> str | None:
+    """Why the Triton kernels cannot run here."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if triton_kernels.interprets():
+        return None
+    if not torch.cuda.is_available():
+        return f"{_NO_GPU}; on CPU tensors Triton runs in its interpreter, TRITON_INTERPRET=1"
+    return _gpu_unfit()
+
+
+@functools.cache
+def emulated() -> bool:
+    """Whether the CUDA kernels run in the emulation, on CPU tensors: CROSSVIT_KERNELS_EMULATE, read once."""
+    return os.environ.get("CROSSVIT_KERNELS_EMULATE", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+@functools.cache
+def cuda_missing() -> str | None:
+    """Why the CUDA kernels cannot run here; loads them."""
+    name = "_emulation.so" if emulated() else "_cuda.so"
+    record, why = read_record(f"crossvit_kernels/{name}")
+    if why is not None:
+        return why
+    if not emulated():
+        if not torch.cuda.is_available():
+            return f"{_NO_GPU}; on CPU tensors the kernels run in an emulation, CROSSVIT_KERNELS_EMULATE=1"
+        if (why := _gpu_unfit() or _not_built_for(record["cuda"]["architectures"])) is not None:
+            return why
+    return load_cuda(name)
+
+
+@functools.cache
+def load_cuda(name: str) -> str | None:
+    """Registers the ops of a library, or says why it cannot."""
+    try:
+        torch.ops.load_library(Path(__file__).parent.with_name(name))
+    except OSError as error:
+        return f"crossvit_kernels/{name} cannot be loaded ({error}); {INSTALL} again"
+    return None
+
+
+def _gpu_unfit() -> str | None:
+    if torch.version.cuda is None:
+        return "this torch was built for another vendor's GPUs than NVIDIA's"
+    capability = torch.cuda.get_device_capability()
+    if capability < _CAPABILITY:
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0"
+    return None
+
+
+def _not_built_for(architectures: list[str]) -> str | None:
+    """None where one of the architectures runs on this GPU: code on its own generation, PTX on all later ones."""
+    major, minor = torch.cuda.get_device_capability()
+    for name in architectures:
+        kind, _, number = name.partition("_")
+        exact = number.rstrip("af") != number
+        built = divmod(int(number.rstrip("af")), 10)
+        if built == (major, minor) or (
+            not exact and built <= (major, minor) and (kind == "compute" or built[0] == major)
+        ):
+            return None
+    return (
+        f"crossvit_kernels/_cuda.so was built for {', '.join(architectures)}, the GPU has compute capability "
+        f"{major}.{minor}; {INSTALL} again, with TORCH_CUDA_ARCH_LIST={major}.{minor}"
+    )
+
+
+def devices(name: str) -> tuple[str, ...]:
+    """The types of device whose tensors the backend `name` takes."""
+    if name == "cuda" and emulated():
+        return ("cpu",)
+    return ("cpu", "cuda") if name == "triton" and triton_kernels.interprets() else (_DEVICES[name],)
+
+
+def dtypes(name: str) -> tuple[torch.dtype, ...]:
+    """The dtypes the backend `name` computes in; others go to the reference."""
+    if name != "triton":
+        return _DTYPES[name]
+    # Triton's interpreter corrupts bfloat16.
+    return (torch.float32, torch.float16, *(() if triton_kernels.interprets() else (torch.bfloat16,)))
+
+
+def available(name: str) -> bool:
+    """Whether the backend `name` works on this machine. ValueError where no backend has that name."""
+    return reason(name) is None
+
+
+def serves(name: str, op: str) -> bool:
+    """Whether the backend `name` has kernels of its own for `op`; where not, the reference serves it there."""
+    if name == "reference":
+        return True
+    if name == "triton":
+        return available(name) and op in triton_kernels.SERVED
+    return available(name) and hasattr(getattr(torch.ops, f"crossvit_kernels_{name}"), op)

@@ -1,0 +1,30 @@
+"""What setup.py wrote down of the build, `_build.json`, and what of it is not to be loaded."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+INSTALL = "to build it, type `pip install --no-build-isolation .` in the source folder"
+
+
+def read_record(what: str) -> tuple[dict[str, Any], str | None]:
+    """What setup.py wrote down of the build, and why `what`, a part of it, is not to be loaded."""
+    path = Path(__file__).parent.with_name("_build.json")
+    try:
+        record = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}, f"{what} was not built; {INSTALL}"
+    except (OSError, ValueError) as error:
+        return {}, f"{path} cannot be read ({error}); {INSTALL} again"
+    part = {"_cuda.so": "cuda", "_emulation.so": "emulation"}.get(what.rpartition("/")[2])
+    missing = (
+        record.get("missing") if part is None else record.get(part, {"missing": "by an older setup.py"})["missing"]
+    )
+    if missing:
+        return record, f"{what} was not built: {missing}; {INSTALL} once that is mended"
+    if record.get("torch") != str(torch.__version__):
+        built = record.get("torch")
+        return record, f"{what} was built against torch {built}, this is {torch.__version__}; {INSTALL} again"
+    return record, None

@@ -1,0 +1,45 @@
+"""What `crossvit_kernels.backends.report()` prints."""
+
+import torch
+
+from . import availability, build_record, choice
+
+# The ops that a library of kernels may have, with or without a backward.
+OPS = (
+    *("bicubic_resize", "cls_cross_attention", "cls_fusion", "layer_norm_linear", "layer_norm_mlp", "linear_residual"),
+    *("patch_embed", "self_attention"),
+)
+
+
+def cuda_ops() -> list[str]:
+    """The ops of the library in use, or of the one that would be with a GPU."""
+    if availability.cuda_missing() is not None and (
+        build_record.read_record("crossvit_kernels/_cuda.so")[1] or availability.load_cuda("_cuda.so")
+    ):
+        return []
+    names = sorted([*OPS, *(f"{name}_backward" for name in OPS)])
+    return [name for name in names if hasattr(torch.ops.crossvit_kernels_cuda, name)]
+
+
+def report() -> str:
+    """Prints, and returns, which backends exist on this machine and why the others do not."""
+    lines = [f"{name}: {availability.reason(name) or 'available'}" for name in availability.BACKENDS]
+    if (extension := availability.extension) is not None:
+        built = extension.build_info()
+        sets = ", ".join(built["instruction_sets"])
+        lines[1] += f", {extension.cpu_instruction_set()} in use (built: {sets}; compiler {built['compiler']})"
+    if availability.cuda_missing() is None and availability.emulated():
+        lines[3] += ", emulated on CPU tensors"
+    if ops := cuda_ops():
+        cuda = build_record.read_record("crossvit_kernels/_cuda.so")[0]["cuda"]
+        built_for = f"{', '.join(cuda['architectures'])} by nvcc {cuda['nvcc']}" if cuda["architectures"] else "no GPU"
+        lines[3] += f" (built for {built_for}: {', '.join(ops)})"
+    default = choice.environment()
+    lines.append(f"kernels='auto' means {default}" + ("" if default == "auto" else ", from CROSSVIT_KERNELS"))
+    for op in ops if default == "auto" else ():
+        first = choice.candidates("cuda", op)[0]
+        measured = choice.MEASURED[op][1] if op in choice.MEASURED else "unmeasured against cuda"
+        lines.append(f"  on a GPU, {op}: {first}, {measured}")
+    text = "\n".join(lines)
+    print(text)
+    return text

@@ -1,0 +1,1 @@
+"""The kernels: functions that Triton compiles, and what they share on the device."""

@@ -1,0 +1,52 @@
+"""Running a kernel, or, instead of a run, keeping a record of what would run."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from . import direct
+from .configs import Config
+from .target import targeting
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel: its grid and all its arguments by name, constexpr ones and blocks included."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+
+_records: list[list[Launch]] = []
+
+
+@contextmanager
+def recording(architecture: str) -> Iterator[list[Launch]]:
+    """Launches inside are not run but collected, as `architecture` ("sm_90") would get them; tensors may be on
+    "meta"."""
+    launches: list[Launch] = []
+    _records.append(launches)
+    try:
+        with targeting(architecture):
+            yield launches
+    finally:
+        _records.pop()
+
+
+def launch(kernel: Any, grid: tuple[int, ...], config: Config, **arguments: Any) -> None:
+    """Runs `kernel` over `grid`; `config` gives its block sizes, num_warps and num_stages."""
+    if 0 in grid:
+        return
+    arguments.update(config.blocks)
+    if _records:
+        _records[-1].append(Launch(kernel, grid, arguments, config.num_warps, config.num_stages))
+    else:
+        direct.run(kernel, grid, arguments, config.num_warps, config.num_stages)

@@ -1,0 +1,1 @@
+"""The launchers: a file per op, with its `forward` and `backward`."""
