@@ -15,6 +15,7 @@ from operator import is_
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .dispatch.torch_internals import (
@@ -53,12 +54,33 @@ class Composition:
     entry: tuple[type, str] | None = None
 
 
+# What the forwards of the modules call, as it was when this package was imported.
+_NAMES = ("linear", "layer_norm", "gelu", "conv2d", "scaled_dot_product_attention")
+_FUNCTIONS = {name: getattr(F, name) for name in _NAMES}
+_linear, _layer_norm, _gelu, _conv2d, _attention = _FUNCTIONS.values()
+_functional = F.__dict__
+
+
+def replaced_function() -> str | None:
+    """The first function of torch.nn.functional that modules would call and that somebody replaced, in words."""
+    if (
+        _functional["linear"] is _linear
+        and _functional["layer_norm"] is _layer_norm
+        and _functional["gelu"] is _gelu
+        and _functional["conv2d"] is _conv2d
+        and _functional["scaled_dot_product_attention"] is _attention
+    ):
+        return None
+    name = next(name for name, function in _FUNCTIONS.items() if _functional[name] is not function)
+    return f"torch.nn.functional.{name} was replaced"
+
+
 def why_not(owner: nn.Module, composition: Composition) -> str | None:
     """What stands against applying the weights of these children of `owner` without calling them, in words; None where
     nothing does."""
     if MODULES_UNKNOWN is not None:
         return MODULES_UNKNOWN
-    if not torch.compiler.is_compiling() and (why := watched_by_all() or foreign_mode()) is not None:
+    if not torch.compiler.is_compiling() and (why := watched_by_all() or foreign_mode() or replaced_function()):
         return why
     if composition.entry is not None and not _genuine(*composition.entry):
         cls, method = composition.entry
@@ -78,7 +100,7 @@ def fuses(owner: nn.Module, composition: Composition) -> bool:
     """Whether nothing stands against it now: `why_not` in its quick form."""
     if torch.compiler.is_compiling():
         return why_not(owner, composition) is None
-    if foreign_mode() is not None:
+    if foreign_mode() is not None or replaced_function() is not None:
         return False
     watches = owner.__dict__.get(_WATCHES)
     if watches is None or watches.owner() is not owner:  # none, or those of the module that this one is a copy of

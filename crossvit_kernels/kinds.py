@@ -46,6 +46,8 @@ def kind(*classes: str, wrong: Any = None, settings: tuple[str, ...] = (), optio
 
 def _wrong_weights(module: nn.Module) -> str | None:
     for name in ("weight", "bias"):
+        if name in module.__dict__ and name in module._parameters:
+            return f"has a {name} that hides its parameter"
         value = getattr(module, name)
         if value is not None and (why := strange(value)) is not None:
             return f"has a {name} that is {why}"
@@ -76,12 +78,13 @@ def _wrong_convolution(conv: nn.Conv2d) -> str | None:
     return _wrong_weights(conv)
 
 
-LINEAR = kind("torch.nn.modules.linear:Linear", wrong=_wrong_weights)
+_WEIGHTS = ("weight", "bias")
+LINEAR = kind("torch.nn.modules.linear:Linear", wrong=_wrong_weights, settings=_WEIGHTS)
 LAYER_NORM = kind(
     "torch.nn.modules.normalization:LayerNorm",
     "timm.layers.norm:LayerNorm",
     wrong=_wrong_norm,
-    settings=("_fast_norm", "normalized_shape"),
+    settings=("_fast_norm", "normalized_shape", *_WEIGHTS),
 )
 GELU = kind("torch.nn.modules.activation:GELU", wrong=_wrong_gelu, settings=("approximate",))
 IDENTITY = kind("torch.nn.modules.linear:Identity", optional=True)
@@ -89,13 +92,14 @@ LINEAR_OR_IDENTITY = kind(
     "torch.nn.modules.linear:Linear",
     "torch.nn.modules.linear:Identity",
     wrong=lambda m: None if type(m) is nn.Identity else _wrong_weights(m),
+    settings=_WEIGHTS,
 )
 DROPOUT = kind("torch.nn.modules.dropout:Dropout", "torch.nn.modules.linear:Identity")
 ABSENT = kind(optional=True)
 PATCH_CONVOLUTION = kind(
     "torch.nn.modules.conv:Conv2d",
     wrong=_wrong_convolution,
-    settings=("kernel_size", "stride", "groups", "dilation", "padding", "_conv_forward"),
+    settings=("kernel_size", "stride", "groups", "dilation", "padding", "_conv_forward", *_WEIGHTS),
 )
 
 
@@ -124,7 +128,7 @@ def strange_type(value: Any) -> type | None:
 
 
 def takes(x: Tensor, matrices: Iterable[Tensor | None], norms: Iterable[Tensor | None] = ()) -> bool:
-    """Whether the ops compute with x beside these weights: plain tensors whose dtypes go together.
+    """Whether the ops compute with x beside these weights: plain, dense tensors whose dtypes go together.
 
     Matrices (and biases) are of x's dtype; a LayerNorm's parameters, its weight and its bias in turn, may be float32
     where that has 16 bits. Under autocast all but float64 go together.
@@ -133,6 +137,8 @@ def takes(x: Tensor, matrices: Iterable[Tensor | None], norms: Iterable[Tensor |
     if any(weight is None for weight in norms[::2]):
         return False
     if not plain(x, *matrices, *norms):
+        return False
+    if any(t is not None and t.layout is not torch.strided for t in (x, *matrices, *norms)):
         return False
     dtype = x.dtype
     others = {t.dtype for t in (*matrices, *norms) if t is not None}

@@ -151,7 +151,12 @@ def _onnx_runner(path: Path) -> Callable[[Tensor], Tensor] | None:
         return None
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+    name: str | bytes = str(path)
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:  # a name that is not UTF-8, with which the runtime opens nothing
+        name = path.read_bytes()
+    session = onnxruntime.InferenceSession(name, settings, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"images": images.cpu().numpy()})[0]).to(images.device)
 
 

@@ -31,4 +31,7 @@ def transformer_block(x: Tensor, *weights: Any, kernels: str) -> Tensor | None:
         return None
     if x.device.type != "cpu" or backends.resolve(kernels, x.device, x.dtype, NAME) != "cpu":
         return None
-    return torch.ops.crossvit_kernels_cpu.transformer_block.default(x, *weights)
+    try:
+        return torch.ops.crossvit_kernels_cpu.transformer_block.default(x, *weights)
+    except NotImplementedError:  # a sparse weight, of which the dispatcher has no kernel
+        return None

@@ -204,7 +204,7 @@ def test_every_planned_command_is_understood(smoke: bool, tmp_path: Path, monkey
         if module == "benchmarks.gpu.shards":
             assert 1 <= int(words[words.index(module) + 1]) <= gpu_stages.TEST_WORKERS
             continue
-        options = parsers[module.partition(".")[2]](words[words.index(module) + 1 :])
+        options = parsers[module.rpartition(".")[2]](words[words.index(module) + 1 :])
         if module != "benchmarks.gpu.exercise":
             written.append(options.json)
             assert (options.device, options.seconds, options.dtype) == ("cuda", 10, ["bfloat16"])
