@@ -5,6 +5,7 @@ tests/support/available.py says how the backends run here, tests/support/selecti
 
 import json
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from selection import MARKERS, LeftOut
 
 def pytest_configure(config: pytest.Config) -> None:
     """Registers the markers, and the plugin that leaves cases out."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as behind a shell's &: what tests start is to hear Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for marker in MARKERS:
         config.addinivalue_line("markers", marker)
     config.pluginmanager.register(LeftOut())
