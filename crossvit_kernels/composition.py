@@ -54,25 +54,19 @@ class Composition:
     entry: tuple[type, str] | None = None
 
 
-# What the forwards of the modules call, as it was when this package was imported.
-_NAMES = ("linear", "layer_norm", "gelu", "conv2d", "scaled_dot_product_attention")
-_FUNCTIONS = {name: getattr(F, name) for name in _NAMES}
-_linear, _layer_norm, _gelu, _conv2d, _attention = _FUNCTIONS.values()
-_functional = F.__dict__
+# What the forwards of the modules call: a dictionary, a key in it, and the value there when this package was imported.
+_FUNCTIONS = [
+    (F.__dict__, name, F.__dict__[name])
+    for name in ("linear", "layer_norm", "gelu", "conv2d", "scaled_dot_product_attention")
+]
 
 
 def replaced_function() -> str | None:
     """The first function of torch.nn.functional that modules would call and that somebody replaced, in words."""
-    if (
-        _functional["linear"] is _linear
-        and _functional["layer_norm"] is _layer_norm
-        and _functional["gelu"] is _gelu
-        and _functional["conv2d"] is _conv2d
-        and _functional["scaled_dot_product_attention"] is _attention
-    ):
-        return None
-    name = next(name for name, function in _FUNCTIONS.items() if _functional[name] is not function)
-    return f"torch.nn.functional.{name} was replaced"
+    for home, name, function in _FUNCTIONS:
+        if home.get(name) is not function:
+            return f"torch.nn.functional.{name} was replaced"
+    return None
 
 
 def why_not(owner: nn.Module, composition: Composition) -> str | None:
@@ -100,7 +94,7 @@ def fuses(owner: nn.Module, composition: Composition) -> bool:
     """Whether nothing stands against it now: `why_not` in its quick form."""
     if torch.compiler.is_compiling():
         return why_not(owner, composition) is None
-    if foreign_mode() is not None or replaced_function() is not None:
+    if foreign_mode() is not None:
         return False
     watches = owner.__dict__.get(_WATCHES)
     if watches is None or watches.owner() is not owner:  # none, or those of the module that this one is a copy of
@@ -128,7 +122,7 @@ class Watch:
     def __init__(self, owner: nn.Module, composition: Composition) -> None:
         modules: list[nn.Module] = []
         containers: list[dict[str, Any]] = []
-        places: list[tuple[dict[str, Any], str, Any]] = []  # a dictionary, a key in it, and the value there
+        places: list[tuple[dict[str, Any], str, Any]] = [*_FUNCTIONS]  # a dictionary, a key in it, and the value there
         for parent, name in _ways(owner, composition.parts):
             places += [
                 (parent.__dict__, "_modules", parent._modules),
