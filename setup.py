@@ -69,8 +69,10 @@ if SANITIZE:
     COMMON_FLAGS += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
 # What sees torch allocates and calls kernels: optimising it more only costs the compiler time.
 TORCH_FLAGS = [*COMMON_FLAGS, "-O1"]
-# GCC 12 warns of its own intrinsics headers.
+# Functions start at a cache line: at the 16 bytes that are the compiler's choice, the same product took up to 7 %
+# longer in one build than in the next. GCC 12 warns of its own intrinsics headers.
 ISA_FLAGS = [
+    "-falign-functions=64",
     "-ffp-contract=fast",
     "-fno-math-errno",
     "-fno-trapping-math",

@@ -1,13 +1,14 @@
 """A row of one element has no variance: LayerNorm makes it its bias, whatever it is, so that the gradient of x is zero,
 which every kernel returns as zero, on every instruction set."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 import crossvit_kernels as k
+from available import instruction_sets
 from crossvit_kernels import backends
 from inputs import Random
 from numerics import DEVICES
@@ -44,37 +45,13 @@ OPS: dict[str, Callable[[Random, Tensor, str], Tensor]] = {
 }
 
 
-@pytest.fixture
-def every_instruction_set() -> Iterator[Callable[[str], list[str]]]:
-    """Chooses one of those that this CPU has; the one in force comes back."""
-    if not backends.available("cpu"):
-        yield lambda backend: [""]
-        return
-    from crossvit_kernels import _C
-
-    before = _C.cpu_instruction_set()
-
-    def supported() -> Iterator[str]:
-        for name in _C.build_info()["instruction_sets"]:
-            try:
-                _C.set_instruction_set(name)
-            except ValueError:
-                continue
-            yield name
-
-    yield lambda backend: supported() if backend == "cpu" else [""]
-    _C.set_instruction_set(before)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", OPS)
-def test_the_gradient_is_zero(
-    backend: str, op: str, dtype: torch.dtype, every_instruction_set: Callable[[str], Iterator[str]]
-) -> None:
+def test_the_gradient_is_zero(backend: str, op: str, dtype: torch.dtype) -> None:
     """To the bit; of layer_norm_mlp what is left is its residual's."""
     if dtype not in backends.dtypes(backend):
         pytest.skip(f"{backend} does not compute in {dtype} here")
-    for name in every_instruction_set(backend):
+    for name in instruction_sets() if backend == "cpu" else [""]:
         rng = Random()
         x = rng.normal(ROWS, 1, std=3.0).to(DEVICES[backend], dtype).requires_grad_()
         out = OPS[op](rng, x, backend)

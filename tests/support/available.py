@@ -2,6 +2,7 @@
 the CUDA kernels in the emulation, on CPU tensors."""
 
 import os
+from collections.abc import Iterator
 
 import torch
 
@@ -23,3 +24,22 @@ def interpreted(backend: str | None) -> bool:
 def computes(backend: str, precision: object) -> bool:
     """Whether the backend's own kernels compute in this precision here."""
     return (precision.autocast or precision.inputs) in backends.dtypes(backend)
+
+
+def instruction_sets() -> Iterator[str]:
+    """Those compiled into the CPU kernels that this CPU has, each in force while it is the current one; none without
+    CPU kernels. The one in force before comes back."""
+    if not backends.available("cpu"):
+        return
+    from crossvit_kernels import _C
+
+    before = _C.cpu_instruction_set()
+    try:
+        for name in _C.build_info()["instruction_sets"]:
+            try:
+                _C.set_instruction_set(name)
+            except ValueError:  # this CPU lacks it
+                continue
+            yield name
+    finally:
+        _C.set_instruction_set(before)

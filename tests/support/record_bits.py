@@ -38,6 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.part:
         write(options.out, record(options.part))
         return 0
+    from available import instruction_sets
+
     found: dict[str, str] = {}
     for backend in options.backends.split(","):
         for instruction_set in instruction_sets() if backend == "cpu" else [""]:
@@ -53,21 +55,6 @@ def compare(before: dict[str, str], after: dict[str, str]) -> int:
     off = sorted(name for name in both if before[name] != after[name])
     print(f"{len(both)} results in both, {len(off)} differ", *off, sep="\n    ")
     return int(bool(off))
-
-
-def instruction_sets() -> list[str]:
-    """Those of the CPU kernels that this CPU has."""
-    from crossvit_kernels import _C
-
-    before, found = _C.cpu_instruction_set(), []
-    for name in _C.build_info()["instruction_sets"]:
-        try:
-            _C.set_instruction_set(name)
-        except ValueError:
-            continue
-        found.append(name)
-    _C.set_instruction_set(before)
-    return found
 
 
 def in_a_process(backend: str, instruction_set: str, out: Path) -> dict[str, str]:
