@@ -16,10 +16,12 @@ MOST_BLOCKS = 1000  # in a model: each takes a millisecond to build
 
 
 def is_integer(value: Any) -> bool:
+    """Whether a value is an integer, and no bool."""
     return not isinstance(value, bool) and isinstance(value, Integral)
 
 
 def is_number(value: Any) -> bool:
+    """Whether a value is a real number, and no bool."""
     return not isinstance(value, bool) and isinstance(value, Real)
 
 

@@ -30,6 +30,7 @@ class CrossAttentionFusion(MultiScaleBlock):
     """
 
     def build_fusion(self, **options: Any) -> None:
+        """Makes the modules of the fusion."""
         self.projs, self.fusion, self.revert_projs = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for b, width in enumerate(self.dim):
             other = (b + 1) % len(self.dim)
@@ -47,6 +48,7 @@ class CrossAttentionFusion(MultiScaleBlock):
         return list(fusion) if self.fusion_depth else [fusion]
 
     def fuse_cls(self, cls: Sequence[Tensor], patches: Sequence[Tensor]) -> list[Tensor]:
+        """The branches' CLS tokens (B, D_b), and their patches (B, N_b, D_b) -> the fused CLS tokens (B, D_b)."""
         return [self._direction(b, c, patches[(b + 1) % len(cls)]) for b, c in enumerate(cls)]
 
     def _direction(self, branch: int, cls: Tensor, patches: Tensor) -> Tensor:
@@ -69,6 +71,7 @@ class CrossAttentionFusion(MultiScaleBlock):
         return not layer.attn.drops() and not (layer.training and layer.drop_path > 0)
 
     def fusion_multiply_adds(self) -> tuple[int, int]:
+        """(multiply-adds of the fusion for one image, those of them in attention)."""
         linears = attention = 0
         for b in range(len(self.dim)):
             other = (b + 1) % len(self.dim)

@@ -162,14 +162,17 @@ class CrossViT(Classifier):
         )
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether the blocks' activations are computed again in the backward instead of kept."""
         super().set_grad_checkpointing(enable)
         for stage in self.blocks:
             cast(MultiScaleBlock, stage).grad_checkpointing = enable
 
     def build_head(self) -> nn.ModuleList:
+        """A new head: a Linear from each branch's width to the classes."""
         return nn.ModuleList(self.new_linear(dim) for dim in self.embed_dim)
 
     def position_grids(self, image_size: tuple[int, int] | None = None) -> dict[str, tuple[int, int]]:
+        """{name of the positions: the rows and columns of their grid}, for images of this size or the model's own."""
         grids = {}
         for b, (scale, patch) in enumerate(zip(self.img_scale, self.patch_size)):
             height, width = branch_size(image_size or self.image_size, scale, patch)
@@ -177,6 +180,7 @@ class CrossViT(Classifier):
         return grids
 
     def embed_images(self, images: Tensor) -> list[Tensor]:
+        """Images (B, in_chans, *image_size) -> the tokens of every branch, (B, 1 + N_b, D_b), CLS first."""
         self.check_images(images)
         tokens = []
         for b, embed in enumerate(self.patch_embed):

@@ -35,14 +35,17 @@ class Description:
 
     @property
     def parameters(self) -> int:
+        """The number of parameters of all parts."""
         return sum(part.parameters for part in self.parts)
 
     @property
     def multiply_adds(self) -> int:
+        """Multiply-adds of all parts for one image."""
         return sum(part.multiply_adds for part in self.parts)
 
     @property
     def attention(self) -> int:
+        """Those of the multiply-adds that are in softmax(q kᵀ) v."""
         return sum(part.attention for part in self.parts)
 
     def __str__(self) -> str:

@@ -22,9 +22,11 @@ class NoFusion(MultiScaleBlock):
     """No fusion: z_i = x_i. The branches meet in the mean of their logits only."""
 
     def fuse(self, tokens: list[Tensor], cls_only: bool) -> list[Tensor]:
+        """The branches' tokens (B, 1 + N_b, D_b) -> the same fused; with `cls_only` the CLS tokens alone, (B, D_b)."""
         return [x[:, 0] for x in tokens] if cls_only else tokens
 
     def fusion_multiply_adds(self) -> tuple[int, int]:
+        """(multiply-adds of the fusion for one image, those of them in attention)."""
         return 0, 0
 
 
@@ -36,6 +38,7 @@ class AllAttentionFusion(MultiScaleBlock):
     """
 
     def build_fusion(self, **options: Any) -> None:
+        """Makes the modules of the fusion."""
         widest = max(range(len(self.dim)), key=lambda b: self.dim[b])
         width = self.dim[widest]
         self.projs = nn.ModuleList(projection(d, width, self.kernels) for d in self.dim)
@@ -43,11 +46,13 @@ class AllAttentionFusion(MultiScaleBlock):
         self.revert_projs = nn.ModuleList(projection(width, d, self.kernels) for d in self.dim)
 
     def fuse(self, tokens: list[Tensor], cls_only: bool) -> list[Tensor]:
+        """The branches' tokens (B, 1 + N_b, D_b) -> the same fused; with `cls_only` the CLS tokens alone, (B, D_b)."""
         y = torch.cat([f(x) for f, x in zip(self.projs, tokens)], dim=1)
         split = self.fusion(y).split([x.shape[1] for x in tokens], dim=1)
         return [g(split[b][:, 0] if cls_only else split[b]) for b, g in enumerate(self.revert_projs)]
 
     def fusion_multiply_adds(self) -> tuple[int, int]:
+        """(multiply-adds of the fusion for one image, those of them in attention)."""
         lengths = self.lengths()
         attention = 2 * sum(lengths) ** 2 * max(self.dim)
         linears = sum(n * linear_multiply_adds(f, g) for n, f, g in zip(lengths, self.projs, self.revert_projs))
@@ -60,6 +65,7 @@ class _CommonWidthFusion(MultiScaleBlock):
     """
 
     def build_fusion(self, **options: Any) -> None:
+        """Makes the modules of the fusion."""
         width = min(self.dim)
         self.projs = nn.ModuleList(
             projection(d, width, self.kernels) if d != width else nn.Identity() for d in self.dim
@@ -69,6 +75,7 @@ class _CommonWidthFusion(MultiScaleBlock):
         )
 
     def fuse_cls(self, cls: Sequence[Tensor], patches: Sequence[Tensor]) -> list[Tensor]:
+        """The branches' CLS tokens (B, D_b), and their patches (B, N_b, D_b) -> the fused CLS tokens (B, D_b)."""
         total = sum_of([f(c) for f, c in zip(self.projs, cls)])
         return [g(total) for g in self.revert_projs]
 
@@ -77,6 +84,7 @@ class ClassTokenFusion(_CommonWidthFusion):
     """Class token (eq. 3): z_i = [g_i(Σ_j f_j(x_j,cls)) ‖ x_i,patch]. The CLS tokens are summed, the patches stay."""
 
     def fusion_multiply_adds(self) -> tuple[int, int]:
+        """(multiply-adds of the fusion for one image, those of them in attention)."""
         return linear_multiply_adds(self.projs, self.revert_projs), 0
 
 
@@ -87,6 +95,7 @@ class PairwiseFusion(_CommonWidthFusion):
     """
 
     def fuse(self, tokens: list[Tensor], cls_only: bool) -> list[Tensor]:
+        """The branches' tokens (B, 1 + N_b, D_b) -> the same fused; with `cls_only` the CLS tokens alone, (B, D_b)."""
         if cls_only:
             return self.fuse_cls([x[:, 0] for x in tokens], ())
         projected = [f(x) for f, x in zip(self.projs, tokens)]
@@ -98,6 +107,7 @@ class PairwiseFusion(_CommonWidthFusion):
         return fused
 
     def fusion_multiply_adds(self) -> tuple[int, int]:
+        """(multiply-adds of the fusion for one image, those of them in attention)."""
         lengths = self.lengths()
         return sum(n * linear_multiply_adds(f, g) for n, f, g in zip(lengths, self.projs, self.revert_projs)), 0
 
@@ -109,3 +119,4 @@ FUSIONS: dict[str, type[MultiScaleBlock]] = {
     "pairwise": PairwiseFusion,
     "cross_attention": CrossAttentionFusion,
 }
+"""{name: the class of the fusion scheme}, what `create_model` takes as `fusion`"""

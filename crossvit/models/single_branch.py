@@ -120,14 +120,17 @@ class VisionTransformer(Classifier):
         self.apply_init(self.pos_embed, self.cls_token)
 
     def build_head(self) -> nn.Module:
+        """A new head: a Linear from the width to the classes."""
         return self.new_linear(self.embed_dim)
 
     def position_grids(self, image_size: tuple[int, int] | None = None) -> dict[str, tuple[int, int]]:
+        """{name of the positions: the rows and columns of their grid}, for images of this size or the model's own."""
         patch = self.patch_embed.patch_size
         height, width = branch_size(image_size or self.image_size, 1.0, patch)
         return {"pos_embed": (height // patch, width // patch)}
 
     def embed_images(self, images: Tensor) -> Tensor:
+        """Images (B, in_chans, *image_size) -> tokens (B, 1 + N, D), CLS first."""
         self.check_images(images)
         # By keyword: torch's module tracker, which the FLOP counter uses, hooks the gradient of positional ones.
         tokens = self.patch_embed(images, cls_token=self.cls_token, pos_embed=self.pos_embed)

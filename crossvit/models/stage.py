@@ -111,6 +111,7 @@ def _makes_new_tokens(branch: nn.Module) -> bool:
 
 
 def sum_of(tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of tensors of one shape."""
     return functools.reduce(torch.add, tensors)
 
 
@@ -123,4 +124,5 @@ def resize_tokens(patches: Tensor, old_grid: tuple[int, int], new_grid: tuple[in
 
 
 def projection(in_features: int, out_features: int, kernels: str) -> LayerNormLinear:
+    """LayerNorm, GELU and Linear from one width to another, (..., in_features) -> (..., out_features)."""
     return LayerNormLinear(in_features, out_features, pre_activation="gelu", kernels=kernels)

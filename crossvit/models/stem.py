@@ -14,6 +14,7 @@ class ConvStem(nn.Sequential):
     the tokens (B, N, D) are then a view of the result. In training on a CPU too: their gradients come in that order."""
 
     def forward(self, images: Tensor) -> Tensor:
+        """images (B, in_chans, H, W) -> (B, embed_dim, H / patch_size, W / patch_size)."""
         if isinstance(images, Tensor) and (images.is_cuda or self.training):  # torch.fx traces with something else
             images = images.contiguous(memory_format=torch.channels_last)
         return super().forward(images)

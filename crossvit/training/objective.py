@@ -106,6 +106,7 @@ class Teacher(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W), normalised as the student's are -> the teacher's logits (B, num_classes)."""
         if self.size is not None:
             images = F.interpolate(images, self.size, mode="bicubic", align_corners=False, antialias=True)
         return cast(Tensor, self.model(images * cast(Tensor, self.scale) + cast(Tensor, self.shift)))

@@ -14,6 +14,7 @@ from .. import triton_kernels
 from .build_record import INSTALL, read_record
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
+"""The names that `kernels=` takes beside "auto"."""
 CHOICES = "'auto' or one of " + ", ".join(map(repr, BACKENDS))
 
 _DTYPES = {  # others go to the reference

@@ -44,6 +44,7 @@ class CrossAttention(nn.Module):
         return self.training and (self.attn_drop > 0 or self.proj_drop > 0)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, 1 + N, D), the CLS token first -> (B, 1, D)."""
         q, k, v = (
             y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (self.wq(x[:, :1]), self.wk(x), self.wv(x))
         )  # (B, H, 1 or 1 + N, d)
@@ -78,6 +79,7 @@ class CrossAttentionBlock(KernelModule):
         self.drop_path = drop_path
 
     def forward(self, x: Tensor, patches: Tensor | None = None) -> Tensor:
+        """x (B, 1 + N, D) -> (B, 1, D); or x, the CLS tokens (B, D), and patches (B, N, D) -> (B, D)."""
         if patches is None:
             return self._attend(x[:, 0], x[:, 1:])[:, None]
         return self._attend(x, patches)

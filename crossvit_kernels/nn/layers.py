@@ -46,10 +46,12 @@ class LayerNormLinear(KernelModule, nn.Sequential):
 
     @property
     def norm(self) -> nn.LayerNorm:
+        """The LayerNorm, child 0."""
         return cast(nn.LayerNorm, self._modules["0"])
 
     @property
     def linear(self) -> nn.Linear:
+        """The Linear."""
         return cast(nn.Linear, self._modules["2" if self.pre_activation else "1"])
 
     def composition(self) -> Composition:
@@ -57,6 +59,7 @@ class LayerNormLinear(KernelModule, nn.Sequential):
         return PROJECTIONS[self.pre_activation, self.activation]
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., in_features) -> (..., out_features), in x's dtype."""
         composition = self.composition()
         if len(self._modules) == len(composition.parts) and fuses(self, composition):
             activations = {"pre_activation": self.pre_activation, "activation": self.activation}
@@ -93,6 +96,7 @@ class Attention(KernelModule):
         return self.training and (self.attn_drop > 0 or self.proj_drop > 0)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, N, D) -> (B, N, D)."""
         qkv = self.qkv(x)
         dropout = self.attn_drop if self.training else 0.0
         if dropout > 0 or not plain(qkv):
@@ -118,6 +122,7 @@ class Mlp(nn.Module):
         return self.training and self.drop > 0
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., in_features) -> (..., in_features)."""
         x = F.dropout(F.gelu(self.fc1(x)), self.drop, self.training)
         return F.dropout(self.fc2(x), self.drop, self.training)
 
@@ -130,4 +135,5 @@ class LayerScale(nn.Module):
         self.gamma = nn.Parameter(torch.full((dim,), init_values))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., D) -> (..., D)."""
         return x * self.gamma

@@ -60,6 +60,7 @@ class PatchEmbed(KernelModule):
         self.proj = proj or nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: Tensor, cls_token: Tensor, pos_embed: Tensor) -> Tensor:
+        """images (B, C, H, W), cls_token (1, 1, D), pos_embed (1, 1 + N, D) -> (B, 1 + N, D)."""
         if fuses(self, EMBED):
             out = blocks.embed(images, self.proj, cls_token, pos_embed, self.image_size, self.kernels)
             if out is not None:

@@ -40,6 +40,7 @@ class AttentionBlock(KernelModule):
         self.drop_path = drop_path
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, N, D) -> (B, N, D)."""
         return self._attention_half(x, self._residual(self.ls1) if self.fuses_attention() else None, self.kernels)
 
     def fuses_attention(self) -> bool:
@@ -103,6 +104,7 @@ class Block(AttentionBlock):
         self.ls2 = LayerScale(dim, init_values) if init_values else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, N, D) -> (B, N, D)."""
         kernels = self.kernels
         first = self._residual(self.ls1) if self.fuses_attention() else None
         second = self._residual(self.ls2) if self.fuses_mlp() else None

@@ -151,19 +151,19 @@ def cls_fusion(
     """One direction of a stage's fusion; inference only.
 
     Args:
-        cls: (B, D_d), this branch's CLS token; patches: (B, N, D), the other branch's; floating point, any strides; of
-            two dtypes the reference serves them.
-        proj_norm_weight, proj_norm_bias: (D_d,); proj_weight, proj_bias: (D, D_d), (D,): LayerNorm, gelu, Linear to the
-            other width.
-        norm_weight, norm_bias: (D,); q_, k_ and v_weight, _bias: (D, D), (D,): the attention's, see
-            `cls_cross_attention`.
-        out_weight, out_bias: (D, D), (D,): the attention's output projection.
-        revert_norm_weight, revert_norm_bias: (D,); revert_weight, revert_bias: (D_d, D), (D_d,): LayerNorm, gelu,
-            Linear back. Every LayerNorm's parameters may be float32 beside 16 bits.
+        cls: (B, D_d), this branch's CLS token, floating point, any strides.
+        patches: (B, N, D), the other branch's, likewise; of two dtypes the reference serves them.
+        proj_norm_weight, proj_norm_bias: (D_d,), the LayerNorm before the projection to the other width. Parameters of
+            every LayerNorm may be float32 beside 16 bits, and any bias may be None.
+        proj_weight, proj_bias: (D, D_d) and (D,), the Linear to the other width, behind a gelu.
+        norm_weight, norm_bias: (D,), the attention's LayerNorm.
+        q_weight, q_bias, k_weight, k_bias, v_weight, v_bias: (D, D) and (D,), see `cls_cross_attention`.
+        out_weight, out_bias: (D, D) and (D,), the attention's output projection.
+        revert_norm_weight, revert_norm_bias: (D,), the LayerNorm before the way back.
+        revert_weight, revert_bias: (D_d, D) and (D_d,), the Linear back, behind a gelu.
         num_heads: a divisor of D.
         eps: added to the variance by all three LayerNorms.
         kernels: the backend, see `crossvit_kernels.backends`.
-        Any bias may be None.
 
     Returns:
         (B, D_d), the CLS token after fusion, in the inputs' dtype; under autocast in autocast's.
