@@ -34,17 +34,29 @@ def create_model(
 ) -> CrossViT:
     """A model of the paper by its name in timm or in the authors' code, with initial weights or those of `checkpoint`.
 
-    checkpoint: what `load_checkpoint` takes; positions are resampled to `image_size`, first convolutions adapted to
-    `in_chans`, and a head of another `num_classes` is left out for a new one, which a warning says; under
-    torch.device("meta") a warning says that nothing is loaded. num_classes=0: no head, the model returns pooled
-    features. image_size: the input's side or (height, width), by default the variant's.
-    fusion: a key of `FUSIONS`. global_pool: "token" or "avg". drop_rate: dropout in front of the head. drop_path_rate:
-    stochastic depth of the last block. kernels: which backend the ops use. overrides: any other argument of the class,
-    such as depth, embed_dim, num_heads, patch_size, mlp_ratio, multi_conv, pos_std. The names that start with deit_ are
-    the paper's single-branch baselines and give a `VisionTransformer`, with the same methods.
+    Args:
+        name: one of `list_models()`, or the authors' name of one. Those that start with deit_ are the paper's
+            single-branch baselines and give a `VisionTransformer`, with the same methods.
+        checkpoint: what `load_checkpoint` takes. Positions are resampled to `image_size`, first convolutions adapted to
+            `in_chans`, and a head of another `num_classes` is left out for a new one, which a warning says; under
+            torch.device("meta") a warning says that nothing is loaded.
+        num_classes: how many logits the model returns; 0: it has no head and returns pooled features.
+        in_chans: the channels of an image.
+        image_size: the input's side or (height, width); None: the variant's.
+        fusion: a key of `FUSIONS`.
+        global_pool: "token" or "avg".
+        drop_rate: dropout in front of the head.
+        drop_path_rate: stochastic depth of the last block.
+        kernels: which backend the ops use, see `crossvit_kernels.backends`.
+        **overrides: any other argument of the class, such as depth, embed_dim, num_heads, patch_size, mlp_ratio,
+            multi_conv, pos_std.
 
-    Raises ValueError or TypeError, naming the argument, for an unknown name, option or unfit size, and what
-    `load_checkpoint` raises.
+    Returns:
+        the model, in training mode.
+
+    Raises:
+        ValueError, TypeError: an unknown name, option or unfit size, by the argument's name; and what `load_checkpoint`
+            raises.
     """
     name = canonical_name(name)
     variant = VARIANTS[name]
@@ -87,12 +99,22 @@ def load_model(
     names, "crop_ratio" and "multi_label", each if it is there.
 
     What to build is read from the file's notes (`checkpoint.notes`), else recognised from the weights' names and
-    shapes, unless `name` says that it is another model. image_size, overrides: as in `create_model`, in place of what
-    the file says; positions are resampled; a warning says if a head of another `num_classes` is left out, and if an
-    override makes another function of the weights, such as `num_heads`.
+    shapes.
 
-    Raises ValueError if the file names no model and the weights are none of `list_models()`, and what `create_model`
-    and `load_checkpoint` raise.
+    Args:
+        checkpoint: what `load_checkpoint` takes.
+        name: which model it is, where that is not what the file says.
+        image_size: in place of the file's; positions are resampled.
+        kernels: which backend the ops use, see `crossvit_kernels.backends`.
+        **overrides: as in `create_model`, in place of what the file says. A warning says if a head of another
+            `num_classes` is left out, and if an override makes another function of the weights, such as `num_heads`.
+
+    Returns:
+        the model, and what the file says beside the weights.
+
+    Raises:
+        ValueError: the file names no model and the weights are none of `list_models()`; and what `create_model` and
+            `load_checkpoint` raise.
     """
     state, metadata = read_checkpoint(checkpoint)
     notes, arguments = read_notes(metadata), {}
