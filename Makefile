@@ -12,11 +12,13 @@ CPP := $(shell find csrc tests/cuda_emulation -name '*.cpp' -o -name '*.h' -o -n
 TOOLS := .venv/.tools
 EXTENSION := crossvit_kernels/_build.json
 PACKAGE := .venv/.package
+# MkDocs' theme announces on every run that it will have a successor.
+BUILD_DOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 help:  ## This list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 20
 
-bench: $(PACKAGE)  ## CrossViT-9 and 15-dagger against timm, torch.compile, ONNX Runtime and OpenVINO: table, JSON, plot (10 minutes)
+bench: $(PACKAGE)  ## CrossViT-9 and 15-dagger against timm, torch.compile, ONNX Runtime and OpenVINO: table, JSON, plot (10 to 14 minutes)
 	$(PYTHON) -m benchmarks.throughput --model crossvit_9_240,crossvit_15_dagger_240 --batch 1,8 --dtype float32,bfloat16 \
 		--kernels reference,auto --peers all --json benchmarks/results/throughput.json
 
@@ -31,13 +33,18 @@ gpu:  ## On a machine with an NVIDIA GPU, with its python3 and no network: build
 test: $(PACKAGE)  ## The tests (those marked gpu skip where there is no GPU)
 	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
-check: $(PACKAGE)  ## ruff, mypy, clang-format, which imports run which way, and how long files and functions are
+check: $(PACKAGE)  ## ruff, mypy, clang-format, which imports run which way, how long files and functions are, and the documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/lint-imports --no-logo
 	$(PYTHON) tests/support/house.py
+	$(BUILD_DOCS)
+
+docs: $(PACKAGE)  ## The documentation in build/site/index.html, to be opened from the disk; a broken link or formula fails
+	$(BUILD_DOCS)
+	@echo "Open build/site/index.html"
 
 format:  $(PACKAGE)  ## Rewrite the sources as ruff and clang-format want them
 	$(BIN)/ruff check --fix .
@@ -74,7 +81,7 @@ clean:  ## Remove what was built; .venv stays
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-.PHONY: help bench demo gpu test check format build cuda-report sanitize random-calls test-machines clean
+.PHONY: help bench demo gpu test check docs format build cuda-report sanitize random-calls test-machines clean
 
 $(PYTHON):
 	python3 -m venv .venv
@@ -88,5 +95,5 @@ $(EXTENSION): $(TOOLS) setup.py csrc/build_cuda.py $(CPP)
 	$(PYTHON) setup.py -q build_ext --inplace
 
 $(PACKAGE): pyproject.toml | $(EXTENSION)
-	$(PYTHON) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[test]'
+	$(PYTHON) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[test,docs]'
 	touch $@
