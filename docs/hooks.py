@@ -6,6 +6,7 @@ import re
 from html import unescape
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
@@ -18,6 +19,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 EXPORTING = ("crossvit", "crossvit_kernels", "crossvit_kernels/backends", "crossvit/attention")
 # What pymdownx.arithmatex makes of $...$ and of $$...$$.
 FORMULA = re.compile(r'<(span|div) class="arithmatex">(?:\\\((.*?)\\\)|\\\[(.*?)\\\])</\1>', re.DOTALL)
+MATHML = "http://www.w3.org/1998/Math/MathML"
 SHORT_CELL = re.compile(r"<td>([^<]{1,22})</td>")  # of a table, which is not to be broken into two lines
 # What is not to be a product of single letters: a space in text mode, and where the two converters differ.
 REWRITTEN = {r"\mathrel{+}=": r"\mathrel{+=}"}
@@ -35,6 +37,19 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     return markdown.replace("](../benchmarks/results/", "](results/")
 
 
+def overlined(mathml: str) -> str:
+    r"""MathML with the rows under an \overline as rows of a class, which the style sheet draws the line over: browsers
+    do not stretch the accent that the converter puts there."""
+    ElementTree.register_namespace("", MATHML)
+    tree = ElementTree.fromstring(mathml)
+    for over in tree.iter(f"{{{MATHML}}}mover"):
+        if len(over) == 2 and over[1].text == "\N{HORIZONTAL BAR}":
+            over.tag = f"{{{MATHML}}}mrow"
+            over.set("class", "overline")
+            over.remove(over[1])
+    return ElementTree.tostring(tree, encoding="unicode")
+
+
 def on_page_content(html: str, page: Any, **_: Any) -> str:
     """Formulas as MathML, and a class for short cells of tables. A command that the converter does not know ends the
     build."""
@@ -44,7 +59,7 @@ def on_page_content(html: str, page: Any, **_: Any) -> str:
         formula = unescape(inline or block).strip()
         for before, after in REWRITTEN.items():
             formula = formula.replace(before, after)
-        made = convert(formula, display="inline" if block is None else "block")
+        made = overlined(convert(formula, display="inline" if block is None else "block"))
         if "\\" in made or "merror" in made:
             raise PluginError(f"{page.file.src_uri}: the formula {formula!r} has a command that is not known")
         return f'<{kind} class="formula">{made}</{kind}>'

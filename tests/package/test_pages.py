@@ -97,6 +97,7 @@ def test_every_variable_that_a_page_names_is_in_the_table() -> None:
     [
         (r'<span class="arithmatex">\(\hat x_n\)</span>', "<msub>"),
         (r'<div class="arithmatex">\[a &lt; \frac{1}{D}\]</div>', "<mfrac>"),
+        (r'<span class="arithmatex">\(\overline{d \hat x}\)</span>', 'class="overline"'),
         (r'<span class="arithmatex">\(\unheardof x\)</span>', None),
     ],
 )
