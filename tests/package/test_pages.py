@@ -69,7 +69,7 @@ TOPS = ("crossvit", "crossvit_kernels", "benchmarks", "csrc", "tests")
 
 def test_the_environment_variables_are_those_that_the_code_reads() -> None:
     page = (ROOT / "docs" / "environment.md").read_text()
-    ours, others = page.split("## Of others")
+    ours, others = page.split("## Of other programs")
     first_cells = re.findall(r"^\| (`.+?) \|", ours, re.MULTILINE)
     listed = {name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)}
     read = variables_read()
