@@ -18,6 +18,7 @@ import lizard
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("crossvit", "crossvit_kernels", "benchmarks")
+FOLDERS = (*PACKAGES, "examples", "csrc")
 CODE = (".py", ".cpp", ".h", ".cu", ".cuh")
 MOST_LINES, MOST_BODY, MOST_PARAMETERS = 300, 100, 12
 TORCH_INTERNALS = "torch_internals.py"
@@ -41,7 +42,7 @@ LIMITS = {
 def sources() -> list[Path]:
     """The code that is in the repository, tests apart, relative to its root."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    return [Path(name) for name in listed if name.endswith(CODE) and name.split("/")[0] in (*PACKAGES, "csrc")]
+    return [Path(name) for name in listed if name.endswith(CODE) and name.split("/")[0] in FOLDERS]
 
 
 def long_files(paths: list[Path]) -> Iterator[str]:
