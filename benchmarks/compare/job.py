@@ -69,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"left out: {name}: {reason}")
     if comparison.rows:
         print(f"Written: {options.json}")
+    if comparison.interrupted:
+        print("Interrupted: whole cases until then are kept; none or not all of them were measured a second time.")
     return comparison.exit_status()
 
 

@@ -1,5 +1,6 @@
 """A commit's files in a folder of their own, with its extension built there, once."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -15,7 +16,8 @@ import torch
 
 PACKAGE = "crossvit_kernels"
 RECORD = Path(PACKAGE, "_build.json")
-SOURCES = ("csrc", "setup.py", "tests/cuda_emulation")  # what the extension is built from
+EMULATION = "tests/cuda_emulation"
+SOURCES = ("csrc", "setup.py", EMULATION)  # what the extension is built from
 
 
 class CommitError(ValueError):
@@ -49,16 +51,18 @@ def described(root: Path) -> str:
 
 def built(root: Path, sha: str, with_cuda: bool, say: Callable[[str], None]) -> Path:
     """A folder with the commit's files and its extension, built for this Python and torch; kept in build/compare for
-    the next time. Where the commit has the sources of the working tree's extension, that is copied instead of built.
+    the next time. Where the commit has the sources of the working tree's extension, that is copied instead of built. A
+    build that was interrupted goes on where it ended.
 
     `with_cuda`: CUDA kernels too. Raises CommitError where they do not compile.
     """
     folder = root / "build" / "compare" / sha
-    if fits(folder, with_cuda):
-        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{sha[:12]}.") as name:
-        tree = Path(name, "tree")
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two builds take turns
+        if fits(folder, with_cuda):
+            return folder
+        tree = folder.with_suffix(".part")
         export(root, sha, tree)
         if same_sources(root, sha) and fits(root, with_cuda):
             for path in (*(root / PACKAGE).glob("*.so"), root / RECORD):
@@ -100,11 +104,13 @@ def same_sources(root: Path, sha: str) -> bool:
 
 def compile_in(tree: Path, with_cuda: bool) -> None:
     """Builds the extension in place; raises CommitError with the compiler's first complaint where it fails."""
+    shutil.rmtree(tree / EMULATION, ignore_errors=True)  # its kernels are not timed
     environment = os.environ | {"CROSSVIT_KERNELS_CUDA": str(int(with_cuda))}
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
     if done.returncode or not fits(tree, with_cuda):
         lines = (done.stderr + done.stdout).strip().splitlines() or [f"setup.py ended with {done.returncode}"]
+        shutil.rmtree(tree)
         complaint = next((line for line in lines if "error:" in line), lines[-1])
         raise CommitError(f"the base does not compile: {complaint.strip()[:300]}")
     shutil.rmtree(tree / "build", ignore_errors=True)  # its objects
