@@ -22,6 +22,11 @@ bench: $(PACKAGE)  ## CrossViT-9 and 15-dagger against timm, torch.compile, ONNX
 	$(PYTHON) -m benchmarks.throughput --model crossvit_9_240,crossvit_15_dagger_240 --batch 1,8 --dtype float32,bfloat16 \
 		--kernels reference,auto --peers all --json benchmarks/results/throughput.json
 
+BASE := HEAD~1
+compare: $(PACKAGE)  ## Ops and models beside another commit, in turn; fails where one is slower (BASE=HEAD~1; OPS=, CASES=, ROUNDS=, TOLERANCE=, JSON=)
+	$(PYTHON) -m benchmarks.compare --base '$(BASE)' $(if $(OPS),--ops '$(OPS)') $(if $(CASES),--cases '$(CASES)') \
+		$(if $(ROUNDS),--rounds '$(ROUNDS)') $(if $(TOLERANCE),--tolerance '$(TOLERANCE)') $(if $(JSON),--json '$(JSON)')
+
 demo: $(PACKAGE)  ## A small CrossViT learns handwritten digits, on the kernels and the reference; five fusions compared (6 minutes)
 	$(PYTHON) -m benchmarks.demo
 
@@ -81,7 +86,7 @@ clean:  ## Remove what was built; .venv stays
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-.PHONY: help bench demo gpu test check docs format build cuda-report sanitize random-calls test-machines clean
+.PHONY: help bench compare demo gpu test check docs format build cuda-report sanitize random-calls test-machines clean
 
 $(PYTHON):
 	python3 -m venv .venv

@@ -2,7 +2,7 @@
 
 python -m benchmarks.accelerated --model crossvit_9_240,deit_tiny_patch16_224 --batch 1,8 --dtype float32 --json PATH
 
-Before a row is timed its logits agree with the plain model's within benchmarks.throughput's tolerance.
+Before a row is timed its logits agree with the plain model's within benchmarks.models' tolerance.
 """
 
 import argparse
@@ -23,9 +23,9 @@ from tqdm import tqdm
 from crossvit_kernels import accelerate
 
 from . import peers, timing
+from .models import LOGIT_TOLERANCE
 from .photographs import photographs
 from .session import DTYPES, RESULTS, counts, names, rounds
-from .throughput import LOGIT_TOLERANCE
 
 TURN_SECONDS = 0.05
 CELL_SECONDS = 3.0  # more rounds than asked for are made where they fit into this

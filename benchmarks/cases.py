@@ -1,8 +1,9 @@
-"""What `benchmarks.ops` times: every op as CrossViT-15 calls it, in both branches."""
+"""What the benchmarks of single ops time: every op as CrossViT-15 calls it, in both branches, with its inputs."""
 
 import functools
 import inspect
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,11 +25,13 @@ OPS = (
     "patch_embed",
     "self_attention",
 )
+INFERENCE_ONLY = ("cls_fusion",)
 
 
 @dataclass(frozen=True)
 class Branch:
-    """A CrossViT's branch: its tokens with the CLS, its width, the other branch's, its patch, image and heads."""
+    """A CrossViT's branch: its tokens with the CLS, its width, the other branch's, its patch, its image and heads, and
+    the images that the model is given."""
 
     tokens: int
     width: int
@@ -36,11 +39,22 @@ class Branch:
     patch: int
     image: int
     heads: int = 6
+    given: int = 240
 
 
 BRANCHES = {"small": Branch(401, 192, 384, 12, 240), "large": Branch(197, 384, 192, 16, 224)}  # CrossViT-15's
-# The narrowest and the widest there are, CrossViT-Tiny's and Base's: only where they are asked for by name.
-EXTREMES = {"tiny": Branch(401, 96, 192, 12, 240, heads=3), "base": Branch(197, 768, 384, 16, 224, heads=12)}
+# Only where they are asked for by name: the narrowest and the widest there are, CrossViT-Tiny's and Base's, and one so
+# small that a call takes the time that the host needs to make it.
+EXTREMES = {
+    "tiny": Branch(401, 96, 192, 12, 240, heads=3),
+    "base": Branch(197, 768, 384, 16, 224, heads=12),
+    "host": Branch(5, 32, 64, 16, 32, heads=2, given=36),
+}
+
+
+def usual_batch(op: str) -> int:
+    """The batch of an op where none is asked for: the ops on the CLS token alone do less per image."""
+    return 32 if op.startswith("cls_") else 8
 
 
 @dataclass(frozen=True)
@@ -79,7 +93,7 @@ class Cell:
         cross = {"patches": (b, t - 1, d), **norm, **attention}
         match self.op:
             case "bicubic_resize":
-                (side,) = (other.image for other in BRANCHES.values() if other is not branch)
+                side = branch.given if branch.given != branch.image else BRANCHES["large"].image
                 return {"images": (b, 3, side, side)}
             case "cls_cross_attention":
                 return {"cls": (b, d), **cross}
@@ -97,7 +111,7 @@ class Cell:
                 return {"x": (b, t, d), "weight": (d, d), "bias": (d,), "residual": (b, t, d)}
             case "patch_embed":
                 positions = {"cls_token": (1, 1, d), "pos_embed": (1, t, d)}
-                return {"images": (b, 3, 240, 240), "weight": (d, 3, p, p), "bias": (d,), **positions}
+                return {"images": (b, 3, branch.given, branch.given), "weight": (d, 3, p, p), "bias": (d,), **positions}
             case _:
                 return {"qkv": (b, t, 3 * d)}
 
@@ -156,3 +170,49 @@ def inputs(cell: Cell, seed: int) -> dict[str, Tensor]:
             tensor = tensor / tensor[0].numel() ** 0.5
         tensors[name] = tensor.to(cell.dtype)
     return tensors
+
+
+def leaves(cell: Cell, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, those that have a gradient as leaves that require it."""
+    with_gradient = set(cell.differentiable())
+    return {name: t.detach().requires_grad_(name in with_gradient) for name, t in tensors.items()}
+
+
+def results(cell: Cell, function: Callable[..., Tensor], tensors: dict[str, Tensor]) -> list[Tensor]:
+    """The output and, for a cell with backward, the gradients for a fixed random gradient of the output."""
+    if not cell.backward:
+        with torch.inference_mode():
+            return [function(**tensors)]
+    given = leaves(cell, tensors)
+    out = function(**given)
+    generator = torch.Generator(out.device).manual_seed(1)
+    gradient = torch.randn(out.shape, generator=generator, device=out.device).to(cell.dtype).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, [given[name] for name in cell.differentiable()], gradient)]
+
+
+def output_gradient(cell: Cell, function: Callable[..., Tensor], tensors: dict[str, Tensor]) -> Tensor | None:
+    """A random gradient of the output, for a cell with backward."""
+    return torch.randn_like(results(cell, function, tensors)[0]) if cell.backward else None
+
+
+def call(
+    cell: Cell, function: Callable[..., Tensor], sets: Sequence[dict[str, Tensor]], gradient: Tensor | None
+) -> Callable[[], object]:
+    """The call to be timed, with the next of the `sets` of inputs each time; its result is the output or, where there
+    is a `gradient` of the output, those of the inputs."""
+    if gradient is None:
+        plain = itertools.cycle(sets)
+
+        def forward() -> Tensor:
+            with torch.inference_mode():
+                return function(**next(plain))
+
+        return forward
+    wanted = cell.differentiable()
+    with_leaves = itertools.cycle([leaves(cell, tensors) for tensors in sets])
+
+    def both() -> tuple[Tensor, ...]:
+        tensors = next(with_leaves)
+        return torch.autograd.grad(function(**tensors), [tensors[name] for name in wanted], gradient)
+
+    return both

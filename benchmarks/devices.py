@@ -12,9 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crossvit_kernels import backends
+
 from . import floor, timing
 
 POISON = float("nan")
+# Where each backend is timed, on which device; on a GPU the reference is timed as well.
+PLACES = {
+    "reference": ("cpu", "reference"),
+    "cpu": ("cpu", "cpu"),
+    "reference-on-gpu": ("cuda", "reference"),
+    "triton": ("cuda", "triton"),
+    "cuda": ("cuda", "cuda"),
+}
 
 
 class Host:
@@ -194,6 +204,20 @@ def no_gpu() -> str | None:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} was built without CUDA"
     return None if torch.cuda.is_available() else "no CUDA device was found"
+
+
+def why_not(device: str, kernels: str, dtype: torch.dtype) -> str | None:
+    """Why a backend has no times of its own on a device and in a dtype, or None. Triton's interpreter and the emulation
+    of CUDA have none."""
+    if device == "cuda" and (why := no_gpu()) is not None:
+        return why
+    if kernels == "reference":
+        return None
+    if (why := backends.reason(kernels)) is not None:
+        return why
+    if backends.devices(kernels) != (device,):
+        return f"kernels={kernels!r} does not run on the device itself here, but on a stand-in"
+    return None if dtype in backends.dtypes(kernels) else f"kernels={kernels!r} does not compute in {dtype}"
 
 
 def use(device: str) -> Host:

@@ -20,8 +20,20 @@ import torch
 from torch import Tensor
 
 from . import floor, timing
-from .agreement import rms
-from .cases import BRANCHES, EXTREMES, OPS, Cell, inputs, sdpa
+from .agreement import AGREEMENT, check
+from .cases import (
+    BRANCHES,
+    EXTREMES,
+    INFERENCE_ONLY,
+    OPS,
+    Cell,
+    call,
+    inputs,
+    output_gradient,
+    results,
+    sdpa,
+    usual_batch,
+)
 from .devices import DEVICES, captured, use
 from .plots import bars as plot
 from .session import (
@@ -38,9 +50,6 @@ from .session import (
     where,
 )
 
-# An error's root mean square against float64 may be this many times the reference's own in the same dtype, plus as many
-# units in the last place of the result's.
-AGREEMENT = 4
 PEERS = ("reference-compiled", "sdpa")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 TURN_SECONDS = 0.05  # how long a candidate's turn lasts at least
@@ -89,14 +98,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Cell(op, branch, batch, DTYPES[dtype], backward, threads, options.device)
         for op, backward, branch in itertools.product(options.op, modes, options.branch)
         for threads, dtype in itertools.product(options.threads, options.dtype)
-        for batch in options.batch or ([32] if op.startswith("cls_") else [8])
-        if not (backward and op == "cls_fusion") or options.plan  # inference only
+        for batch in options.batch or [usual_batch(op)]
+        if not (backward and op in INFERENCE_ONLY) or options.plan
     ]
     if options.plan:
         from .inspect import plan  # imports triton
 
         torch.backends.cuda.matmul.allow_tf32 = options.tf32
-        cells = list(dict.fromkeys(replace(cell, backward=cell.backward and cell.op != "cls_fusion") for cell in cells))
+        kept = [replace(cell, backward=cell.backward and cell.op not in INFERENCE_ONLY) for cell in cells]
+        cells = list(dict.fromkeys(kept))
         kernels = [name for name in options.kernels if name in ("triton", "cuda")] or ["triton", "cuda"]
         plan.show(cells, options.architecture, options.json, options.autocast, kernels)
         return 0
@@ -177,18 +187,9 @@ def _build(cell: Cell, name: str, inputs: list[dict[str, Tensor]], flops: dict[s
         function = torch.compile(cell.reference(), dynamic=False, mode=mode)
     else:
         function = cell.function(name)
-    _check(cell, function, inputs[0])
-    sets = itertools.cycle([_leaves(cell, tensors) for tensors in inputs] if cell.backward else inputs)
-    gradient = torch.randn_like(_differentiate(cell, function, inputs[0])[0]) if cell.backward else None
-
-    def run() -> object:
-        tensors = next(sets)
-        if gradient is None:
-            with torch.inference_mode():
-                return function(**tensors)
-        out = function(**tensors)
-        return torch.autograd.grad(out, [tensors[name] for name in cell.differentiable()], gradient)
-
+    check(cell, function, inputs[0])
+    gradient = output_gradient(cell, function, inputs[0])
+    run = call(cell, function, inputs, gradient)
     if name != "reference-compiled":
         flops[name] = floor.executed_flops(run)
     return run if cell.device == "cpu" else _captured(run, len(inputs), [] if gradient is None else [gradient])
@@ -204,43 +205,9 @@ def _captured(run: Callable[[], object], calls: int, given: Sequence[Tensor]) ->
     return replay
 
 
-def _leaves(cell: Cell, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, those that have a gradient as leaves that require it."""
-    with_gradient = set(cell.differentiable())
-    return {name: t.detach().requires_grad_(name in with_gradient) for name, t in tensors.items()}
-
-
-def _differentiate(cell: Cell, function: Callable[..., Tensor], tensors: dict[str, Tensor]) -> list[Tensor]:
-    """The output and, for a cell with backward, the gradients for a fixed random gradient of the output."""
-    if not cell.backward:
-        with torch.inference_mode():
-            return [function(**tensors)]
-    leaves = _leaves(cell, tensors)
-    out = function(**leaves)
-    generator = torch.Generator(out.device).manual_seed(1)
-    gradient = torch.randn(out.shape, generator=generator, device=out.device).to(cell.dtype).to(out.dtype)
-    return [out.detach(), *torch.autograd.grad(out, [leaves[name] for name in cell.differentiable()], gradient)]
-
-
-def _check(cell: Cell, function: Callable[..., Tensor], tensors: dict[str, Tensor]) -> None:
-    """DisagreementError where output or a gradient is further from float64 than AGREEMENT allows."""
-    reference = cell.reference()
-    exact = _differentiate(cell, reference, {name: t.double() for name, t in tensors.items()})
-    own = _differentiate(cell, reference, tensors)
-    for name, found, same, true in zip(
-        ["output", *cell.differentiable()], _differentiate(cell, function, tensors), own, exact
-    ):
-        if found.shape != true.shape:
-            raise DisagreementError(f"{name} has shape {tuple(found.shape)}, the reference's {tuple(true.shape)}")
-        error, allowed = rms(found.double() - true), AGREEMENT * rms(same.double() - true)
-        allowed += AGREEMENT * torch.finfo(cell.dtype).eps * rms(true)
-        if not error <= allowed:
-            raise DisagreementError(f"{name} is {error:.2g} (rms) off the float64 reference, {allowed:.2g} is allowed")
-
-
 def _moved(cell: Cell, tensors: dict[str, Tensor]) -> int:
     """Bytes of a call that reads or writes every tensor once."""
-    out = _differentiate(cell, cell.reference(), tensors)
+    out = results(cell, cell.reference(), tensors)
     moved = _bytes(tensors.values()) + _bytes(out[:1])
     if cell.backward:  # reads the inputs and the output's gradient again, writes the gradients
         moved += _bytes(tensors.values()) + _bytes(out)

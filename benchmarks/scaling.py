@@ -4,7 +4,7 @@ python -m benchmarks.scaling [--quick] [--model crossvit_15_dagger_240,crossvit_
     [--image 240,360,480,600,720,816] [--threads 1,2] [--dtype float32] [--kernels auto] [--json PATH]
 
 Batches are of the first image size; other sizes are of one image. Implementations take turns in one process; each
-cell's logits agreed with timm's in float32 within benchmarks.throughput's tolerance before. Memory is measured each in
+cell's logits agreed with timm's in float32 within benchmarks.models' tolerance before. Memory is measured each in
 a fresh process (benchmarks.memory), for inference and for a training step.
 """
 
@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import memory, peers, timing
+from .models import LOGIT_TOLERANCE
 from .photographs import photographs
 from .plots import scaling as plot_scaling
 from .session import DTYPES, KERNELS, RESULTS, counts, names
-from .throughput import LOGIT_TOLERANCE
 
 PEER = "timm-eager"
 DEFAULTS: dict[str, Any] = {

@@ -12,7 +12,6 @@ graph; images lie in the GPU's memory.
 import argparse
 import functools
 import itertools
-import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -21,13 +20,13 @@ from typing import Any
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import crossvit
 
-from . import floor, peers, timing
+from . import floor, models, peers, timing
 from .devices import DEVICES, Host, captured, use
-from .photographs import photographs
+from .models import GRADIENT_TOLERANCE, LOGIT_TOLERANCE, Cell
 from .plots import bars as plot
 from .session import (
     DTYPES,
@@ -35,7 +34,6 @@ from .session import (
     GRAPHS,
     KERNELS,
     RESULTS,
-    DisagreementError,
     Session,
     add_device_arguments,
     add_shared_arguments,
@@ -45,37 +43,12 @@ from .session import (
     names,
     where,
 )
-from .training import TrainingStep, peer_step
+from .training import peer_step
 
-# Largest difference from the float32 reference's logits over the largest logit. Correct implementations stay at a tenth
-# (float32) and a third (the others) of it; logits of two different photographs differ by 0.3.
-LOGIT_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 1e-2}
-# Norm of the difference from the float32 reference's gradients over their norm, all parameters together.
-GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}
 TURN_SECONDS = 0.1  # how long a candidate's turn lasts at least
 CELL_SECONDS = 8.0  # more rounds than asked for are made where they fit into this
 ALL_PEERS = [*peers.PEERS, *(name + GRAPH for name in peers.GPU_PEERS)]
 GPU_TURN_SECONDS, GPU_CELL_SECONDS = 0.03, 2.5
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What is compared within: candidates of one cell make the same work."""
-
-    model: str
-    batch: int
-    dtype: torch.dtype
-    threads: int
-    train: bool
-    device: str = "cpu"
-
-    @property
-    def mode(self) -> str:
-        return "train" if self.train else "inference"
-
-    def __str__(self) -> str:
-        place = where(self.device, self.threads)
-        return f"{self.model}, batch {self.batch}, {dtype_name(self.dtype)}, {self.mode}, {place}"
 
 
 @dataclass
@@ -140,9 +113,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput", description=__doc__.partition("\n")[0])
-    models = list(filter(timm.is_model, crossvit.list_models()))
+    known = list(filter(timm.is_model, crossvit.list_models()))
     default_models = ["crossvit_9_240", "crossvit_15_dagger_240"]
-    parser.add_argument("--model", type=names(models), default=default_models, help=", ".join(models))
+    parser.add_argument("--model", type=names(known), default=default_models, help=", ".join(known))
     parser.add_argument("--batch", type=counts, default=[1, 8], help="images per call: 1,8")
     parser.add_argument("--train", action="store_true", help="time a training step; bfloat16 and float16 by autocast")
     add_shared_arguments(parser, ALL_PEERS, "throughput", KERNELS + GRAPHS)
@@ -172,69 +145,17 @@ def _build(
 ) -> Callable[[], Tensor]:
     """The call to be timed; `known` gets by how much its logits differ from the reference's, and its operations; `runs`
     holds what was built for this cell, for the graphs of it."""
-    model, images = _timm_model(cell.model, cell.device), _images(cell.model, cell.batch, cell.device)
-    expected, expected_gradients = _reference(cell.model, cell.batch, cell.train, cell.device)
     base = name.removesuffix(GRAPH)
-    run: Callable[[], Tensor]
-    if cell.train:
-        if name in KERNELS:
-            step = TrainingStep(_our_model(cell.model, name, cell.device), images, cell.dtype)
-        else:
-            step = peer_step(name, model, images, cell.dtype)
-        logits, gradients = step.logits_and_gradients()
-        off, allowed = _gradient_difference(gradients, expected_gradients), GRADIENT_TOLERANCE[cell.dtype]
-        if not off <= allowed:
-            raise DisagreementError(f"its gradients are {off:.2g} of their norm off, {allowed:g} is allowed")
-        run = step
-    else:
-        if base not in runs and base in KERNELS:
-            ours = _our_model(cell.model, base, cell.device).eval().to(cell.dtype)
-            runs[base] = peers.inference(ours, images.to(cell.dtype))
-        elif base not in runs:
-            runs[base] = peers.PEERS[base](model, images, cell.dtype)
-        run = runs[base] if base == name else captured(runs[base])
-        logits = run().float()
-    if logits.shape != expected.shape:
-        raise DisagreementError(f"its logits are {tuple(logits.shape)}, the reference's {tuple(expected.shape)}")
-    off, allowed = ((logits - expected).abs().max() / expected.abs().max()).item(), LOGIT_TOLERANCE[cell.dtype]
-    if not off <= allowed:
-        raise DisagreementError(f"its logits are {off:.2g} of the largest off, {allowed:g} is allowed")
-    known[name] = off, _flops(cell, base, run if cell.train else runs[base])
+    if base not in runs:
+        runs[base] = models.our_call(cell, base) if base in KERNELS else _peer_call(cell, base)
+    run = runs[base] if base == name else captured(runs[base])
+    known[name] = models.check(cell, run), _flops(cell, base, runs[base])
     return run
 
 
-@functools.lru_cache(maxsize=1)
-def _timm_model(name: str, device: str) -> nn.Module:
-    return peers.timm_model(name).to(device)
-
-
-def _our_model(name: str, kernels: str, device: str) -> nn.Module:
-    """Ours with timm's weights, float32."""
-    model = crossvit.create_model(name, kernels=kernels).to(device)
-    model.load_state_dict(_timm_model(name, device).state_dict())
-    return model
-
-
-@functools.lru_cache(maxsize=2)
-def _images(model: str, batch: int, device: str) -> Tensor:
-    return photographs(batch, _timm_model(model, device).default_cfg["input_size"][1:]).to(device)
-
-
-@functools.lru_cache(maxsize=2)
-def _reference(name: str, batch: int, train: bool, device: str) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits of the float32 reference and, for training, its gradients."""
-    model, images = _our_model(name, "reference", device), _images(name, batch, device)
-    if train:
-        return TrainingStep(model, images, torch.float32).logits_and_gradients()
-    return peers.inference(model.eval(), images)(), {}
-
-
-def _gradient_difference(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    if gradients.keys() != expected.keys():
-        missing = sorted(gradients.keys() ^ expected.keys())
-        raise DisagreementError(f"only one of it and the reference has gradients of {', '.join(missing[:4])}")
-    squares = sum((gradients[name].float() - expected[name]).square().sum().item() for name in expected)
-    return math.sqrt(squares / sum(gradient.square().sum().item() for gradient in expected.values()))
+def _peer_call(cell: Cell, name: str) -> Callable[[], Tensor]:
+    model, images = models.timm_model(cell.model, cell.device), models.images(cell.model, cell.batch, cell.device)
+    return peer_step(name, model, images, cell.dtype) if cell.train else peers.PEERS[name](model, images, cell.dtype)
 
 
 def _flops(cell: Cell, name: str, run: Callable[[], object]) -> int:
@@ -246,7 +167,7 @@ def _flops(cell: Cell, name: str, run: Callable[[], object]) -> int:
 
 @functools.lru_cache(maxsize=2)
 def _timm_flops(name: str, batch: int, train: bool, device: str) -> int:
-    model, images = _timm_model(name, device), _images(name, batch, device)
+    model, images = models.timm_model(name, device), models.images(name, batch, device)
     return floor.executed_flops(
         peer_step("timm-eager", model, images, torch.float32) if train else peers.inference(model, images)
     )

@@ -46,7 +46,7 @@ def interleaved(
     round_seconds = 0.0
     for name, run in candidates.items():
         try:
-            seconds = _warm_up(run, WARM_UP_SECONDS if warm_up_seconds is None else warm_up_seconds, stopwatch)
+            seconds = warm_up(run, WARM_UP_SECONDS if warm_up_seconds is None else warm_up_seconds, stopwatch)
         except Exception as error:
             del live[name]
             yield name, error, min_rounds
@@ -57,7 +57,7 @@ def interleaved(
     for _ in range(rounds):
         for name in list(live):
             try:
-                yield name, _turn(live[name], calls[name], stopwatch), rounds
+                yield name, turn(live[name], calls[name], stopwatch), rounds
             except Exception as error:
                 del live[name]
                 yield name, error, rounds
@@ -71,8 +71,8 @@ def host_seconds(run: Callable[[], object], calls: int) -> float:
     return time.perf_counter() - start
 
 
-def _warm_up(run: Callable[[], object], seconds: float, stopwatch: Stopwatch) -> float:
-    """Seconds of the fastest of at least three calls."""
+def warm_up(run: Callable[[], object], seconds: float, stopwatch: Stopwatch = host_seconds) -> float:
+    """Seconds of the fastest call of at least three, which go on for `seconds`."""
     fastest, end, done = math.inf, time.perf_counter() + seconds, 0
     while done < 3 or time.perf_counter() < end:
         fastest = min(fastest, stopwatch(run, 1))
@@ -80,9 +80,16 @@ def _warm_up(run: Callable[[], object], seconds: float, stopwatch: Stopwatch) ->
     return fastest
 
 
-def _turn(run: Callable[[], object], calls: int, stopwatch: Stopwatch) -> float:
+def turn(
+    run: Callable[[], object], calls: int, stopwatch: Stopwatch = host_seconds, settle_seconds: float = 0.0
+) -> float:
+    """Seconds per call of so many calls, without Python's garbage collector. Before them, where there are several,
+    untimed calls go on for `settle_seconds`, at least one: they take caches and cores back from whoever ran before."""
     if calls > 1:
+        end = time.perf_counter() + settle_seconds
         run()
+        while time.perf_counter() < end:
+            run()
     collecting = gc.isenabled()
     gc.disable()
     try:
