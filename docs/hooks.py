@@ -15,6 +15,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+EXAMPLES = ROOT / "examples"
 # Packages whose exported names the API reference has, but for modules among them.
 EXPORTING = ("crossvit", "crossvit_kernels", "crossvit_kernels/backends", "crossvit/attention")
 # What pymdownx.arithmatex makes of $...$ and of $$...$$.
@@ -26,9 +27,11 @@ REWRITTEN = {r"\mathrel{+}=": r"\mathrel{+=}"}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the plots, which lie outside of docs, as results/<name>."""
-    for path in sorted(RESULTS.glob("*.png")):
-        files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
+    """Adds what lies outside of docs: the plots as results/<name>, the examples with their page as examples/<name>."""
+    outside = {f"results/{path.name}": path for path in sorted(RESULTS.glob("*.png"))}
+    outside |= {f"examples/{path.name}": path for path in sorted(EXAMPLES.iterdir()) if path.is_file()}
+    for name, path in outside.items():
+        files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
 
 

@@ -113,11 +113,18 @@ def arguments_parse(words: list[str]) -> None:
     assert parsed, f"{name} parses no arguments"
 
 
+def has_benchmarks(words: list[str]) -> None:
+    """python -m pytest FOLDER …: the folder has tests that take pytest-benchmark's fixture."""
+    found = [path for path in sorted((ROOT / words[3]).glob("test_*.py")) if "benchmark" in path.read_text()]
+    assert found, f"{words[3]} has no benchmarks"
+
+
 NOT_RUN = (
     NotRun(r"make ", "sets up an environment of its own, and takes minutes", target_exists),
     NotRun(r"(python -m )?pip (un)?install ", "would change the environment that the tests run in", packages_are_ours),
     NotRun(r"torchrun ", "is for eight processes; tests/training has two", arguments_parse),
     NotRun(r"python -m benchmarks\.", "takes minutes; tests/benchmarks has them small", arguments_parse),
+    NotRun(r"python -m pytest benchmarks ", "takes minutes; tests/benchmarks runs a slice of them", has_benchmarks),
     NotRun(r"python -m crossvit train (imagenet|pets|flowers) ", "the images are not here", arguments_parse),
 )
 
