@@ -23,6 +23,7 @@ from tqdm import tqdm
 from crossvit_kernels import accelerate
 
 from . import peers, timing
+from .labels import WORDS, backend
 from .models import LOGIT_TOLERANCE
 from .photographs import photographs
 from .session import DTYPES, RESULTS, counts, names, rounds
@@ -70,7 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     """Lines of Markdown: images per second of each pair of rows, and their ratios' geometric mean."""
-    yield "\n| model | dtype | batch | timm, images/s | accelerated | ratio |"
+    ran = dict.fromkeys(name for row in rows for name in row.get("backend", "").split("+") if name)
+    by = f" ({' and '.join(WORDS[name] for name in ran)})" if ran else ""
+    yield f"\n| model | dtype | batch | timm, images/s | accelerated{by} | ratio |"
     yield "| --- | --- | --- | --- | --- | --- |"
     ratios = []
     for plain, fast in zip(rows[::2], rows[1::2]):
@@ -117,6 +120,7 @@ def _compare(name: str, batch: int, dtype: str, at_least: int) -> list[dict[str,
         facts
         | {
             "implementation": run,
+            **(backend("auto", "cpu", DTYPES[dtype]) if run == "accelerated" else {}),
             "images_per_second": timing.spread([batch / s for s in taken]),
             "rounds": len(taken),
             **where,

@@ -24,6 +24,7 @@ import crossvit
 from crossvit.models.variants import VARIANTS
 
 from . import peers, timing
+from .labels import backend
 from .session import DTYPES, KERNELS, names
 from .training import TrainingStep
 
@@ -69,6 +70,7 @@ def row_of(cell: dict[str, Any]) -> dict[str, Any]:
         "dtype": cell["dtype"],
         "mode": cell["mode"],
         "implementation": cell["implementation"],
+        **backend(cell["implementation"], "cpu", DTYPES[cell["dtype"]]),
         "threads": cell["threads"],
         "device": timing.device_name(),
         "versions": timing.versions(),

@@ -35,6 +35,7 @@ from .cases import (
     usual_batch,
 )
 from .devices import DEVICES, captured, use
+from .labels import backend, labels
 from .plots import bars as plot
 from .session import (
     DTYPES,
@@ -80,6 +81,7 @@ class Result:
             "dtype": dtype_name(self.cell.dtype),
             "mode": self.cell.mode,
             "implementation": self.implementation,
+            **backend(self.implementation, self.cell.device, self.cell.dtype),
             "microseconds": self.microseconds(),
             "floor_microseconds": float(f"{1e6 * self.floor_seconds:.4g}"),
             "rounds": len(self.seconds),
@@ -223,7 +225,8 @@ def _floor(cell: Cell, moved: int, flops: int) -> float:
 
 def _print(results: list[Result], kind: str) -> None:
     device = DEVICES[kind]
-    width = max((len(result.implementation) for result in results), default=0)
+    called = labels([result.row() for result in results])
+    width = max(map(len, called.values()), default=0)
     for cell, group in itertools.groupby(results, key=lambda result: result.cell):
         rows = list(group)
         medians = {row.implementation: row.microseconds()["median"] for row in rows}
@@ -235,7 +238,8 @@ def _print(results: list[Result], kind: str) -> None:
             figures = row.microseconds()
             ratios = "".join(f"{medians[name] / figures['median']:21.2f}" for name in against)
             print(
-                f"  {row.implementation:{width}}  {figures['median']:8.1f} {figures['min']:8.1f} {figures['max']:8.1f}"
+                f"  {called[row.implementation]:{width}}"
+                f"  {figures['median']:8.1f} {figures['min']:8.1f} {figures['max']:8.1f}"
                 f"  {len(row.seconds):6d}  {figures['median'] / 1e6 / row.floor_seconds:7.1f}{ratios}"
             )
     print()

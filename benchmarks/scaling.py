@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import memory, peers, timing
+from .labels import labels
 from .models import LOGIT_TOLERANCE
 from .photographs import photographs
 from .plots import scaling as plot_scaling
@@ -200,12 +201,12 @@ def _remember(options: argparse.Namespace, rows: list[dict[str, Any]], left_out:
 
 def tables(rows: list[dict[str, Any]]) -> Iterator[str]:
     """Lines of Markdown: images per second by batch and by image size, then peaks of memory."""
-    timed = [row for row in rows if "images_per_second" in row]
+    timed, called = [row for row in rows if "images_per_second" in row], labels(rows)
     for name, dtype in dict.fromkeys((row["model"], row["dtype"]) for row in timed):
         here = [row for row in timed if (row["model"], row["dtype"]) == (name, dtype)]
         keys = list(dict.fromkeys((row["threads"], row["implementation"]) for row in here))
         yield f"\n{name}, {dtype}, images per second (threads, implementation; in brackets times {PEER})\n"
-        yield "| image | batch | " + " | ".join(f"{t}, {key}" for t, key in keys) + " |"
+        yield "| image | batch | " + " | ".join(f"{t}, {called[key]}" for t, key in keys) + " |"
         yield "| --- | --- |" + " --- |" * len(keys)
         for side, batch in dict.fromkeys((row["image_size"], row["batch"]) for row in here):
             found = {
@@ -219,7 +220,7 @@ def tables(rows: list[dict[str, Any]]) -> Iterator[str]:
     if measured:
         keys = list(dict.fromkeys(row["implementation"] for row in measured))
         yield f"\nPeak of memory over the weights, MB (in brackets times {PEER})\n"
-        yield "| model | dtype | mode | image | batch | " + " | ".join(keys) + " |"
+        yield "| model | dtype | mode | image | batch | " + " | ".join(called[key] for key in keys) + " |"
         yield "| --- | --- | --- | --- | --- |" + " --- |" * len(keys)
         place = ("model", "dtype", "mode", "image_size", "batch")
         for cell in dict.fromkeys(tuple(row[k] for k in place) for row in measured):

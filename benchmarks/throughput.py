@@ -26,6 +26,7 @@ import crossvit
 
 from . import floor, models, peers, timing
 from .devices import DEVICES, Host, captured, use
+from .labels import backend, labels
 from .models import GRADIENT_TOLERANCE, LOGIT_TOLERANCE, Cell
 from .plots import bars as plot
 from .session import (
@@ -71,6 +72,7 @@ class Result:
             "dtype": dtype_name(self.cell.dtype),
             "mode": self.cell.mode,
             "implementation": self.implementation,
+            **backend(self.implementation, self.cell.device, self.cell.dtype),
             "images_per_second": self.images_per_second(),
             "rounds": len(self.seconds),
             **DEVICES[self.cell.device].facts(),
@@ -174,7 +176,8 @@ def _timm_flops(name: str, batch: int, train: bool, device: str) -> int:
 
 
 def _print_tables(results: list[Result], peer_names: list[str], device: Host) -> None:
-    width = max((len(result.implementation) for result in results), default=0)
+    called = labels([result.row() for result in results])
+    width = max(map(len, called.values()), default=0)
     for cell, group in itertools.groupby(results, key=lambda result: result.cell):
         rows = list(group)
         medians = {row.implementation: row.images_per_second()["median"] for row in rows}
@@ -187,7 +190,8 @@ def _print_tables(results: list[Result], peer_names: list[str], device: Host) ->
             share = row.flops / cell.batch * figures["median"] / rate
             ratios = "".join(f"{figures['median'] / medians[peer]:17.2f}" for peer in present)
             print(
-                f"  {row.implementation:{width}}  {figures['median']:8.4g} {figures['min']:6.4g} {figures['max']:6.4g}"
+                f"  {called[row.implementation]:{width}}"
+                f"  {figures['median']:8.4g} {figures['min']:6.4g} {figures['max']:6.4g}"
                 f"  {len(row.seconds):6d}  {row.difference:10.1e}  {share:7.0%}{ratios}"
             )
 
@@ -197,6 +201,7 @@ def _print_summary(results: list[Result], options: argparse.Namespace) -> None:
     device = DEVICES[options.device]
     medians = {(result.cell, result.implementation): result.images_per_second()["median"] for result in results}
     cells = list(dict.fromkeys(result.cell for result in results))
+    called = labels([result.row() for result in results])
     print()
     for kernels, peer in itertools.product(options.kernels, options.peers):
         both = [cell for cell in cells if (cell, kernels) in medians and (cell, peer) in medians]
@@ -204,7 +209,8 @@ def _print_summary(results: list[Result], options: argparse.Namespace) -> None:
         if ratios:
             mean = statistics.geometric_mean(ratios)
             print(
-                f"{kernels}: {mean:.2f} × {peer} in the geometric mean of {len(both)} cells, at least {min(ratios):.2f}"
+                f"{called[kernels]}: {mean:.2f} × {peer} in the geometric mean of {len(both)} cells, "
+                f"at least {min(ratios):.2f}"
             )
     for dtype, threads in dict.fromkeys((cell.dtype, cell.threads) for cell in cells):
         rate, by = device.flop_rate(dtype, threads)

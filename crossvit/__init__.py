@@ -20,23 +20,25 @@ __all__ = [
     "load_model",
     "save_checkpoint",
 ]
+__version__: str
 # Imported when it is asked for: `crossvit --help` need not wait for torch.
 _MODULES = {
-    "FUSIONS": "models.fusion",
-    "CrossViT": "models.crossvit",
-    "VisionTransformer": "models.single_branch",
-    "create_model": "factory",
-    "list_models": "factory",
-    "load_checkpoint": "weights.checkpoint",
-    "load_model": "factory",
-    "save_checkpoint": "weights.checkpoint",
+    "FUSIONS": ".models.fusion",
+    "CrossViT": ".models.crossvit",
+    "VisionTransformer": ".models.single_branch",
+    "__version__": "crossvit_kernels",
+    "create_model": ".factory",
+    "list_models": ".factory",
+    "load_checkpoint": ".weights.checkpoint",
+    "load_model": ".factory",
+    "save_checkpoint": ".weights.checkpoint",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    value = globals()[name] = getattr(import_module(_MODULES[name], __name__), name)
     return value
 
 

@@ -14,6 +14,7 @@ from .ops import (
     patch_embed,
     self_attention,
 )
+from .version import VERSION
 
 __all__ = [
     "accelerate",
@@ -30,3 +31,4 @@ __all__ = [
     "restore",
     "self_attention",
 ]
+__version__ = VERSION

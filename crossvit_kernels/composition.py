@@ -7,9 +7,10 @@ against it; where something does, the modules are called as they are, with the r
 To look is cheap: what was looked at is remembered in a `Watch`, and found unchanged in a few microseconds.
 """
 
+import functools
 import sys
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
@@ -44,7 +45,7 @@ _attribute: Any = getattr
 class Composition:
     """The children of a module that one fused composition stands for.
 
-    name: a name for messages and for what is remembered.
+    name: what it is, in messages.
     parts: {path below the module: what has to be there}.
     entry: for a module that stands in for another class, that class and its method that is overridden.
     """
@@ -52,6 +53,23 @@ class Composition:
     name: str
     parts: Mapping[str, Kind]
     entry: tuple[type, str] | None = None
+
+
+class Family:
+    """The compositions that a function makes of its arguments, each of them once; a decorator.
+
+    make: the function itself. torch.compile warns where a traced function calls one of functools.cache, and traces what
+    is in it; so it gets the function, which it calls while it traces alone.
+    """
+
+    def __init__(self, make: Callable[..., Composition]) -> None:
+        self.make = make
+        self.known: Callable[..., Composition] = functools.cache(make)
+        self.__doc__ = make.__doc__
+
+    def __call__(self, *arguments: Any) -> Composition:
+        """The composition of these arguments, the same one every time."""
+        return self.known(*arguments)
 
 
 # What the forwards of the modules call: a dictionary, a key in it, and the value there when this package was imported.
@@ -90,10 +108,15 @@ def why_not(owner: nn.Module, composition: Composition) -> str | None:
     return None
 
 
-def fuses(owner: nn.Module, composition: Composition) -> bool:
-    """Whether nothing stands against it now: `why_not` in its quick form."""
+def fuses(owner: nn.Module, composition: Any, *arguments: Any) -> bool:
+    """Whether nothing stands against it now: `why_not` in its quick form.
+
+    composition: a Composition or, with the `arguments` for it, a Family.
+    """
     if torch.compiler.is_compiling():
-        return why_not(owner, composition) is None
+        return why_not(owner, composition.make(*arguments) if arguments else composition) is None
+    if arguments:
+        composition = composition.known(*arguments)
     if foreign_mode() is not None:
         return False
     watches = owner.__dict__.get(_WATCHES)

@@ -34,7 +34,9 @@ class Kind:
             return None
         cls = type(module)
         if (cls.__module__, cls.__qualname__) not in self.classes:
-            return f"is {cls.__module__}.{cls.__qualname__}"
+            expected = " or ".join(sorted({name.rpartition(".")[2] for _, name in self.classes}))
+            found = "missing" if module is None else f"{cls.__module__}.{cls.__qualname__}"
+            return f"is {found}, where {expected or 'nothing'} is expected"
         return self.wrong(module) if self.wrong is not None else None
 
 

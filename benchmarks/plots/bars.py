@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..labels import labels
+
 Row = dict[str, Any]
 
 # Ours in warm colours, torch's in greys, other engines in blues; the same in every chart.
@@ -49,7 +51,7 @@ def throughput(rows: list[Row], path: Path) -> None:
             _panel(axes[line][column], panel, names, several_threads)
             axes[line][column].set_title(f"{model}, {dtype}", fontsize=10)
         axes[line][0].set_ylabel("images / s")
-    handles = [Patch(color=COLOURS.get(name, "#000000"), label=name) for name in names]
+    handles = [Patch(color=COLOURS.get(name, "#000000"), label=label) for name, label in labels(rows).items()]
     figure.legend(
         handles=handles, loc="outside lower center", ncols=min(len(names), 3 * len(dtypes)), frameon=False, fontsize=9
     )
@@ -74,15 +76,15 @@ def ops(rows: list[Row], path: Path) -> None:
 
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     names = list(dict.fromkeys(row["implementation"] for row in rows))
-    label = "{op}\n{tokens}×{width}, batch {batch}".format_map
-    groups = list(dict.fromkeys(map(label, rows)))
+    group_of = "{op}\n{tokens}×{width}, batch {batch}".format_map
+    groups = list(dict.fromkeys(map(group_of, rows)))
     figure = Figure(figsize=(1.5 + 5 * len(dtypes), 1.2 + 0.55 * len(groups)), layout="constrained")
     height = 0.84 / len(names)
     for axis, dtype in zip(figure.subplots(1, len(dtypes), sharey=True, squeeze=False)[0], dtypes):
         for row in rows:
             if row["dtype"] != dtype:
                 continue
-            group, times = groups.index(label(row)), row["microseconds"]
+            group, times = groups.index(group_of(row)), row["microseconds"]
             place = group + (names.index(row["implementation"]) - (len(names) - 1) / 2) * height
             low, middle, high = (times[key] / row["floor_microseconds"] for key in ("min", "median", "max"))
             colour, whiskers = COLOURS.get(row["implementation"], "#000000"), [[middle - low], [high - middle]]
@@ -105,7 +107,7 @@ def ops(rows: list[Row], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="x", lw=0.4, alpha=0.6)
         axis.set_axisbelow(True)
-    handles = [Patch(color=COLOURS.get(name, "#000000"), label=name) for name in names]
+    handles = [Patch(color=COLOURS.get(name, "#000000"), label=label) for name, label in labels(rows).items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=3 * len(dtypes), frameon=False, fontsize=9)
     figure.suptitle(f"Ops: {rows[0]['device']}, torch {rows[0]['versions'].get('torch', '')}", fontsize=11)
     save(figure, path)

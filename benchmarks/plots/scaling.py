@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ..labels import labels
 from .bars import COLOURS, save
 
 Row = dict[str, Any]
@@ -40,7 +41,7 @@ def scaling(rows: list[Row], path: Path) -> None:
 
 
 def _lines(axis: Any, rows: list[Row], key: str, label: str) -> None:
-    threads = sorted({row["threads"] for row in rows}, reverse=True)
+    threads, called = sorted({row["threads"] for row in rows}, reverse=True), labels(rows)
     for name, count in dict.fromkeys((row["implementation"], row["threads"]) for row in rows):
         points = sorted(
             (row[key], row["images_per_second"])
@@ -53,7 +54,7 @@ def _lines(axis: Any, rows: list[Row], key: str, label: str) -> None:
         )
         places = [place for place, _ in points]
         style: dict[str, Any] = {"color": COLOURS.get(name, "#000000"), "ls": LINES[threads.index(count) % len(LINES)]}
-        axis.plot(places, middle, marker="o", ms=4, label=f"{name}, {count} thread{'s' * (count > 1)}", **style)
+        axis.plot(places, middle, marker="o", ms=4, label=f"{called[name]}, {count} thread{'s' * (count > 1)}", **style)
         axis.fill_between(places, low, high, color=style["color"], alpha=0.15, lw=0)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")

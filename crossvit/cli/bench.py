@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
+from crossvit_kernels import backends
+
 from ..system.failures import CommandError
 from ..system.files import write_text
 from ..system.text import print_line, to_json
@@ -75,11 +77,13 @@ def _compare(loaded: Loaded, batch: int, options: argparse.Namespace) -> list[di
             for name in names:
                 seconds[name].append(_time(_on(loaded, name, images)))
     base = statistics.median(seconds["reference"])
+    called = {name: _called(name, loaded) for name in names}
+    width = max(10, *map(len, called.values()))
     print_line(f"{model.variant}, batch {batch}, {options.dtype}, {loaded.device}, {torch.get_num_threads()} threads")
     for name, own in seconds.items():
         middle, fastest, slowest = (batch / x for x in (statistics.median(own), min(own), max(own)))
         gain = base / statistics.median(own)
-        print_line(f"  {name:<10} {middle:>9.1f} images/s  ({slowest:.1f} to {fastest:.1f})  {gain:.2f} ×")
+        print_line(f"  {called[name]:<{width}} {middle:>9.1f} images/s  ({slowest:.1f} to {fastest:.1f})  {gain:.2f} ×")
         rows.append(
             {
                 "model": model.variant,
@@ -87,6 +91,7 @@ def _compare(loaded: Loaded, batch: int, options: argparse.Namespace) -> list[di
                 "dtype": options.dtype,
                 "mode": "inference",
                 "implementation": name,
+                "backend": "+".join(backends.served_by(name, loaded.device.type, loaded.dtype)),
                 "images_per_second": {"median": middle, "min": slowest, "max": fastest},
                 "rounds": len(own),
                 "device": str(loaded.device),
@@ -94,6 +99,13 @@ def _compare(loaded: Loaded, batch: int, options: argparse.Namespace) -> list[di
             }
         )
     return rows
+
+
+def _called(kernels: str, loaded: Loaded) -> str:
+    """What --kernels says and, of "auto", what that is here."""
+    if kernels != "auto":
+        return kernels
+    return f"auto ({backends.in_words(kernels, loaded.device.type, loaded.dtype)})"
 
 
 def _on(loaded: Loaded, kernels: str, images: Tensor) -> Callable[[], Tensor]:

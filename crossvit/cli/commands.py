@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -45,8 +46,18 @@ class Loaded:
         return self.classes[index] if self.classes else str(index)
 
 
+def add_config_argument(parser: argparse.ArgumentParser) -> None:
+    """The argument that `config.parse` reads."""
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML with options by name, such as batch_size: 32; what the command line says too is the command line's",
+    )
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that `load` reads."""
+    """The arguments that `load` reads, and --config."""
+    add_config_argument(parser)
     group = parser.add_argument_group("model")
     group.add_argument(
         "--checkpoint",
@@ -98,6 +109,9 @@ def load(options: argparse.Namespace, *, needs_weights: bool = True) -> Loaded:
     needs_weights: a model of initial weights will not do.
     """
     device, settings = _device(options.device), dict(options.set)
+    check_kernels(options.kernels, device)
+    if options.checkpoint is None and needs_weights and options.model is not None:
+        raise CommandError(f"--model {options.model} names no weights: expected --checkpoint FILE too")
     if options.checkpoint is None and (needs_weights or options.model is None):
         expected = "--checkpoint FILE" if needs_weights else "--checkpoint FILE or --model NAME"
         raise CommandError(f"no model given: expected {expected}")
@@ -110,7 +124,7 @@ def load(options: argparse.Namespace, *, needs_weights: bool = True) -> Loaded:
             name = options.model and canonical_name(options.model)
             model, notes = load_model(options.checkpoint, name=name, **shared, **settings)
     except FAILURES as error:
-        raise ModelError(str(of_the_command_line(error))) from error
+        raise ModelError(str(of_options(error, options))) from error
     given = getattr(options, "classes", None)
     classes = read_classes(given) if given else notes.get("classes")
     if classes is not None and len(classes) != model.num_classes:
@@ -152,6 +166,35 @@ def check_writable(option: str, path: str | None) -> None:
         try_to_write(path)
     except OSError as error:
         raise CommandError(f"{option} {path}: {error.strerror or error}") from error
+
+
+def check_folder(option: str, path: Path) -> None:
+    """Raises CommandError, before any work, where no folder is or can be made at `path`, or none can be written to."""
+    there = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
+    try:
+        try_to_write(there / "x")
+    except OSError as error:
+        raise CommandError(f"{option} {path}: {error.strerror or error}") from error
+
+
+def check_kernels(kernels: str, device: torch.device | str) -> None:
+    """Raises CommandError where the backend that --kernels names is not here, or takes no tensors on `device`."""
+    if kernels in ("auto", "reference"):
+        return
+    if (why := backends.reason(kernels)) is not None:
+        raise CommandError(f"--kernels {kernels} is not available: {why}")
+    if torch.device(device).type not in (found := backends.devices(kernels)):
+        raise CommandError(f"--kernels {kernels} takes tensors on {' and '.join(found)}, the device is {device}")
+
+
+def of_options(error: BaseException, options: argparse.Namespace) -> CommandError:
+    """`error`, of a library that names its arguments, as one that names the option that the argument comes from."""
+    text = str(of_the_command_line(error))
+    found = re.match(r"(\w+)(?:='(\w+)')?(?= must be | needs )", text)
+    if found and found[1] not in ("data", "set") and hasattr(options, found[1]):
+        value = f" {found[2]}" if found[2] else ""
+        text = f"--{found[1].replace('_', '-')}{value}{text[found.end() :]}"
+    return CommandError(text)
 
 
 def check_fits(what: str, size: int) -> None:

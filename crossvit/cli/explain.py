@@ -14,12 +14,13 @@ from torch.nn.functional import interpolate
 from ..attention.drawing import Panel, draw_panels, panel_size
 from ..attention.maps import AttentionMap, attention_maps
 from ..attention.rollout import attention_rollout
+from ..data.datasets import SUFFIXES
 from ..data.images import ImageError, load_image
 from ..models.crossvit import CrossViT
 from ..system.failures import CommandError, say
-from ..system.files import replacing, try_to_write
+from ..system.files import replacing
 from ..system.text import print_line, printable
-from .commands import Loaded, add_class_argument, add_model_arguments, check_fits, load, progress
+from .commands import Loaded, add_class_argument, add_model_arguments, check_fits, check_folder, load, progress
 from .pictures import add_loading_arguments, batches, find_files, of_files
 from .predict import best
 
@@ -32,7 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a file, a folder (all of its files, deep), a glob in quotes, or - for paths from standard input",
     )
     parser.add_argument(
-        "--output", metavar="FOLDER", default="explained", help="where the PNGs go (default: %(default)s)"
+        "--output",
+        metavar="FOLDER",
+        default="explained",
+        help="where the PNGs go, one per picture, of its name: made if it is not there, and a PNG of that name is "
+        "replaced (default: %(default)s)",
     )
     parser.add_argument("--heads", action="store_true", help="head by head instead of their mean")
     parser.add_argument("--all-stages", action="store_true", help="every stage of the model, not the last alone")
@@ -47,17 +52,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """0, or 1 where files could not be read: they are named with the reason."""
+    """0, or 1 where files could not be read, or a folder or glob had none: they are named with the reason."""
+    folder = Path(options.output)
+    if folder.suffix.lower() in SUFFIXES and not folder.is_dir():
+        raise CommandError(f"--output {folder}: expected a folder, for a PNG of each picture, got a picture's name")
+    check_folder("--output", folder)
     loaded = load(options)
     tokens = 1 + max(math.prod(grid) for grid in loaded.model.position_grids().values())
     check_fits(f"attention rollout over {tokens:,} tokens an image (--image-size)", 12 * tokens**2)
-    files = find_files(options.images)
+    files, without = find_files(options.images)
+    for text in without:
+        say(text)
     images = of_files(files)
     try:
-        Path(options.output).mkdir(parents=True, exist_ok=True)
-        try_to_write(Path(options.output, "x.png"))
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CommandError(f"--output {options.output}: {error.strerror}") from error
+        raise CommandError(f"--output {folder}: {error.strerror or error}") from error
     names, failed = _names(files), 0
     with torch.inference_mode(), progress(total=len(files), unit="image") as bar:
         for batch in batches(images, loaded, options):
@@ -78,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
                         failed += 1
                         continue
                     rows = panels(_of_image(maps, i), [[x[i] for x in own] for own in rollout], loaded, options)
-                    path = Path(options.output, names[index])
+                    path = folder / names[index]
                     with replacing(path) as temporary:
                         draw_panels(picture, rows, _title(files[index], loaded, logits[i]), temporary)
                     bar.clear()
@@ -86,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
             bar.update(len(batch.indices) + len(batch.failures))
     if failed:
         say(f"{failed} of {len(files)} files could not be read")
-    return 1 if failed else 0
+    return 1 if failed or without else 0
 
 
 def panels(

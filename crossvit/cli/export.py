@@ -78,7 +78,8 @@ def _write(loaded: Loaded, path: Path, options: argparse.Namespace) -> str:
         return names
     batch = options.fixed_batch or 2
     numbers = batch * loaded.model.in_chans * math.prod(loaded.model.image_size)
-    check_fits(f"--fixed-batch {batch}: its images", 4 * numbers)
+    option = f"--fixed-batch {batch}: its" if options.fixed_batch else f"the {batch}"
+    check_fits(f"{option} images to compare with", 4 * numbers)
     images = torch.randn(batch, loaded.model.in_chans, *loaded.model.image_size, device=loaded.device).to(loaded.dtype)
     model = loaded.model.requires_grad_(False)
     with replacing(path) as temporary, torch.no_grad():

@@ -5,32 +5,50 @@ import os
 from collections import Counter
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from crossvit_kernels import backends
 
 from ..factory import list_models
-from ..system.failures import of_the_command_line
+from ..system.failures import CommandError, of_the_command_line
 from ..system.text import print_line, printable, to_json
 from ..weights.checkpoint_file import read_contents
 from ..weights.identify import identify
 from ..weights.notes import read_notes
 from ..weights.wording import describe
-from .commands import FAILURES, Loaded, ModelError, add_class_argument, add_model_arguments, load
+from .commands import (
+    FAILURES,
+    Loaded,
+    ModelError,
+    add_class_argument,
+    add_model_arguments,
+    check_kernels,
+    load,
+)
 
 _NAMES = 5  # classes that are spelled out
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "what",
+        nargs="?",
+        metavar="MODEL|FILE",
+        help="a model's name, or a checkpoint: short for --model or --checkpoint",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     add_class_argument(parser)
     add_model_arguments(parser)
-    parser.epilog = "Without --checkpoint and --model: the models that there are, and the kernels of this machine."
+    parser.epilog = "Without a model or a checkpoint: the models that there are, and the kernels of this machine."
 
 
 def run(options: argparse.Namespace) -> int:
     """0. A file whose model cannot be built is still described."""
+    _name(options)
     if options.checkpoint is None and options.model is None:
+        check_kernels(options.kernels, "cuda" if torch.cuda.is_available() else "cpu")
         found: dict[str, Any] = {"models": list_models(), "kernels": backends.BACKENDS}
         found["kernels"] = {name: backends.reason(name) or "available" for name in backends.BACKENDS}
         print_line(to_json(found, indent=1) if options.json else _overview(found))
@@ -58,6 +76,18 @@ def run(options: argparse.Namespace) -> int:
     print_line(f"{loaded.model.describe()}\n")
     print_line(_settings(found["model"]))
     return 0
+
+
+def _name(options: argparse.Namespace) -> None:
+    """Has `options.model` or `options.checkpoint` be what stands there without an option. Raises CommandError where
+    both are said."""
+    if options.what is None:
+        return
+    file = "/" in options.what or os.path.lexists(options.what) or options.what.endswith(_SUFFIXES)
+    name = "checkpoint" if file else "model"
+    if getattr(options, name) is not None:
+        raise CommandError(f"--{name} {getattr(options, name)} and {options.what} are two: expected one of them")
+    setattr(options, name, options.what)
 
 
 def _checkpoint(path: str) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """The commands: python -m crossvit COMMAND, or crossvit COMMAND."""
 
+import argparse
 import importlib
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
+from typing import Any, NoReturn
 
-from ..system.failures import STATUSES, Parser, guarded, prepared, report, say
+from ..system.failures import STATUSES, CommandError, Parser, guarded, prepared, report, say
+from ..system.text import print_line
 
 # Each command is a module with add_arguments(parser) and run(options) -> exit status, imported when it is asked for.
 COMMANDS = {
@@ -17,33 +20,91 @@ COMMANDS = {
     "export": "weights for timm or the authors' code, ONNX, torch.export",
     "bench": "images per second with the kernels and without",
 }
-PACKAGES = "torchvision, Pillow, safetensors, tqdm and matplotlib: pip install crossvit-kernels[models]"
+PACKAGES = "torchvision, Pillow, safetensors, tqdm, matplotlib and PyYAML: pip install crossvit-kernels[models]"
+SHELLS = ("bash", "zsh")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command. Returns its exit status, which `failures` decides on; argparse's SystemExit passes."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {name: text for name, text in COMMANDS.items() if find_spec(f"{__package__}.{name}")}
+    given = given[1:] if given[:1] == ["--"] else given
+    parser, commands = _parsers()
+    if not given or given[0] not in commands:
+        prepared(lambda: parser.parse_args(given))  # help, a version, an error: it ends here
+    name, command = given[0], commands[given[0]]
+    try:
+        module = _fill(name, command)
+        from .config import parse
+    except ImportError as error:
+        say(f"crossvit {name}: error: {error} (the commands need {PACKAGES})")
+        return 2
+    except BaseException as error:  # importing takes seconds, in which Ctrl-C may come
+        return report(name, error)
+    for word in given:  # argparse before Python 3.13 makes an empty list of it
+        if word.startswith("--") and word.endswith("=--"):
+            command.error(f"argument {word.removesuffix('=--')}: expected a value, got '--'")
+    options = prepared(lambda: parse(parser, command, given), name)
+    return guarded(name, module.run, options)
+
+
+def _parsers() -> tuple[Parser, dict[str, Parser]]:
+    """The parser of the whole command line, and those of the commands, which know none of their options yet."""
     parser = Parser(prog="crossvit", description="CrossViT on fused kernels.", epilog=STATUSES)
-    commands_parser = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, text in commands.items():
-        sub = commands_parser.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-        if given[:1] != [name]:
-            continue
+    parser.add_argument("--version", action=_Version, help="print the versions of this package and of torch")
+    parser.add_argument(
+        "--print-completion",
+        action=_Completion,
+        choices=SHELLS,
+        help="print a script with which that shell completes commands, options and the names of models",
+    )
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = {}
+    for name, text in COMMANDS.items():
+        if find_spec(f"{__package__}.{name}"):
+            commands[name] = subparsers.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    return parser, commands
+
+
+def _fill(name: str, command: Parser) -> Any:
+    """The module of a command, whose options `command` knows from now on."""
+    module = importlib.import_module(f"{__package__}.{name}")
+    module.add_arguments(command)
+    command.epilog = " ".join(filter(None, (command.epilog, STATUSES)))
+    return module
+
+
+class _Version(argparse.Action):
+    """Prints the versions in one line, and ends."""
+
+    def __init__(self, **named: Any) -> None:
+        super().__init__(nargs=0, default=argparse.SUPPRESS, **named)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        import torch
+
+        from crossvit_kernels.version import VERSION
+
+        print_line(f"crossvit-kernels {VERSION}, torch {torch.__version__}")
+        parser.exit()
+
+
+class _Completion(argparse.Action):
+    """Prints a shell's script, made from the parsers of all commands, and ends."""
+
+    def __init__(self, **named: Any) -> None:
+        super().__init__(metavar="SHELL", default=argparse.SUPPRESS, **named)
+
+    def __call__(self, parser: argparse.ArgumentParser, _: Any, shell: Any, *__: Any) -> NoReturn:
+        whole, commands = _parsers()
         try:
-            module = importlib.import_module(f"{__package__}.{name}")
+            from .completion import script
+
+            for name, command in commands.items():
+                _fill(name, command)
         except ImportError as error:
-            say(f"crossvit {name}: error: {error} (the commands need {PACKAGES})")
-            return 2
-        except BaseException as error:  # importing takes seconds, in which Ctrl-C may come
-            return report(name, error)
-        module.add_arguments(sub)
-        sub.epilog = " ".join(filter(None, (sub.epilog, STATUSES)))
-        for word in given:  # argparse before Python 3.13 makes an empty list of it
-            if word.startswith("--") and word.endswith("=--"):
-                sub.error(f"argument {word.removesuffix('=--')}: expected a value, got '--'")
-    options = prepared(lambda: parser.parse_args(given))
-    return guarded(options.command, module.run, options)
+            raise CommandError(f"{error} (--print-completion needs shtab and {PACKAGES})") from error
+        print_line(script(whole, commands.values(), shell))
+        parser.exit()
 
 
 if __name__ == "__main__":

@@ -55,32 +55,37 @@ def of_files(paths: Sequence[str]) -> Images:
     return Images([0] * len(paths), [], paths=[Path(path) for path in paths])
 
 
-def find_files(arguments: Sequence[str]) -> list[str]:
+def find_files(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """The files that `arguments` mean: files as they are, a folder's (sorted, deep, without hidden ones and what other
     systems leave behind), those that a glob matches, and of "-" the lines of standard input, in the order given. What
-    does not exist stays, to be reported.
+    does not exist stays, to be reported. And, in words, which folders and globs hold none, or cannot be read.
 
-    Raises CommandError for a folder or glob without files, OSError for a folder that cannot be read.
+    Raises CommandError where there is no file at all.
     """
     found: list[str] = []
+    without: list[str] = []
     for argument in arguments:
         if argument == "-":
             found += _lines_of_standard_input()
         elif os.path.isdir(argument):
-            here = sorted(files_below(argument))
+            try:
+                here = sorted(files_below(argument))
+            except OSError as error:
+                without.append(f"the folder {argument} cannot be read: {error.strerror or error}")
+                continue
             if not here:
-                raise CommandError(f"the folder {argument} holds no files")
+                without.append(f"the folder {argument} holds no files")
             found += map(str, here)
         elif not os.path.lexists(argument) and glob.has_magic(argument):
             matches = sorted(path for path in glob.glob(argument, recursive=True) if not os.path.isdir(path))
             if not matches:
-                raise CommandError(f"no file matches {argument}")
+                without.append(f"no file matches {argument}")
             found += matches
         else:
             found.append(argument)
     if not found:
-        raise CommandError("no images given")
-    return found
+        raise CommandError("; ".join(without) or "no images given")
+    return found, without
 
 
 def _lines_of_standard_input() -> list[str]:
@@ -105,7 +110,8 @@ def transform_of(loaded: Loaded, crop_ratio: float | None = None) -> Transform:
         ratio = loaded.crop_ratio if crop_ratio is None else crop_ratio
         return evaluation_transform(loaded.model.image_size, ratio, IMAGENET_MEAN, IMAGENET_STD)
     except ValueError as error:
-        raise CommandError(str(error)) from error
+        text = str(error) if crop_ratio is None else str(error).replace("crop_ratio", "--crop-ratio", 1)
+        raise CommandError(text) from error
 
 
 def batches(
@@ -117,7 +123,7 @@ def batches(
     order = range(len(images)) if indices is None else indices
     batch_size = max(1, min(options.batch_size, len(order)))
     height, width = loaded.model.image_size
-    what = f"--batch-size {batch_size}: its pictures of {height}×{width}"
+    what = f"{batch_size} pictures of {height}×{width} at a time (--batch-size)"
     check_fits(what, 12 * batch_size * height * width)
     loader = DataLoader(
         Readable(images),

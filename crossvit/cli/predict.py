@@ -29,19 +29,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_loading_arguments(parser)
     add_model_arguments(parser)
     parser.epilog = (
-        "A file that cannot be read is named, and the rest goes on; what was found before Ctrl-C or a failure is kept."
+        "A file that cannot be read, or a folder without files, is named, and the rest goes on; what was found before "
+        "Ctrl-C or a failure is kept."
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    """0, or 1 where files could not be read or --output not be written: they are reported with the reason."""
+    """0, or 1 where files could not be read, a folder or glob had none, or --output could not be written: they are
+    reported with the reason."""
     if options.top < 1:
         raise CommandError(f"--top must be at least 1, got {options.top}")
     check_writable("--output", options.output)
     loaded = load(options)
     if loaded.model.num_classes == 0:
         raise CommandError("the model has no head (num_classes=0): it has no classes to choose from")
-    files = find_files(options.images)
+    files, without = find_files(options.images)
+    for text in without:
+        say(text)
     rows: dict[int, dict[str, Any]] = {}
     try:
         _predict(loaded, files, rows, options)
@@ -55,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
             for row in failed:
                 say(_row(row))
         say(f"{len(failed)} of {len(rows)} files could not be read")
-    return 1 if failed else status
+    return 1 if failed or without else status
 
 
 def _predict(loaded: Loaded, files: list[str], rows: dict[int, dict[str, Any]], options: argparse.Namespace) -> None:

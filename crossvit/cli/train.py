@@ -5,12 +5,13 @@ import sys
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from ..system.failures import Parser, guarded, of_the_command_line, prepared, say
+from ..system.failures import Parser, guarded, prepared, say
 from ..system.text import printable
 from ..training.distributed import STRATEGIES, processes
 from ..training.loop import Stop
 from ..training.recipes import add_recipe_arguments
-from .commands import FAILURES, add_building_arguments
+from .commands import FAILURES, add_building_arguments, add_config_argument, of_options
+from .config import parse
 from .train_setup import prepare
 
 
@@ -19,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Trains a model. One process needs no launcher; several, on one machine or many, are started with torchrun: "
         "torchrun --nproc-per-node 8 -m crossvit train …. The folder --out gets last.pth (everything, to resume from), "
-        "best.pth (the weights that scored best), metrics.jsonl and curves.png. Ctrl-C saves and ends with status 130."
+        "best.pth (the weights that scored best), metrics.jsonl, curves.png and args.yaml (the options, for --config). "
+        "Ctrl-C saves and ends with status 130."
     )
     parser.add_argument(
         "data",
@@ -27,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "labels per image; or cifar10:FOLDER, cifar100:FOLDER as torchvision stores them",
     )
     parser.add_argument("--out", type=Path, default=Path("run"), metavar="FOLDER", help="where everything goes (run)")
+    add_config_argument(parser)
     parser.add_argument(
         "--model",
         default="crossvit_9_240",
@@ -92,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
             place = stack.enter_context(processes(options.device))
             trainer = prepare(options, place, stop)
         except FAILURES as error:
-            raise of_the_command_line(error) from error
+            raise of_options(error, options) from error
         try:
             status = trainer.train()
         except Exception:
@@ -111,7 +114,8 @@ def main(arguments: list[str] | None = None) -> int:
     """`crossvit train` alone: what it is given are its own arguments."""
     parser = Parser("crossvit train")
     add_arguments(parser)
-    return guarded("train", run, prepared(lambda: parser.parse_args(arguments)))
+    given = sys.argv[1:] if arguments is None else arguments
+    return guarded("train", run, prepared(lambda: parse(parser, parser, given), "train"))
 
 
 if __name__ == "__main__":

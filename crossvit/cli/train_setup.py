@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from timm.utils import ModelEmaV3
 
+from crossvit_kernels.backends import in_words
+
 from ..data.datasets import Images, open_dataset
 from ..data.transforms import IMAGENET_MEAN, IMAGENET_STD, evaluation_transform, training_transform
 from ..factory import create_model
 from ..models.classifier import Classifier
-from ..system.files import remove_unfinished, try_to_write
+from ..system.files import remove_unfinished, write_text
 from ..system.text import print_line, printable
 from ..training.distributed import Processes, replicate, shard
 from ..training.files import Log, load
@@ -22,6 +24,8 @@ from ..training.objective import Objective, Teacher
 from ..training.optimizer import Schedule, build_optimizer
 from ..training.recipes import Recipe, recipe_from
 from ..training.state import Run, seed_generators
+from .commands import check_folder, check_kernels
+from .config import to_yaml
 
 # These arguments of create_model come from elsewhere in a run.
 SETTLED = {
@@ -53,12 +57,13 @@ def prepare(options: argparse.Namespace, place: Processes, stop: Stop) -> Traine
     TypeError, OSError, RuntimeError, ImportError, naming the option.
     """
     _check(options)
+    check_kernels(options.kernels, place.device)
     recipe = recipe_from(options)
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     if place.first:
-        _check_out(options.out)
+        check_folder("--out", options.out)
     training, validation = _datasets(options)
     seed_generators(options.seed)  # the same initial weights everywhere
     model = _model(options, recipe, training)
@@ -116,6 +121,7 @@ def prepare(options: argparse.Namespace, place: Processes, stop: Stop) -> Traine
     metrics = options.out / "metrics.jsonl" if place.first else None
     log = Log(metrics, run.position.steps, tensorboard=options.out / "tensorboard")
     if place.first:
+        write_text(options.out / "args.yaml", to_yaml(options))
         print_line(_summary(run, options, workers, validation), flush=True)
     return Trainer(
         run=run,
@@ -143,15 +149,6 @@ def _check(options: argparse.Namespace) -> None:
             raise ValueError(f"--set {name}=… cannot be: {name} is given by {SETTLED[name]}")
     if options.strategy == "fsdp" and "WORLD_SIZE" not in os.environ:
         raise ValueError("--strategy fsdp needs processes to shard over: start it with torchrun -m crossvit train …")
-
-
-def _check_out(out: Path) -> None:
-    """Raises ValueError where the folder cannot be written to, or does not exist yet and cannot be made."""
-    there = next(folder for folder in (out, *out.absolute().parents) if os.path.lexists(folder))
-    try:
-        try_to_write(there / "last.pth")
-    except OSError as error:
-        raise ValueError(f"--out {out}: {error.strerror}") from error
 
 
 def _datasets(options: argparse.Namespace) -> tuple[Images, Images | None]:
@@ -223,7 +220,7 @@ def _resume(options: argparse.Namespace, run: Run) -> None:
 
 
 def _summary(run: Run, options: argparse.Namespace, workers: int, validation: Images | None) -> str:
-    recipe, place = run.recipe, run.place
+    recipe, place, dtype = run.recipe, run.place, getattr(torch, run.recipe.precision)
     parameters = sum(p.numel() for p in run.model.parameters())
     strategy = "" if place.world == 1 else f" ({'fsdp' if options.strategy == 'fsdp' else 'ddp'})"
     return (
@@ -231,5 +228,5 @@ def _summary(run: Run, options: argparse.Namespace, workers: int, validation: Im
         f"{len(run.training)} images of {len(run.training.classes)} classes, "
         f"{0 if validation is None else len(validation)} to validate; batch {recipe.batch_size}, "
         f"learning rate {recipe.scaled_lr:.3g}, {recipe.precision}; {place.world} × {place.device.type}{strategy}, "
-        f"{workers} workers, kernels {options.kernels}"
+        f"{workers} workers, kernels {options.kernels} ({in_words(options.kernels, place.device.type, dtype)})"
     )

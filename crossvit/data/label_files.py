@@ -4,10 +4,10 @@ import csv
 import io
 import json
 import os
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..system.files import read_file
 from ..system.text import printable
 
 _MOST = 1 << 26  # bytes of a file of names: a longer one is something else
@@ -29,7 +29,7 @@ def read_names(path: str | os.PathLike[str]) -> list[str]:
     Raises ValueError, without the path, for other content, a device, or more than 64 MB; OSError as open() does.
     """
     try:
-        text = _read(path).decode("utf-8-sig")
+        text = read_file(path, _MOST, "a file of names").decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"expected text in UTF-8, got the byte 0x{error.object[error.start]:02x}") from error
     if "\0" in text:
@@ -99,22 +99,3 @@ def _row(place: str, header: list[str], cells: list[str]) -> Row:
     if printable(labels) != labels:
         raise ValueError(f"{place}: expected labels in UTF-8 without control characters, got {printable(labels)!r}")
     return Row(image, [label.strip() for label in labels.split(";") if label.strip()])
-
-
-def _read(path: str | os.PathLike[str]) -> bytes:
-    """All of a file or pipe. A pipe that nobody writes to is empty, instead of being waited for."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        mode = os.fstat(descriptor).st_mode
-        if stat.S_ISDIR(mode):
-            raise ValueError("expected a file, it is a folder")
-        if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
-            raise ValueError("expected a file, it is a device")
-        os.set_blocking(descriptor, True)
-        with open(descriptor, "rb", closefd=False) as file:
-            content = file.read(_MOST + 1)
-    finally:
-        os.close(descriptor)
-    if len(content) > _MOST:
-        raise ValueError(f"expected a file of names, it has more than {_MOST >> 20} MB")
-    return content

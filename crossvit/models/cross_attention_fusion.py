@@ -1,6 +1,5 @@
 """The fusion that CrossViT is named after: the CLS token of one branch queries the patches of another."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from crossvit_kernels import blocks as compositions
-from crossvit_kernels.composition import Composition, fuses
+from crossvit_kernels.composition import Composition, Family, fuses
 from crossvit_kernels.kinds import GELU, LAYER_NORM, LINEAR, Kind, kind
 from crossvit_kernels.nn import CLASS_ATTENTION, CrossAttentionBlock
 
@@ -66,7 +65,7 @@ class CrossAttentionFusion(MultiScaleBlock):
         return revert(y)
 
     def _is_one_op(self, branch: int, layer: CrossAttentionBlock) -> bool:
-        if not fuses(self, fusion_composition(branch, self.fusion_depth > 0)):
+        if not fuses(self, fusion_composition, branch, self.fusion_depth > 0):
             return False
         return not layer.attn.drops() and not (layer.training and layer.drop_path > 0)
 
@@ -94,7 +93,7 @@ _PROJECTION: dict[str, Kind] = {
 }
 
 
-@functools.cache
+@Family
 def fusion_composition(branch: int, nested: bool) -> Composition:
     """What `cls_fusion` stands for in a `CrossAttentionFusion`: the direction from `branch`, with a single layer;
     `nested`: which is inside a Sequential."""

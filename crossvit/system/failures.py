@@ -1,4 +1,5 @@
-"""How an exception becomes a line on standard error and an exit status: the one place that decides it.
+"""How an exception becomes a line on standard error and an exit status: the one place that decides it. Warnings and
+what the libraries log become lines too.
 
     0    everything was done
     1    a part failed, which is named: a file that cannot be read or written, memory, a run that diverged
@@ -10,13 +11,14 @@ With CROSSVIT_TRACEBACK=1 in the environment a failure's traceback is shown too.
 """
 
 import argparse
+import logging
 import os
 import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from .text import flush_output, print_line, use_any_encoding, utf8
@@ -26,6 +28,8 @@ STATUSES = (
     "130 after Ctrl-C; 141 where the reader of the output had enough."
 )
 REPORT = "a fault of crossvit's own, not of what was asked: please report it with the lines above and the command line"
+# The loggers whose records the commands show, and from which level on.
+LOGGED = {"crossvit": logging.WARNING, "crossvit_kernels": logging.WARNING, "crossvit.training": logging.INFO}
 _MEMORY = re.compile(
     r"can't allocate memory|not enough memory|out of memory|bad_alloc|cannot allocate memory"
     r"|storage size calculation overflowed|invalid size|overflow when unpacking|numel",
@@ -45,14 +49,48 @@ def of_the_command_line(error: BaseException) -> CommandError:
 
 
 def guarded(name: str, run: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
-    """`run(options)`, whatever comes of it: the exit status. Warnings are lines on standard error."""
+    """`run(options)`, whatever comes of it: the exit status. Warnings are lines on standard error, and so is what the
+    libraries log, but progress, which is one on standard output."""
     warnings.showwarning = _say_warning
     try:
-        status = run(options)
+        with shown_logs():
+            status = run(options)
         flush_output()
         return status
     except BaseException as error:
         return report(name, error)
+
+
+class CommandHandler(logging.Handler):
+    """Shows messages as they are, without a time or a level. A standard output that cannot be written raises, as it
+    does for all else that a command prints."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Prints a record's message, a warning on standard error."""
+        if record.levelno >= logging.WARNING:
+            say(record.getMessage())
+        else:
+            print_line(record.getMessage(), flush=True)
+
+
+@contextmanager
+def shown_logs() -> Iterator[None]:
+    """Has a `CommandHandler`, and nothing else, show what the packages log within the block."""
+    handler = CommandHandler()
+    loggers = {name: logging.getLogger(name) for name in LOGGED}
+    before = {name: (logger.level, logger.propagate) for name, logger in loggers.items()}
+    for name, logger in loggers.items():
+        logger.setLevel(LOGGED[name])
+        if "." not in name:
+            logger.addHandler(handler)
+            logger.propagate = False
+    try:
+        yield
+    finally:
+        for name, logger in loggers.items():
+            level, logger.propagate = before[name]
+            logger.setLevel(level)
+            logger.removeHandler(handler)
 
 
 class Parser(argparse.ArgumentParser):
@@ -65,9 +103,9 @@ class Parser(argparse.ArgumentParser):
             print_line(message, end="")
 
 
-def prepared(parse: Callable[[], argparse.Namespace]) -> argparse.Namespace:
+def prepared(parse: Callable[[], argparse.Namespace], name: str = "") -> argparse.Namespace:
     """The options that `parse` returns. Raises SystemExit, as argparse does after help and errors, also where the help
-    could not be written."""
+    could not be written, and after a CommandError, which is said of the command `name`."""
     use_any_encoding()
     try:
         try:
@@ -75,8 +113,8 @@ def prepared(parse: Callable[[], argparse.Namespace]) -> argparse.Namespace:
         except SystemExit:
             flush_output()
             raise
-    except OSError as error:
-        raise SystemExit(report("", error)) from None
+    except (OSError, CommandError) as error:
+        raise SystemExit(report(name, error)) from None
 
 
 def report(name: str, error: BaseException) -> int:

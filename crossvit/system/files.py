@@ -98,6 +98,30 @@ def write_text(path: str | PathLike[str], text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def read_file(path: str | PathLike[str], most: int, what: str = "a file") -> bytes:
+    """All of a file or pipe. A pipe that nobody writes to is empty, instead of being waited for.
+
+    Raises ValueError, without the path, for a folder, a device, or more than `most` bytes, which is not `what` was
+    expected; OSError as open() does.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise ValueError("expected a file, it is a folder")
+        if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+            raise ValueError("expected a file, it is a device")
+        os.set_blocking(descriptor, True)
+        with open(descriptor, "rb", closefd=False) as file:
+            content = file.read(most + 1)
+    finally:
+        os.close(descriptor)
+    if len(content) > most:
+        size = f"{most >> 20} MB" if most >> 20 else f"{most >> 10} kB"
+        raise ValueError(f"expected {what}, it has more than {size}")
+    return content
+
+
 def try_to_write(path: str | PathLike[str]) -> None:
     """Raises OSError, naming `path`, if no file can be made there; leaves what is there as it was."""
     path = Path(path)

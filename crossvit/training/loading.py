@@ -2,6 +2,7 @@
 workers, nor on whether the run was interrupted.
 """
 
+import logging
 import random
 import signal
 import sys
@@ -17,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from ..data.datasets import Images
 from ..data.images import ImageError
-from ..system.failures import say
+
+_log = logging.getLogger(__name__)
 
 Key = tuple[int, int, int]  # epoch, position in it, index of the image
 
@@ -115,7 +117,7 @@ class Seeded(Dataset):
             except ImageError as error:
                 if self.on_broken == "stop":
                     raise
-                say(f"skipped {error}")
+                _log.warning("skipped %s", error)
         raise ImageError("none of the training images can be read")
 
 
@@ -139,7 +141,7 @@ class Shard(Dataset):
         except ImageError as error:
             if self.on_broken == "stop":
                 raise
-            say(f"skipped {error}")
+            _log.warning("skipped %s", error)
             return self._blank(), self.images.targets[index], False
 
     def _blank(self) -> Any:

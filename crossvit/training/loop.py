@@ -1,5 +1,6 @@
 """The loop: steps, epochs, evaluation, checkpoints, and a stop that loses nothing."""
 
+import logging
 import math
 import signal
 import time
@@ -14,8 +15,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..system.failures import say
-from ..system.text import print_line
 from .curves import draw_curves
 from .distributed import local_gradients
 from .evaluation import evaluate
@@ -24,6 +23,8 @@ from .loading import EpochSampler
 from .objective import Objective
 from .optimizer import Schedule
 from .state import Run
+
+_log = logging.getLogger(__name__)
 
 SLOW, SECONDS = 0.2, 2.0  # share of an epoch spent waiting for images, and how long, that are worth a word
 DRAW_EVERY = 30.0  # seconds between two pictures of the curves, each of which takes a third of one
@@ -191,13 +192,14 @@ class Trainer:
         if not place.first:
             return
         text = "".join(f"  {name} {value:.4g}" for name, value in found.items())
-        print_line(f"epoch {position.epoch}/{run.recipe.epochs}{text}  {images_per_second:.4g} images/s", flush=True)
+        _log.info("epoch %d/%d%s  %.4g images/s", position.epoch, run.recipe.epochs, text, images_per_second)
         if waiting and not self._said_slow:
             self._said_slow = True
-            workers = self.training.num_workers
-            say(
-                f"reading images does not keep up with the model: {waiting:.0%} of the epoch went by waiting for them; "
-                f"more --workers ({workers} now), smaller files or a faster disk would help"
+            _log.warning(
+                "reading images does not keep up with the model: %.0f%% of the epoch went by waiting for them; "
+                "more --workers (%d now), smaller files or a faster disk would help",
+                100 * waiting,
+                self.training.num_workers,
             )
         if time.monotonic() - self._drawn > DRAW_EVERY:
             self._draw()
@@ -207,7 +209,7 @@ class Trainer:
             try:
                 draw_curves({"run": self.folder / "metrics.jsonl"}, self.folder / "curves.png")
             except OSError as error:  # the run goes on without a picture
-                say(f"the curves could not be drawn: {error}")
+                _log.warning("the curves could not be drawn: %s", error)
             self._drawn = time.monotonic()
 
     def _save(self, best: dict[str, float] | None = None) -> None:

@@ -7,7 +7,7 @@
 
 from .availability import BACKENDS, available, devices, dtypes, emulated, reason, serves
 from .choice import resolve
-from .reporting import report
+from .reporting import in_words, report, served_by
 
 __all__ = [
     "BACKENDS",
@@ -15,8 +15,10 @@ __all__ = [
     "devices",
     "dtypes",
     "emulated",
+    "in_words",
     "reason",
     "report",
     "resolve",
+    "served_by",
     "serves",
 ]

@@ -39,13 +39,18 @@ def candidates(device: str, op: str) -> tuple[str, ...]:
     return (MEASURED[op][0], *others) if device == "cuda" and op in MEASURED else others
 
 
+def preferred(kernels: str, device: str, op: str) -> str:
+    """The backend that `kernels=` stands for, of an op on that type of device; what it cannot do is another's."""
+    name = environment() if kernels == "auto" else kernels
+    return next(filter(availability.available, candidates(device, op)), "reference") if name == "auto" else name
+
+
 _resolved: dict[tuple[str, torch.device, torch.dtype, str], str] = {}
 
 
 def _resolve(kernels: str, device: torch.device, dtype: torch.dtype, op: str) -> str:
-    name = environment() if kernels == "auto" else kernels
-    if name == "auto":
-        name = next(filter(availability.available, candidates(device.type, op)), "reference")
+    name = preferred(kernels, device.type, op)
+    if kernels == "auto" and environment() == "auto":
         if device.type == "cpu" and name == "reference":
             _fallback_warning()
     elif (why := availability.reason(name)) is not None:

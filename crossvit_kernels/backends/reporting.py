@@ -1,4 +1,4 @@
-"""What `crossvit_kernels.backends.report()` prints."""
+"""Which kernels run here, in words for people: `report()`, and the labels of tables and plots."""
 
 import torch
 
@@ -9,6 +9,29 @@ OPS = (
     *("bicubic_resize", "cls_cross_attention", "cls_fusion", "layer_norm_linear", "layer_norm_mlp", "linear_residual"),
     *("patch_embed", "self_attention"),
 )
+
+
+# What the backends' kernels are written in.
+WORDS = {"reference": "plain PyTorch", "cpu": "C++", "triton": "Triton", "cuda": "CUDA"}
+
+
+def served_by(kernels: str, device: str, dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
+    """The backends whose kernels run for `kernels=` and tensors of `dtype` on that type of device, "cpu" or "cuda", in
+    any op; ("reference",) where plain PyTorch serves them all. Raises ValueError for an unknown name.
+    """
+    found = []
+    for op in OPS:
+        name = choice.preferred(kernels, device, op)
+        if name == "reference" or not availability.available(name) or device not in availability.devices(name):
+            continue
+        if dtype in availability.dtypes(name) and availability.serves(name, op) and name not in found:
+            found.append(name)
+    return tuple(found) or ("reference",)
+
+
+def in_words(kernels: str, device: str, dtype: torch.dtype = torch.float32) -> str:
+    """`served_by`, as people call it: "C++", say."""
+    return " and ".join(WORDS[name] for name in served_by(kernels, device, dtype))
 
 
 def cuda_ops() -> list[str]:
@@ -35,7 +58,12 @@ def report() -> str:
         built_for = f"{', '.join(cuda['architectures'])} by nvcc {cuda['nvcc']}" if cuda["architectures"] else "no GPU"
         lines[3] += f" (built for {built_for}: {', '.join(ops)})"
     default = choice.environment()
-    lines.append(f"kernels='auto' means {default}" + ("" if default == "auto" else ", from CROSSVIT_KERNELS"))
+    if default == "auto":
+        places = {"cpu": "on the CPU"} | ({"cuda": "on a GPU"} if torch.cuda.is_available() else {})
+        meant = (f"{' and '.join(served_by('auto', device))} {where}" for device, where in places.items())
+        lines.append(f"kernels='auto' means {', '.join(meant)}")
+    else:
+        lines.append(f"kernels='auto' means {default}, from CROSSVIT_KERNELS")
     for op in ops if default == "auto" else ():
         first = choice.candidates("cuda", op)[0]
         measured = choice.MEASURED[op][1] if op in choice.MEASURED else "unmeasured against cuda"

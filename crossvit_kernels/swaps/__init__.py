@@ -46,19 +46,32 @@ class Swap:
         raise RuntimeError(NO_SCRIPT)
 
 
-def reasons(swap: type[Swap], module: nn.Module) -> tuple[list[str], bool]:
-    """What stands against the compositions of `module`, in words, and whether one is left that nothing stands
-    against."""
+def outcome(swap: type[Swap], module: nn.Module) -> tuple[list[str], list[str]]:
+    """The compositions of `module`, by name, that nothing stands against, and in words what stands against others."""
     if (why := swap.unusual(module)) is not None:
-        return [why], False
-    found = [why_not(module, composition) for composition in swap.compositions(module)]
-    return list(dict.fromkeys(why for why in found if why is not None)), None in found
+        return [], [why]
+    fused: list[str] = []
+    against: dict[str, list[str]] = {}
+    for composition in swap.compositions(module):
+        why = why_not(module, composition)
+        names = fused if why is None else against.setdefault(why, [])
+        if composition.name not in names:
+            names.append(composition.name)
+    return fused, [f"{' and '.join(names)}: {why}" for why, names in against.items()]
 
 
 def swap_of(module: nn.Module) -> type[Swap] | None:
     """The swap for a module of exactly this class."""
     found = SWAPS.get((type(module).__module__, type(module).__qualname__))
     return None if found is None else getattr(importlib.import_module(f"{__name__}.{found[0]}"), found[1])
+
+
+def stood_for(module: nn.Module) -> str | None:
+    """The class that there is a swap for and `module` is of a subclass of, which may compute something else."""
+    for cls in type(module).__mro__[1:]:
+        if (cls.__module__, cls.__qualname__) in SWAPS:
+            return cls.__qualname__
+    return None
 
 
 def original_of(swap: type) -> type:
@@ -92,7 +105,8 @@ __all__ = [
     "drop_path_rate",
     "drops",
     "original_of",
-    "reasons",
+    "outcome",
+    "stood_for",
     "swap_of",
     "wrong_scale",
 ]

@@ -13,7 +13,7 @@ from . import KERNELS, Swap, drops
 from .vision_transformer import MLP
 
 _ENTRY = (AttentionPoolLatent, "forward")
-POOL = Composition("pool", {"q": LINEAR_OR_IDENTITY, "kv": LINEAR, "q_norm": IDENTITY, "k_norm": IDENTITY}, _ENTRY)
+POOL = Composition("pooling", {"q": LINEAR_OR_IDENTITY, "kv": LINEAR, "q_norm": IDENTITY, "k_norm": IDENTITY}, _ENTRY)
 MLP_HALF = Composition("MLP half", {"norm": LAYER_NORM, **MLP}, _ENTRY)
 
 

@@ -1,6 +1,5 @@
 """timm's CrossViT: patch embedding, cross-attention and a stage's fusion; its blocks are vision_transformer.py's."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import blocks
 from ..blocks import Residual
-from ..composition import Composition, fuses
+from ..composition import Composition, Family, fuses
 from ..kinds import DROPOUT, GELU, LAYER_NORM, LINEAR, PATCH_CONVOLUTION, Kind, kind, plain
 from ..ops import bicubic_resize
 from . import DROP_PATH, KERNELS, Swap, drop_path_rate, wrong_scale
@@ -75,16 +74,18 @@ def _sequence(steps: int) -> Kind:
     return kind("torch.nn.modules.container:Sequential", wrong=wrong)
 
 
-@functools.cache
+@Family
 def projection(name: str, i: int) -> Composition:
     """LayerNorm, GELU, Linear: `projs.i` or `revert_projs.i`."""
     path = f"{name}.{i}"
     return Composition(
-        path, {path: _sequence(3), f"{path}.0": LAYER_NORM, f"{path}.1": GELU, f"{path}.2": LINEAR}, _STAGE_ENTRY
+        "projections",
+        {path: _sequence(3), f"{path}.0": LAYER_NORM, f"{path}.1": GELU, f"{path}.2": LINEAR},
+        _STAGE_ENTRY,
     )
 
 
-@functools.cache
+@Family
 def attention(i: int, nested: bool) -> Composition:
     """The cross-attention of branch i.
 
@@ -94,14 +95,15 @@ def attention(i: int, nested: bool) -> Composition:
     path = f"fusion.{i}.0" if nested else f"fusion.{i}"
     parts: dict[str, Kind] = {f"fusion.{i}": _sequence(1)} if nested else {}
     parts |= {path: _LAYER} | {f"{path}.{name}": expected for name, expected in _ATTENTION.items()}
-    return Composition(f"fusion of branch {i}", parts, _STAGE_ENTRY)
+    return Composition("cross-attention", parts, _STAGE_ENTRY)
 
 
-@functools.cache
+@Family
 def direction(i: int, nested: bool) -> Composition:
     """The whole direction: to the other width, the attention, and back."""
-    parts = {**projection("projs", i).parts, **attention(i, nested).parts, **projection("revert_projs", i).parts}
-    return Composition(f"direction of branch {i}", parts, _STAGE_ENTRY)
+    steps = projection.make("projs", i), attention.make(i, nested), projection.make("revert_projs", i)
+    parts = {path: expected for step in steps for path, expected in step.parts.items()}
+    return Composition("fusion", parts, _STAGE_ENTRY)
 
 
 class FusedMultiScaleBlock(Swap, MultiScaleBlock):
@@ -142,8 +144,8 @@ def _direction(stage: Any, i: int, cls: Tensor, patches: Tensor, kernels: str) -
     nested = isinstance(layer, nn.Sequential)
     if nested:
         layer = layer[0] if len(layer) else None
-    whole = fuses(stage, direction(i, nested))
-    attends = (whole or fuses(stage, attention(i, nested))) and not attention_drops(layer.attn)
+    whole = fuses(stage, direction, i, nested)
+    attends = (whole or fuses(stage, attention, i, nested)) and not attention_drops(layer.attn)
     if whole and attends and drop_path_rate(layer.drop_path)[0] == 0:
         (norm, _, linear), (back_norm, _, back) = stage.projs[i], stage.revert_projs[i]
         heads, linears = layer.attn.num_heads, _linears(layer.attn)
@@ -162,7 +164,7 @@ def _project(stage: Any, name: str, i: int, x: Tensor, fused: bool, kernels: str
     """Linear(gelu(LayerNorm(x))) of `projs.i` or `revert_projs.i`, x (B, D) -> (B, E)."""
     module = getattr(stage, name)[i]
     out = None
-    if fused or fuses(stage, projection(name, i)):
+    if fused or fuses(stage, projection, name, i):
         out = blocks.projection(x, module[0], module[2], kernels, pre_activation="gelu")
     return module(x[:, None])[:, 0] if out is None else out
 
@@ -171,18 +173,18 @@ _EMBED_ENTRY = (CrossVit, "_embed")
 _PATCH_EMBED = kind("timm.models.crossvit:PatchEmbed")
 
 
-@functools.cache
+@Family
 def patches(i: int) -> Composition:
     """The patch embedding of branch i, a single convolution."""
     return Composition(
-        f"patch_embed.{i}", {f"patch_embed.{i}": _PATCH_EMBED, f"patch_embed.{i}.proj": PATCH_CONVOLUTION}, _EMBED_ENTRY
+        "patch embedding", {f"patch_embed.{i}": _PATCH_EMBED, f"patch_embed.{i}.proj": PATCH_CONVOLUTION}, _EMBED_ENTRY
     )
 
 
-@functools.cache
+@Family
 def stem(i: int) -> Composition:
     """The resizing of the images for a stem of several convolutions, which is called as it is."""
-    return Composition(f"stem of branch {i}", {f"patch_embed.{i}": _PATCH_EMBED}, _EMBED_ENTRY)
+    return Composition("resizing of the images", {f"patch_embed.{i}": _PATCH_EMBED}, _EMBED_ENTRY)
 
 
 class FusedCrossVit(Swap, CrossVit):
@@ -199,7 +201,7 @@ class FusedCrossVit(Swap, CrossVit):
 
     @staticmethod
     def compositions(module: Any) -> Sequence[Composition]:
-        return [_embedding(module, i) for i in range(len(module.patch_embed))]
+        return [stem(i) if _has_stem(embed) else patches(i) for i, embed in enumerate(module.patch_embed)]
 
     def _embed(self: Any, x: Tensor) -> list[Tensor]:
         kernels = getattr(self, KERNELS, None)  # None: restored a moment ago
@@ -211,18 +213,18 @@ class FusedCrossVit(Swap, CrossVit):
 _EMBED = Composition("embed", {}, _EMBED_ENTRY)
 
 
-def _embedding(model: Any, i: int) -> Composition:
-    embed = model.patch_embed[i]
-    return stem(i) if isinstance(getattr(embed, "proj", None), nn.Sequential) else patches(i)
+def _has_stem(embed: Any) -> bool:
+    """Whether a patch embedding consists of several convolutions."""
+    return isinstance(getattr(embed, "proj", None), nn.Sequential)
 
 
 def _branch_tokens(model: Any, i: int, x: Tensor, kernels: str) -> Tensor:
     """The tokens (B, 1 + N_i, D_i) of branch i, of images x (B, C, H, W)."""
     embed, size = model.patch_embed[i], model.img_size_scaled[i]
     cls_token, positions = (model.cls_token_1, model.pos_embed_1) if i else (model.cls_token_0, model.pos_embed_0)
-    composition = _embedding(model, i)
-    fused = fuses(model, composition)
-    if fused and composition is patches(i):
+    several = _has_stem(embed)
+    fused = fuses(model, stem if several else patches, i)
+    if fused and not several:
         out = blocks.embed(x, embed.proj, cls_token, positions, tuple(size), kernels)
         if out is not None:
             return out

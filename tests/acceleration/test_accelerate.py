@@ -175,12 +175,81 @@ def test_unknown_modules_and_unusual_options_are_named() -> None:
     model = nn.Sequential(Mine(32, 2), Block(32, 2), Block(32, 2, qk_norm=True), nn.Linear(32, 3))
     report = acceleration(accelerate(model, verbose=False))
     assert report.swapped == {"1": "Block", "2": "Block"}
-    assert report.left["0"].startswith("there are no kernels for ")
-    assert report.left["0"].endswith("Mine")
-    assert "attn.q_norm" in report.left["2"]
-    assert "Linear" in report.left["3"]
-    assert "swapped: 2 x Block" in str(report)
-    assert "left: 2: attn.q_norm" in str(report)
+    assert report.left.keys() == {"0", "2"}
+    assert report.left["0"].endswith("Mine is a subclass of Block, and may compute something else")
+    norm = "attention half: attn.q_norm is timm.layers.norm.LayerNorm, where Identity is expected"
+    assert report.left["2"] == norm
+    assert report.others == {"3": "torch.nn.modules.linear.Linear"}
+    assert str(report).splitlines()[1:] == [
+        "  1 x Block (1): attention half, MLP half",
+        "  1 x Block (2): MLP half",
+        "called as before, since something stands in the way of the kernels:",
+        f"  0: {report.left['0']}",
+        f"  1 x Block (2): {norm}",
+        "unchanged, since it is not what the kernels are for: 3",
+    ]
+
+
+@pytest.mark.parametrize(
+    "name, counts, others",
+    [
+        ("deit_tiny_patch16_224", {"Block": ["attention half", "MLP half"]}, ["patch_embed", "norm", "head"]),
+        (
+            "crossvit_9_240",
+            {
+                "CrossVit": ["patch embedding"],
+                "MultiScaleBlock": ["projections", "cross-attention"],
+                "Block": ["attention half", "MLP half"],
+                "CrossAttentionBlock": ["class attention"],
+            },
+            [],
+        ),
+        (
+            "cait_xxs24_224",
+            {"LayerScaleBlock": ["MLP half"], "LayerScaleBlockClassAttn": ["class attention", "MLP half"]},
+            ["patch_embed", "norm", "head"],
+        ),
+    ],
+)
+def test_the_report_lists_no_failure_where_nothing_failed(
+    name: str, counts: dict[str, list[str]], others: list[str]
+) -> None:
+    """What was never a candidate, a final norm or a head, is named apart, and what of each module is fused is said."""
+    report = acceleration(accelerate(build(name), verbose=False))
+    assert report.left == {}
+    assert list(report.others) == others
+    assert {cls: report.fused[n] for n, cls in report.swapped.items()} == counts
+    text = str(report)
+    first = f"{len(report.swapped)} modules run on the kernels (kernels='auto': "
+    assert text.startswith(first + crossvit_kernels.backends.in_words("auto", "cpu") + " on the CPU)")
+    assert "called as before" not in text
+    assert all(f" x {cls} (" in text and ", ".join(parts) in text for cls, parts in counts.items())
+
+
+def test_the_report_of_a_model_without_candidates() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
+    report = acceleration(accelerate(model, verbose=False))
+    assert (report.swapped, report.left) == ({}, {})
+    lines = str(report).splitlines()
+    assert lines[0] == "no modules run on the kernels"
+    assert lines[1].startswith("it has none of those that they are for: timm's Block, MultiScaleBlock, ")
+    assert len(lines) == 2
+
+
+def test_the_report_goes_through_logging_where_that_is_set_up(
+    capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At level INFO of the module's logger; printed where nothing would show it; neither with verbose=False."""
+    model = build("deit_tiny_patch16_224")
+    accelerate(model)
+    assert capsys.readouterr().out == f"{acceleration(model)}\n"
+    with caplog.at_level("INFO", "crossvit_kernels"):
+        accelerate(model)
+        accelerate(model, verbose=False)
+    assert [(r.name, r.levelname, r.getMessage()) for r in caplog.records] == [
+        ("crossvit_kernels.accelerate", "INFO", str(acceleration(model)))
+    ]
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("name", ["crossvit_9_240", *OTHERS])
@@ -251,7 +320,7 @@ def test_bad_input_changes_nothing(capsys: pytest.CaptureFixture) -> None:
         accelerate(model, "fastest")
     assert not swapped(model)
     accelerate(model)
-    assert "swapped: 3 x Block" in capsys.readouterr().out
+    assert "  3 x Block (blocks.0, blocks.1, blocks.2): " in capsys.readouterr().out
     model.blocks[0].__class__ = type("Wrapped", (type(model.blocks[0]),), {})
     with pytest.raises(TypeError, match=r"blocks\.0: its class was changed to Wrapped"):
         restore(model)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import crossvit
 from benchmarks import cases, floor, ops, peers, session, throughput, timing, training
+from benchmarks.labels import labels
 from benchmarks.photographs import photographs
 from benchmarks.plots import bars as plot
 
@@ -53,7 +54,8 @@ def run_throughput(path: Path, *arguments: str) -> tuple[int, dict[str, dict[str
 
 
 def check_row(row: dict[str, Any], schema: dict[str, type], figures: str) -> None:
-    assert {key: type(value) for key, value in row.items()} == schema
+    ours = {"backend": str} if row["implementation"] in session.KERNELS else {}
+    assert {key: type(value) for key, value in row.items()} == schema | ours
     assert row["rounds"] >= 9
     assert 0 < row[figures]["min"] <= row[figures]["median"] <= row[figures]["max"]
     assert row["versions"]["torch"] == str(torch.__version__).partition("+")[0]
@@ -73,6 +75,10 @@ def test_throughput_writes_a_row_per_implementation_and_a_plot(tmp_path: Path, c
     assert sorted(file.name for file in tmp_path.iterdir()) == ["rows.json", "rows.png"]
     printed = capsys.readouterr().out
     assert "× timm-eager" in printed
+    assert rows["auto"]["backend"] in ("cpu", "reference")
+    assert "backend" not in rows["timm-eager"]
+    assert labels([rows["auto"]])["auto"] in printed
+    assert "auto" not in printed
     assert "left out" not in printed
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import crossvit
+import crossvit_kernels
 from commands import CLASSES, command, photograph, save_small, small_model
 from crossvit.cli.main import COMMANDS, main
 from crossvit.system.files import replacing
@@ -40,6 +41,12 @@ def test_help_does_not_wait_for_torch() -> None:
     code = "import sys, crossvit.__main__ as m\ntry: m.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_the_version_is_one_line() -> None:
+    done = command("--version")
+    expected = f"crossvit-kernels {crossvit_kernels.__version__}, torch {torch.__version__}\n"
+    assert (done.status, done.out, done.err) == (0, expected, "")
 
 
 def test_the_package_has_its_names() -> None:
@@ -71,6 +78,22 @@ def test_the_console_script() -> None:
     "arguments, reason",
     [
         (["paint"], "invalid choice: 'paint'"),
+        (["--", "paint"], "invalid choice: 'paint'"),
+        (
+            ["bench", "crossvit_9_240"],
+            "bench: error: unrecognized arguments: crossvit_9_240 (a model is named by --model)",
+        ),
+        (
+            ["predict", "x.jpg", "--batchsize", "8"],
+            "unrecognized arguments: --batchsize 8 (did you mean --batch-size?)",
+        ),
+        (
+            ["predict", "x.jpg", "--model", "crossvit_9_240"],
+            "--model crossvit_9_240 names no weights: expected --checkpoint",
+        ),
+        (["info", "crossvit_9_241"], "did you mean crossvit_9_240"),
+        (["info", "nothing.pth"], "no checkpoint nothing.pth"),
+        (["info", "crossvit_9_240", "--model", "crossvit_9_240"], "are two: expected one of them"),
         (["predict"], "the following arguments are required: IMAGE"),
         (["predict", "x.jpg"], "no model given: expected --checkpoint FILE"),
         (["bench"], "no model given: expected --checkpoint FILE or --model NAME"),
@@ -164,6 +187,28 @@ def test_info(tmp_path: Path) -> None:
     assert found["checkpoint"]["parameters"] == found["model"]["parameters"] == small_model().describe().parameters
     found = json.loads(command("info", "--model", "crossvit_18_dagger_408", "--json").out)["model"]
     assert (found["parameters"], found["crop_ratio"]) == (44_606_560, 1.0)
+
+
+def test_info_needs_no_option_for_what_it_is_about(tmp_path: Path) -> None:
+    checkpoint = save_small(tmp_path)
+    for plain, option in (("crossvit_tiny_240", "--model"), (checkpoint, "--checkpoint")):
+        done = command("info", plain, "--device", "cpu")
+        assert (done.status, done.err) == (0, "")
+        assert done.out == command("info", option, plain, "--device", "cpu").out
+
+
+@pytest.mark.parametrize("what", [[], ["crossvit_tiny_240"]], ids=["nothing", "a model"])
+def test_kernels_that_are_not_here_are_refused(what: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the option's name, with the reason, whether or not a model is built; and those for another device."""
+    monkeypatch.setattr("crossvit.cli.commands.backends.reason", lambda name: "it was not built")
+    done = command("info", *what, "--kernels", "cuda", "--device", "cpu")
+    assert (done.status, done.out) == (2, "")
+    assert done.err == "crossvit info: error: --kernels cuda is not available: it was not built\n"
+    monkeypatch.setattr("crossvit.cli.commands.backends.reason", lambda name: None)
+    monkeypatch.setattr("crossvit.cli.commands.backends.devices", lambda name: ("cuda",))
+    done = command("info", *what, "--kernels", "cuda", "--device", "cpu")
+    assert done.status == 2
+    assert "--kernels cuda takes tensors on cuda, the device is cpu" in done.err
 
 
 def test_info_of_a_file_of_something_else(tmp_path: Path) -> None:

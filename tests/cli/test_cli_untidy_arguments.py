@@ -90,9 +90,11 @@ def test_crop_ratios(ratio: str, checkpoint: Path, tmp_path: Path) -> None:
     for name in ("predict", "explain"):
         given = ("--checkpoint", checkpoint, "--workers", "0")
         said = refused(name, path, *given, "--crop-ratio", ratio, *["--output", tmp_path / "x"] * (name == "explain"))
-        assert "crop_ratio must be at least 0.001" in said
+        assert "--crop-ratio must be at least 0.001" in said
     data = split(tmp_path / "data", "a", "b")
-    assert "crop_ratio must be at least 0.001" in refused("train", data, "--out", tmp_path / "x", "--crop-ratio", ratio)
+    assert "--crop-ratio must be at least 0.001" in refused(
+        "train", data, "--out", tmp_path / "x", "--crop-ratio", ratio
+    )
 
 
 @pytest.mark.parametrize(
@@ -127,15 +129,15 @@ def test_files_of_classes(name: str, reason: str, checkpoint: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     "options, reason",
     [
-        (["--lr", "inf"], "lr must be a number up to 1e+30, got inf"),
-        (["--weight-decay", "nan"], "weight_decay must be a number up to 1e+30, got nan"),
-        (["--betas", "nan", "0.9"], "betas must be a number up to 1e+30, got (nan, 0.9)"),
-        (["--layer-decay", "1e300"], "layer_decay must be a number up to 1e+30, got 1e+300"),
-        (["--color-jitter", "-1"], "color_jitter must be at least 0, got -1.0"),
-        (["--epochs", HUGE], "epochs must be a number up to 2.14748e+09"),
-        (["--epochs", "9" * 400], "epochs must be a number up to 2.14748e+09"),
-        (["--epochs", "-1"], "epochs must be at least 1, got -1"),
-        (["--batch-size", "0"], "batch_size must be at least 1, got 0"),
+        (["--lr", "inf"], "--lr must be a number up to 1e+30, got inf"),
+        (["--weight-decay", "nan"], "--weight-decay must be a number up to 1e+30, got nan"),
+        (["--betas", "nan", "0.9"], "--betas must be a number up to 1e+30, got (nan, 0.9)"),
+        (["--layer-decay", "1e300"], "--layer-decay must be a number up to 1e+30, got 1e+300"),
+        (["--color-jitter", "-1"], "--color-jitter must be at least 0, got -1.0"),
+        (["--epochs", HUGE], "--epochs must be a number up to 2.14748e+09"),
+        (["--epochs", "9" * 400], "--epochs must be a number up to 2.14748e+09"),
+        (["--epochs", "-1"], "--epochs must be at least 1, got -1"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--workers", "-1"], "--workers must be at least 0, got -1"),
         (["--seed", "-1"], "--seed must be at least 0, got -1"),
         (["--resume", "pipe"], "expected a checkpoint's file, "),

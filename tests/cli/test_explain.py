@@ -209,3 +209,24 @@ def test_the_command_draws(fusion: str, options: list[str], tmp_path: Path) -> N
         drawn = np.asarray(Image.open(path).convert("RGB"))
         assert min(drawn.shape[:2]) > 300
         assert drawn.std() > 20
+
+
+def test_where_the_pictures_go(tmp_path: Path) -> None:
+    """Into a folder, made with those above it, where a PNG of the same name is replaced and all else stays; neither a
+    picture's name nor a file is one, and then no model is read."""
+    checkpoint, out = save_small(tmp_path, depth=((1, 1, 0),)), tmp_path / "new" / "drawn"
+    photograph("cat").save(tmp_path / "cat.jpg")
+    shared = ("--checkpoint", checkpoint, "--workers", "0")
+    assert command("explain", tmp_path / "cat.jpg", *shared, "--output", out).status == 0
+    (out / "cat.png").write_text("an old one")
+    (out / "notes.txt").write_text("kept")
+    assert command("explain", tmp_path / "cat.jpg", *shared, "--output", out).status == 0
+    assert Image.open(out / "cat.png").format == "PNG"
+    assert (out / "notes.txt").read_text() == "kept"
+    (tmp_path / "file").touch()
+    for wrong, reason in (("x.png", "expected a folder, for a PNG of each picture"), ("file", "Not a directory")):
+        path = tmp_path / wrong
+        done = command("explain", tmp_path / "cat.jpg", "--checkpoint", "nothing.pth", "--output", path)
+        assert (done.status, done.out) == (2, "")
+        assert done.err.startswith(f"crossvit explain: error: --output {path}: {reason}")
+    assert not (tmp_path / "x.png").exists()

@@ -216,6 +216,24 @@ def test_ctrl_c(checkpoint: Path, cat: Image.Image, tmp_path: Path) -> None:
     assert (process.returncode, lines) == (130, ["interrupted"])
 
 
+@pytest.mark.parametrize("name", ["predict", "explain"])
+def test_a_folder_without_files_does_not_stop_the_others(
+    name: str, checkpoint: Path, cat: Image.Image, tmp_path: Path
+) -> None:
+    """It is named, so is a glob that matches nothing, the rest is done, and the exit status says that not all was."""
+    for folder in ("first", "empty", "last"):
+        (tmp_path / folder).mkdir()
+    cat.save(tmp_path / "first" / "a.png")
+    cat.save(tmp_path / "last" / "b.png")
+    given = [tmp_path / "first", tmp_path / "empty", tmp_path / "*.xyz", tmp_path / "last"]
+    output = ["--output", tmp_path / "out"] if name == "explain" else []
+    done = command(name, *given, "--checkpoint", checkpoint, "--workers", "0", *output)
+    assert done.status == 1
+    assert done.err == f"the folder {tmp_path / 'empty'} holds no files\nno file matches {tmp_path / '*.xyz'}\n"
+    assert len(done.out.splitlines()) == 2
+    assert all(file in done.out for file in ("a.png", "b.png"))
+
+
 def test_what_cannot_be_asked(checkpoint: Path, cat: Image.Image, tmp_path: Path) -> None:
     cat.save(tmp_path / "a.png")
     (tmp_path / "none").mkdir()
@@ -223,7 +241,7 @@ def test_what_cannot_be_asked(checkpoint: Path, cat: Image.Image, tmp_path: Path
         ([tmp_path / "none"], "holds no files"),
         ([tmp_path / "*.xyz"], "no file matches"),
         ([tmp_path / "a.png", "--top", "0"], "--top must be at least 1, got 0"),
-        ([tmp_path / "a.png", "--crop-ratio", "2"], "crop_ratio must be above 0 and at most 1, got 2.0"),
+        ([tmp_path / "a.png", "--crop-ratio", "2"], "--crop-ratio must be above 0 and at most 1, got 2.0"),
     ):
         done = command("predict", *arguments, "--checkpoint", checkpoint)
         assert done.status == 2, arguments

@@ -529,6 +529,7 @@ def test_copies() -> None:
             assert other.variant == TINY
 
 
+@pytest.mark.filterwarnings("error:.*lru_cache")  # which the compiler warns of where the traced code has one
 @pytest.mark.parametrize("kernels", CPU_BACKENDS)
 def test_compile(kernels: str) -> None:
     """torch.compile takes the whole model as one graph, in inference and through a training step."""

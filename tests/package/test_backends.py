@@ -122,6 +122,19 @@ def test_an_absent_backend_in_the_environment_raises(fresh: pytest.MonkeyPatch) 
         crossvit_kernels.self_attention(**EXAMPLES["self_attention"]())
 
 
+def test_what_serves_a_flag() -> None:
+    """By name for programs and in words for people: what "auto" means is a backend, never "auto"."""
+    here = ("cpu",) if backends.available("cpu") else ("reference",)
+    assert backends.served_by("auto", "cpu") == here
+    assert backends.served_by("auto", "cpu", torch.float64) == ("reference",)
+    assert backends.served_by("reference", "cuda") == ("reference",)
+    assert backends.served_by("cpu", "cuda") == ("reference",)
+    assert backends.in_words("auto", "cpu") == {"cpu": "C++", "reference": "plain PyTorch"}[here[0]]
+    assert f"kernels='auto' means {here[0]} on the CPU" in backends.report()
+    with pytest.raises(ValueError, match=r"expected 'auto' or one of .* got 'fast'"):
+        backends.served_by("fast", "cpu")
+
+
 def test_report_lists_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
     text = backends.report()
     assert capsys.readouterr().out == text + "\n"

@@ -133,6 +133,10 @@ class World:
         Path("names.txt").write_text("\ufeffa\r\n\r\nb\r\nc\r\n", encoding="utf-8")
         Path("names.json").write_text('{"0": "a", "1": ["n", "b"], "2": []}')
         Path("deep.json").write_text("[" * 100_000)
+        Path("options.yaml").write_text("workers: 0\nbatch_size: 2\n")
+        Path("odd.yaml").write_text(
+            "set: {depth: [[1, 1, 0]], x: 2001-01-01}\nepochs: 1e3\nimage_size: [24]\n1: .nan\n"
+        )
         Path("latin1.txt").write_bytes(b"caf\xe9\nb\nc\n")
         picture(Path("picture.png"))
         picture(Path("line\nbreak \x1b[31m.png"))
@@ -167,7 +171,7 @@ BASES = {
     "evaluate": ["data", "--workers", "0", *MODEL],
     "predict": ["picture.png", "--workers", "0", *MODEL],
     "explain": ["picture.png", "--workers", "0", *MODEL],
-    "info": MODEL,
+    "info": ["model.safetensors", "--device", "cpu"],
     "export": ["new.pth", *MODEL],
     "bench": ["--batch", "1", "--rounds", "1", *MODEL],
 }  # command lines that work; of another command, none

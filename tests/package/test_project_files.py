@@ -1,0 +1,65 @@
+"""The files that a repository's visitors and tools look for: they are well-formed, and say what the package says."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import crossvit
+import crossvit_kernels
+
+yaml = pytest.importorskip("yaml")
+ROOT = Path(__file__).resolve().parents[2]
+if not (ROOT / "CITATION.cff").is_file():
+    pytest.skip("no source tree beside the tests", allow_module_level=True)
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+FORMS = sorted(path for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml") if path.name != "config.yml")
+
+
+def test_the_version_has_one_source() -> None:
+    """pyproject.toml reads it from where both packages have theirs."""
+    assert PROJECT["project"]["dynamic"] == ["version"]
+    assert PROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "crossvit_kernels.version.VERSION"}
+    assert crossvit.__version__ is crossvit_kernels.__version__
+    assert re.fullmatch(r"\d+\.\d+\.\d+(\.?[a-z]+\d+)?", crossvit.__version__)
+
+
+def test_the_citation() -> None:
+    """What the Citation File Format asks for, of this version and license, with the paper."""
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= cited.keys()
+    assert cited["cff-version"] == "1.2.0"
+    assert (str(cited["version"]), cited["license"]) == (crossvit.__version__, PROJECT["project"]["license"])
+    (paper,) = cited["references"]
+    assert {"type", "title", "authors"} <= paper.keys()
+    assert "2103.14899" in paper["doi"]
+    assert [author["family-names"] for author in paper["authors"]] == ["Chen", "Fan", "Panda"]
+
+
+@pytest.mark.parametrize("path", FORMS, ids=lambda path: path.stem)
+def test_issue_forms(path: Path) -> None:
+    """A name, a description, and fields with a label each, known by names that are told apart."""
+    form = yaml.safe_load(path.read_text())
+    assert {"name", "description", "body"} <= form.keys()
+    fields = [field for field in form["body"] if field["type"] != "markdown"]
+    assert fields
+    assert all(field["type"] in ("textarea", "input", "dropdown", "checkboxes") for field in fields)
+    assert all(field["attributes"]["label"] for field in fields)
+    names = [field["id"] for field in fields]
+    assert len(set(names)) == len(names)
+
+
+def test_nobody_is_sent_to_an_address_that_was_made_up() -> None:
+    """No e-mail address at all, and of other places the paper's, the covenant's and timm's alone."""
+    papers = [
+        "CITATION.cff",
+        "SECURITY.md",
+        "CODE_OF_CONDUCT.md",
+        *(str(path) for path in (ROOT / ".github").rglob("*.*")),
+    ]
+    for name in papers:
+        text = (ROOT / name).read_text()
+        assert not re.search(r"[\w.]+@[\w-]+\.\w", text), name
+        for place in re.findall(r"https?://([\w.-]+)", text):
+            assert place in ("arxiv.org", "www.contributor-covenant.org"), name
