@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import gelu, product
-from .cls_rows import row_statistics, store_key_query
+from .cls_cross_attention import row_statistics, store_key_query
 from .tiles import affine, load_tile, load_vector
 
 

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import product
-from .cls_gradients import normalized_cls
+from .cls_cross_attention_backward import normalized_cls
 from .tiles import load_tile, load_vector
 
 

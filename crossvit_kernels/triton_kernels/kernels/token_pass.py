@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import product
-from .cls_rows import row_statistics
+from .cls_cross_attention import row_statistics
 from .tiles import load_tile, load_vector
 
 

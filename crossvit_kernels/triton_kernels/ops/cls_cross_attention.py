@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import defaults
 from ..configs import configuration
-from ..kernels.cls_rows import cls_query, cls_value
+from ..kernels.cls_cross_attention import cls_query, cls_value
 from ..kernels.token_pass import token_pass
 from ..launch import launch
 from ..target import DTYPES, dot_precision

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import defaults
 from ..configs import configuration
-from ..kernels.cls_gradients import query_gradient, query_input_gradient, value_gradient
+from ..kernels.cls_cross_attention_backward import query_gradient, query_input_gradient, value_gradient
 from ..kernels.projection_gradients import finish_gradients, projection_gradients
 from ..kernels.token_gradient import token_gradient
 from ..launch import launch

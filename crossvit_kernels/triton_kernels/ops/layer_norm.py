@@ -6,8 +6,8 @@ from torch import Tensor
 
 from .. import defaults
 from ..configs import configuration
+from ..kernels.layer_norm import layer_norm_rows
 from ..kernels.layer_norm_backward import layer_norm_backward
-from ..kernels.layer_norm_rows import layer_norm_rows
 from ..launch import launch
 from ..target import multiprocessors
 from ..tiling import cdiv

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import product
-from .cls_rows import join_splits
+from .cls_cross_attention import join_splits
 from .tiles import load_tile, load_vector
 
 
