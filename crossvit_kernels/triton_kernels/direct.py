@@ -51,7 +51,6 @@ class _Kernel:
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel  # keeps the id, by which this is found, from another kernel
         self.ordered = itemgetter(*kernel.arg_names)
-        self.count = len(kernel.arg_names)
         self.forms: dict[tuple[type, ...], _Form] = {}
 
 
@@ -59,10 +58,11 @@ _kernels: dict[int, _Kernel] = {}
 
 
 def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], num_warps: int, num_stages: int) -> None:
-    """kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)."""
+    """kernel[grid](..., num_warps=num_warps, num_stages=num_stages) with those arguments that the kernel takes."""
     known = _known(kernel)
-    if known is None or len(arguments) != known.count:
-        kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+    if known is None:
+        taken = {name: arguments[name] for name in kernel.arg_names}
+        kernel[grid](**taken, num_warps=num_warps, num_stages=num_stages)
         return
     values = known.ordered(arguments)
     form = known.forms.get(types := tuple(map(type, values)))
@@ -83,7 +83,7 @@ def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], num_warps
         stream = active.get_current_stream(device)
         found.launcher(*(*grid, 1, 1)[:3], stream, found.function, found.metadata, None, None, None, *values)
         return
-    compiled = kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+    compiled = kernel[grid](**dict(zip(kernel.arg_names, values)), num_warps=num_warps, num_stages=num_stages)
     if isinstance(compiled, CompiledKernel) and compiled.metadata.target.backend == "cuda":
         if len(form.compiled) >= MOST:
             form.compiled.clear()

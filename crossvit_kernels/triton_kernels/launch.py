@@ -1,6 +1,6 @@
 """Running a kernel, or, instead of a run, keeping a record of what would run."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +8,8 @@ from typing import Any
 from . import direct
 from .configs import Config
 from .target import targeting
+
+NOTHING: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,18 @@ def recording(architecture: str) -> Iterator[list[Launch]]:
         _records.pop()
 
 
-def launch(kernel: Any, grid: tuple[int, ...], config: Config, **arguments: Any) -> None:
-    """Runs `kernel` over `grid`; `config` gives its block sizes, num_warps and num_stages."""
+def launch(
+    kernel: Any, grid: tuple[int, ...], config: Config, given: Mapping[str, Any] = NOTHING, /, **arguments: Any
+) -> None:
+    """Runs `kernel` over `grid`; `config` gives its block sizes, num_warps and num_stages.
+
+    `arguments` come before what is `given` for several kernels; both may hold more than this one takes.
+    """
     if 0 in grid:
         return
-    arguments.update(config.blocks)
+    arguments = {**given, **arguments, **config.blocks}
     if _records:
-        _records[-1].append(Launch(kernel, grid, arguments, config.num_warps, config.num_stages))
+        taken = {name: arguments[name] for name in kernel.arg_names}
+        _records[-1].append(Launch(kernel, grid, taken, config.num_warps, config.num_stages))
     else:
         direct.run(kernel, grid, arguments, config.num_warps, config.num_stages)

@@ -3,6 +3,7 @@
 import functools
 
 import torch
+import triton
 
 from .target import dot_precision, multiprocessors
 
@@ -31,14 +32,22 @@ def block_of(width: int, largest: int = 128, smallest: int = 32) -> int:
     return min(blocks, key=lambda block: (cdiv(width, block) * block, -block))
 
 
+@triton.constexpr_function
+def ragged(width: int, block: int) -> bool:
+    """Whether blocks of columns reach beyond the width; asked in kernels."""
+    return width % block != 0
+
+
+@triton.constexpr_function
 def head_block(head: int) -> int:
-    """In how many columns at once a head's own d are walked."""
-    return min(128, max(16, power_of_two(head)))
+    """In how many columns at once a head's own d are walked; kernels ask too."""
+    return min(128, max(16, triton.next_power_of_2(head)))
 
 
-def heads_block(heads: int) -> int:
-    """The heads as a matrix instruction takes them."""
-    return max(16, power_of_two(heads))
+@triton.constexpr_function
+def heads_block(heads: int, least: int = 16) -> int:
+    """The heads as a matrix instruction takes them, `least` of them or more; kernels ask too."""
+    return max(least, triton.next_power_of_2(heads))
 
 
 def split_tiles(batch: int, tiles: int) -> tuple[int, int]:

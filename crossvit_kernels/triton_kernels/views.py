@@ -5,10 +5,14 @@ import functools
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .configs import Config
+from .target import dot_precision
 from .tiling import cdiv, power_of_two
+
+Arguments = dict[str, Any]  # of several kernels, by name; each takes those that it has parameters for
 
 
 class Rows(NamedTuple):
@@ -121,12 +125,10 @@ class Images(NamedTuple):
         }
 
     def fitted(self, config: Config) -> Config:
-        """A configuration fitted to the patches: no more rows than there are, BLOCK_K split into PX and PY; BLOCK_D,
-        which is not the kernel's, is left out."""
+        """A configuration fitted to the patches: no more rows than there are, BLOCK_K split into PX and PY."""
         px, py = _pixel_block(self.patch, config["BLOCK_K"]) if self.resize else (config["BLOCK_K"], 1)
         block_m = min(config["BLOCK_M"], max(16, power_of_two(self.rows)))
-        blocks = {name: value for name, value in config.blocks.items() if name != "BLOCK_D"}
-        return replace(config, blocks=blocks | {"BLOCK_M": block_m, "BLOCK_K": px * py, "PX": px})
+        return replace(config, blocks={**config.blocks, "BLOCK_M": block_m, "BLOCK_K": px * py, "PX": px})
 
 
 @functools.cache
@@ -154,6 +156,26 @@ def dense_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def dense(*tensors: Any) -> list[Any]:
-    """Parameters, made contiguous where they are not."""
-    return [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors]
+def pointers(**tensors: Tensor | None) -> Arguments:
+    """A kernel's arguments <name>_ptr, made contiguous where they are not."""
+    return {f"{n}_ptr": t if t is None or t.is_contiguous() else t.contiguous() for n, t in tensors.items()}
+
+
+def attention_arguments(cls: Tensor, patches: Tensor, num_heads: int, dtype: torch.dtype) -> Arguments:
+    """What kernels of cls_cross_attention take of the tokens, dense rows, and their sizes; products are of `dtype`."""
+    batch, count, width = patches.shape
+    return {
+        "cls_ptr": cls,
+        "cls_stride": cls.stride(0),
+        "patches_ptr": patches,
+        "patches_batch": patches.stride(0),
+        "patches_token": patches.stride(1),
+        "patches": count,
+        "tokens": count + 1,
+        "batch": batch,
+        "D": width,
+        "HEADS": num_heads,
+        "HEAD": width // num_heads,
+        "scale": (width // num_heads) ** -0.5,
+        "PRECISION": dot_precision(dtype),
+    }

@@ -1,4 +1,5 @@
-"""docs/design/cls_cross_attention.md names each step of the op; in every backend a function has that name."""
+"""docs/design/cls_cross_attention.md names each step of the op; in every backend a function has that name. What a page
+names once stands once."""
 
 import re
 from pathlib import Path
@@ -50,3 +51,10 @@ def test_no_other_name_is_left(name: str) -> None:
     everything = sources("csrc/cpu/*.[ch]*") + sources("csrc/cuda/*.c*") + sources("csrc/cuda/*.h")
     everything += sources("crossvit_kernels/triton_kernels/**/*.py")
     assert not re.search(rf"\b{name}\b", everything)
+
+
+def test_triton_takes_the_statistics_of_layer_norm_in_one_place() -> None:
+    """`row_statistics` of docs/design/layer_norm_linear.md: no other kernel computes 1 / deviation by itself."""
+    kernels = sources("crossvit_kernels/triton_kernels/kernels/*.py")
+    assert len(re.findall(r"^def row_statistics\(", kernels, re.MULTILINE)) == 1
+    assert kernels.count("rsqrt(") == 1

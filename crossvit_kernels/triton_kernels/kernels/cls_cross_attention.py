@@ -1,134 +1,183 @@
-"""Kernels with one row per image: cls_query before the pass over the tokens, cls_value behind it.
+"""The forward of cls_cross_attention: cls_query, the pass over the tokens, which cls_fusion shares, and cls_value.
 
-The batch is walked in tiles of 16 rows, the least that a matrix instruction takes, while the weights stream past.
+Keys and values are never made (see docs/design/cls_cross_attention.md): every token is read once. cls_query and
+cls_value have one row per image; they walk over the batch in tiles of 16 rows, the least that a matrix instruction
+takes, while the weights stream past.
 """
 
 import triton
 import triton.language as tl
 
+from ..tiling import head_block, heads_block
 from .arithmetic import product
-from .tiles import affine, load_tile, load_vector
+from .layer_norm import affine, normalize, row_statistics
+from .tiles import load_columns, load_head, load_rows, load_tile, load_vector, within
 
 
 @triton.jit
-def row_statistics(starts, valid, eps, D: tl.constexpr, BLOCK_K: tl.constexpr):
-    """(x[0], mean of x - x[0], 1 / deviation) of the rows that begin at `starts`, in float32."""
-    columns = tl.arange(0, BLOCK_K)
-    first = tl.load(starts, mask=valid, other=0.0).to(tl.float32)
-    chunks = ()
-    total = tl.zeros_like(first)
-    for k in tl.static_range(0, D, BLOCK_K):
-        c = k + columns
-        x = load_tile(starts[:, None] + c[None, :], valid, c < D, True, D % BLOCK_K != 0)
-        x = x.to(tl.float32) - first[:, None]
-        if D % BLOCK_K != 0:
-            x = tl.where((c < D)[None, :], x, 0.0)
-        chunks = chunks + (x,)
-        total += tl.sum(x, 1)
-    shift = total / D
-    square = tl.zeros_like(first)
-    for k in tl.static_range(0, D, BLOCK_K):
-        x = chunks[k // BLOCK_K] - shift[:, None]
-        if D % BLOCK_K != 0:
-            x = tl.where((k + columns < D)[None, :], x, 0.0)
-        square += tl.sum(x * x, 1)
-    return first, shift, tl.rsqrt(square / D + eps)
-
-
-@triton.jit
-def store_key_query(
-    queries,
-    k_weight_ptr,
-    key_query_ptr,
-    rows,
-    valid,
-    head,
-    scale,
-    D: tl.constexpr,
-    HEAD: tl.constexpr,
-    HEAD_BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Stores W_k^T query * scale of a head, whose query lies in registers in pieces of HEAD_BLOCK columns."""
-    heads = D // HEAD
+def store_key_query(queries, k_weight_ptr, key_query_ptr, rows, valid, head, scale, D: tl.constexpr,
+                    HEAD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """Stores W_k^T query * scale of a head, whose query lies in registers in pieces of its columns."""
+    HEAD_BLOCK: tl.constexpr = head_block(HEAD)
+    to = key_query_ptr + (rows * (D // HEAD) + head) * D
     for k in tl.range(0, D, BLOCK_K):
         c = k + tl.arange(0, BLOCK_K)
         key_query = tl.zeros((16, BLOCK_K), tl.float32)
-        for j0 in tl.static_range(0, HEAD, HEAD_BLOCK):
-            j = j0 + tl.arange(0, HEAD_BLOCK)
-            key_weights = k_weight_ptr + (head * HEAD + j)[:, None] * D + c[None, :]
-            key_weight = load_tile(key_weights, j < HEAD, c < D, HEAD % HEAD_BLOCK != 0, D % BLOCK_K != 0)
-            key_query = product(queries[j0 // HEAD_BLOCK], key_weight, key_query, PRECISION)
-        tl.store(
-            key_query_ptr + ((rows * heads + head) * D)[:, None] + c[None, :],
-            key_query * scale,
-            mask=valid[:, None] & (c < D)[None, :],
-        )
+        for i in tl.static_range(len(queries)):
+            j = i * HEAD_BLOCK + tl.arange(0, HEAD_BLOCK)
+            key_query = product(queries[i], load_head(k_weight_ptr, head, j, c, D, HEAD), key_query, PRECISION)
+        tl.store(to[:, None] + c[None, :], key_query * scale, mask=valid[:, None] & (c < D)[None, :])
 
 
 @triton.jit
 def cls_query(
-    cls_ptr,
-    norm_weight_ptr,
-    norm_bias_ptr,
-    q_weight_ptr,
-    q_bias_ptr,
-    k_weight_ptr,
-    query_ptr,
-    key_query_ptr,
-    batch,
-    cls_stride,
-    scale,
-    eps,
-    D: tl.constexpr,
-    HEAD: tl.constexpr,
-    HEAD_BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """For 16 images and one head: the query from the normalised CLS token, and W_k^T query / sqrt(d).
+    cls_ptr, norm_weight_ptr, norm_bias_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr,
+    query_ptr, key_query_ptr,
+    batch, cls_stride, scale, eps,
+    D: tl.constexpr, HEAD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """For 16 images and one head: the query from the normalized CLS token, and W_k^T query / sqrt(d).
 
     query_ptr None: the query itself is not kept.
     """
     head = tl.program_id(1)
     rows = tl.program_id(0).to(tl.int64) * 16 + tl.arange(0, 16)
     valid = rows < batch
-    columns = tl.arange(0, BLOCK_K)
     starts = cls_ptr + rows * cls_stride
-    first, shift, rstd = row_statistics(starts, valid, eps, D, BLOCK_K)
     dtype: tl.constexpr = q_weight_ptr.dtype.element_ty
-    MASK_HEAD: tl.constexpr = HEAD % HEAD_BLOCK != 0
-    MASK_K: tl.constexpr = D % BLOCK_K != 0
-
+    HEAD_BLOCK: tl.constexpr = head_block(HEAD)
+    chunks = load_rows(starts, valid, D, BLOCK_K)
+    origin, shift, rstd = row_statistics(chunks, starts, valid, eps, D, BLOCK_K)
     queries = ()
     for j0 in tl.static_range(0, HEAD, HEAD_BLOCK):
         j = j0 + tl.arange(0, HEAD_BLOCK)
-        weights = q_weight_ptr + (head * HEAD + j)[:, None] * D
         query = tl.zeros((16, HEAD_BLOCK), tl.float32)
         for k in tl.range(0, D, BLOCK_K):
-            c = k + columns
-            x = load_tile(starts[:, None] + c[None, :], valid, c < D, True, MASK_K).to(tl.float32)
-            x = ((x - first[:, None]) - shift[:, None]) * rstd[:, None]
-            if MASK_K:
-                x = tl.where((c < D)[None, :], x, 0.0)
-            y = affine(x, norm_weight_ptr, norm_bias_ptr, c, c < D)
-            weight = load_tile(weights + c[None, :], j < HEAD, c < D, MASK_HEAD, MASK_K)
-            query = product(y.to(dtype), weight.T, query, PRECISION)
-        query += load_vector(q_bias_ptr, head * HEAD + j, j < HEAD, 0.0)[None, :]
-        if MASK_HEAD:
-            query = tl.where((j < HEAD)[None, :], query, 0.0)
+            c = k + tl.arange(0, BLOCK_K)
+            x = normalize(load_columns(starts, valid, c, D), origin, shift, rstd, c, D)
+            y = affine(x, norm_weight_ptr, norm_bias_ptr, c, D)
+            query = product(y.to(dtype), load_head(q_weight_ptr, head, j, c, D, HEAD).T, query, PRECISION)
+        query += load_vector(q_bias_ptr, head * HEAD + j, j < HEAD)[None, :]
+        query = within(query, j, HEAD)
         if query_ptr is not None:
-            tl.store(
-                query_ptr + rows[:, None] * D + (head * HEAD + j)[None, :],
-                query,
-                mask=valid[:, None] & (j < HEAD)[None, :],
-            )
+            at = query_ptr + rows[:, None] * D + (head * HEAD + j)[None, :]
+            tl.store(at, query, mask=valid[:, None] & (j < HEAD)[None, :])
         queries = queries + (query.to(dtype),)
+    store_key_query(queries, k_weight_ptr, key_query_ptr, rows, valid, head, scale, D, HEAD, PRECISION, BLOCK_K)
 
-    store_key_query(
-        queries, k_weight_ptr, key_query_ptr, rows, valid, head, scale, D, HEAD, HEAD_BLOCK, PRECISION, BLOCK_K
-    )
+
+@triton.jit
+def start(cls_ptr, key_query_ptr, norm_weight_ptr, eps, here, D: tl.constexpr, HEADS: tl.constexpr,
+              DTYPE: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """gamma u^T in chunks, the normalized CLS token (zero unless `here`) for every head, its scores and statistics."""
+    HEADS_BLOCK: tl.constexpr = heads_block(HEADS)
+    heads = tl.arange(0, HEADS_BLOCK)
+    one = tl.arange(0, 1)
+    chunks = load_rows(cls_ptr + one, one == 0, D, BLOCK_K)
+    origin, shift, rstd = row_statistics(chunks, cls_ptr + one, one == 0, eps, D, BLOCK_K)
+    u_chunks = ()
+    contexts = ()
+    scores = tl.zeros((HEADS_BLOCK,), tl.float32)
+    for k in tl.static_range(0, D, BLOCK_K):
+        c = k + tl.arange(0, BLOCK_K)
+        x = normalize(chunks[k // BLOCK_K], origin, shift, rstd, c, D)
+        u_at = key_query_ptr + heads[:, None] * D + c[None, :]
+        u = load_tile(u_at, heads < HEADS, c < D, HEADS != HEADS_BLOCK, D % BLOCK_K != 0)
+        u = u * load_vector(norm_weight_ptr, c, c < D)[None, :]
+        scores += tl.sum(u * x, 1)
+        u_chunks = u_chunks + (u.to(DTYPE).T,)
+        contexts = contexts + (tl.broadcast_to(tl.where(here, x, 0.0).T, (BLOCK_K, HEADS_BLOCK)),)
+    return u_chunks, contexts, scores, origin + shift, rstd
+
+
+@triton.jit
+def normalized_scores(chunks, origin, shift, rstd, u_chunks, D: tl.constexpr, DTYPE: tl.constexpr,
+                      PRECISION: tl.constexpr):  # fmt: skip
+    """A tile of tokens, normalized, in chunks, and its scores with every head."""
+    normalized = ()
+    scores = tl.zeros((chunks[0].shape[0], u_chunks[0].shape[1]), tl.float32)
+    for i in tl.static_range(len(chunks)):
+        c = i * chunks[0].shape[1] + tl.arange(0, chunks[0].shape[1])
+        x = normalize(chunks[i], origin, shift, rstd, c, D).to(DTYPE)
+        normalized = normalized + (x,)
+        scores = product(x, u_chunks[i], scores, PRECISION)
+    return normalized, scores
+
+
+@triton.jit
+def running_softmax(scores, highest, total):
+    """A tile's weights against each head's new maximum, what earlier weights shrink by, the new maximum and sum."""
+    now = tl.maximum(highest, tl.max(scores, 0))
+    finite = tl.where(now == float("-inf"), 0.0, now)
+    shrink = tl.exp(highest - finite)
+    weights = tl.exp(scores - finite[None, :])
+    return weights, shrink, now, total * shrink + tl.sum(weights, 0)
+
+
+@triton.jit
+def token_pass(
+    cls_ptr, patches_ptr, norm_weight_ptr, key_query_ptr,
+    mean_ptr, rstd_ptr, scores_ptr, split_context_ptr, softmax_ptr,
+    patches, cls_stride, patches_batch, patches_token, splits, tiles, eps,
+    D: tl.constexpr, HEADS: tl.constexpr, SPLIT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One image's tokens, or `tiles` tiles of them where SPLIT: statistics, scores, running softmax and contexts.
+
+    Every head meets a tile while it is on chip. `split_context` gets the weighted means (B, H, D); where SPLIT the
+    weighted contexts (B, splits, H, D) against the split's own maximum. `softmax` gets that maximum and the sum of the
+    weights (B, splits, 2, H). mean, rstd and the scores, which the next launch finishes, may all be None.
+    """
+    image = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    here = split == 0
+    heads = tl.arange(0, heads_block(HEADS))
+    is_head = heads < HEADS
+    # The CLS token starts the first split's running softmax.
+    u_chunks, contexts, cls_scores, cls_mean, cls_rstd = start(
+        cls_ptr + image * cls_stride, key_query_ptr + image * HEADS * D, norm_weight_ptr, eps, here,
+        D, HEADS, DTYPE, BLOCK_K,
+    )  # fmt: skip
+    highest = tl.where(here, cls_scores, float("-inf"))
+    total = tl.where(here, tl.exp(cls_scores - cls_scores), 0.0)
+    of_tokens = image * (patches + 1)
+    of_scores = scores_ptr
+    if mean_ptr is not None:
+        one = tl.arange(0, 1)
+        tl.store(mean_ptr + of_tokens + one, cls_mean, mask=(one == 0) & here)
+        tl.store(rstd_ptr + of_tokens + one, cls_rstd, mask=(one == 0) & here)
+        of_scores = scores_ptr + (image * HEADS + heads) * (patches + 1)
+        tl.store(of_scores, cls_scores, mask=is_head & here)
+
+    tokens = patches_ptr + image * patches_batch
+    for tile in tl.range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(patches, BLOCK_N))):
+        n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        valid = n < patches
+        chunks = load_rows(tokens + n.to(tl.int64) * patches_token, valid, D, BLOCK_K)
+        origin, shift, rstd = row_statistics(chunks, None, None, eps, D, BLOCK_K)
+        if mean_ptr is not None:
+            tl.store(mean_ptr + of_tokens + 1 + n, origin + shift, mask=valid)
+            tl.store(rstd_ptr + of_tokens + 1 + n, rstd, mask=valid)
+        rstd = tl.where(valid, rstd, 0.0)  # with eps 0 the tail's is infinite
+        normalized, scores = normalized_scores(chunks, origin, shift, rstd, u_chunks, D, DTYPE, PRECISION)
+        if mean_ptr is not None:
+            tl.store(of_scores[None, :] + 1 + n[:, None], scores, mask=valid[:, None] & is_head[None, :])
+        scores = tl.where(valid[:, None], scores, float("-inf"))
+        weights, shrink, highest, total = running_softmax(scores, highest, total)
+        weights = weights.to(DTYPE)
+        added = ()
+        for i in tl.static_range(len(contexts)):
+            added = added + (product(normalized[i].T, weights, contexts[i] * shrink[None, :], PRECISION),)
+        contexts = added
+
+    at = image * splits + split
+    tl.store(softmax_ptr + (at * 2) * HEADS + heads, highest, mask=is_head)
+    tl.store(softmax_ptr + (at * 2 + 1) * HEADS + heads, total, mask=is_head)
+    for i in tl.static_range(len(contexts)):
+        c = i * BLOCK_K + tl.arange(0, BLOCK_K)
+        z = contexts[i] if SPLIT else contexts[i] / total[None, :]
+        to = split_context_ptr + (at * HEADS + heads)[:, None] * D + c[None, :]
+        tl.store(to, z.T, mask=is_head[:, None] & (c < D)[None, :])
 
 
 @triton.jit
@@ -148,19 +197,8 @@ def split_weights(softmax_ptr, images, valid, head, splits, HEADS: tl.constexpr,
 
 
 @triton.jit
-def join_splits(
-    split_context_ptr,
-    context_ptr,
-    images,
-    valid,
-    head,
-    shares,
-    splits,
-    D: tl.constexpr,
-    HEADS: tl.constexpr,
-    SPLITS_BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+def join_splits(split_context_ptr, context_ptr, images, valid, head, shares, splits, D: tl.constexpr,
+                HEADS: tl.constexpr, SPLITS_BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """The contexts of some images and one head from those of their splits, in the splits' order."""
     s = tl.arange(0, SPLITS_BLOCK)
     rows = ((images[:, None] * splits + s[None, :]) * HEADS + head) * D
@@ -178,69 +216,52 @@ def join_splits(
 
 
 @triton.jit
+def finish_probs(probs_ptr, highest, total, valid, tokens):
+    """Makes probabilities of the scores in each row of `probs`, by its maximum and sum."""
+    for n0 in tl.range(0, tokens, 256):
+        n = n0 + tl.arange(0, 256)
+        inside = valid[:, None] & (n < tokens)[None, :]
+        scores = tl.load(probs_ptr[:, None] + n[None, :], mask=inside, other=0.0)
+        tl.store(probs_ptr[:, None] + n[None, :], tl.exp(scores - highest[:, None]) / total[:, None], mask=inside)
+
+
+@triton.jit
 def cls_value(
-    context_ptr,
-    split_context_ptr,
-    softmax_ptr,
-    probs_ptr,
-    norm_weight_ptr,
-    norm_bias_ptr,
-    v_weight_ptr,
-    v_bias_ptr,
-    out_ptr,
-    batch,
-    tokens,
-    splits,
-    D: tl.constexpr,
-    HEAD: tl.constexpr,
-    HEAD_BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    SPLITS_BLOCK: tl.constexpr,
-    SAVE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    context_ptr, split_context_ptr, softmax_ptr, norm_weight_ptr, norm_bias_ptr, v_weight_ptr, v_bias_ptr,
+    probs_ptr, out_ptr,
+    batch, tokens, splits,
+    D: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr, SPLITS_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr,
-):
-    """For ROWS images and one head: joins what SPLITS_BLOCK > 1 splits summed, finishes the probabilities where SAVE,
-    and W_v (gamma context + beta) + bias."""
+):  # fmt: skip
+    """For ROWS images and one head: joins what SPLITS_BLOCK > 1 splits summed, finishes the probabilities, which may be
+    None, and W_v (gamma context + beta) + bias."""
     head = tl.program_id(1)
     HEADS: tl.constexpr = D // HEAD
-    columns = tl.arange(0, BLOCK_K)
+    HEAD_BLOCK: tl.constexpr = head_block(HEAD)
     images = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = images < batch
-    if SAVE or SPLITS_BLOCK > 1:
+    if probs_ptr is not None or SPLITS_BLOCK > 1:
         highest, total, shares = split_weights(softmax_ptr, images, there, head, splits, HEADS, SPLITS_BLOCK)
         if SPLITS_BLOCK > 1:
             join_splits(
                 split_context_ptr, context_ptr, images, there, head, shares, splits, D, HEADS, SPLITS_BLOCK, BLOCK_K
             )
-        if SAVE:
-            for n0 in tl.range(0, tokens, 256):
-                n = n0 + tl.arange(0, 256)
-                at = probs_ptr + ((images * HEADS + head) * tokens)[:, None] + n[None, :]
-                inside = there[:, None] & (n < tokens)[None, :]
-                score = tl.load(at, mask=inside, other=0.0)
-                tl.store(at, tl.exp(score - highest[:, None]) / total[:, None], mask=inside)
+        if probs_ptr is not None:
+            finish_probs(probs_ptr + (images * HEADS + head) * tokens, highest, total, there, tokens)
         if SPLITS_BLOCK > 1:
             tl.debug_barrier()  # other threads of this program wrote the contexts
 
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, 16)
     valid = (rows < batch) & (tl.arange(0, 16) < ROWS)
     dtype: tl.constexpr = v_weight_ptr.dtype.element_ty
-    MASK_HEAD: tl.constexpr = HEAD % HEAD_BLOCK != 0
-    MASK_K: tl.constexpr = D % BLOCK_K != 0
+    starts = context_ptr + (rows * HEADS + head) * D
     for j0 in tl.static_range(0, HEAD, HEAD_BLOCK):
         j = j0 + tl.arange(0, HEAD_BLOCK)
-        weights = v_weight_ptr + (head * HEAD + j)[:, None] * D
         out = tl.zeros((16, HEAD_BLOCK), tl.float32)
         for k in tl.range(0, D, BLOCK_K):
-            c = k + columns
-            z = context_ptr + ((rows * HEADS + head) * D)[:, None] + c[None, :]
-            y = affine(load_tile(z, valid, c < D, True, MASK_K), norm_weight_ptr, norm_bias_ptr, c, c < D)
-            weight = load_tile(weights + c[None, :], j < HEAD, c < D, MASK_HEAD, MASK_K)
-            out = product(y.to(dtype), weight.T, out, PRECISION)
-        out += load_vector(v_bias_ptr, head * HEAD + j, j < HEAD, 0.0)[None, :]
-        tl.store(
-            out_ptr + rows[:, None] * D + (head * HEAD + j)[None, :],
-            out.to(out_ptr.dtype.element_ty),
-            mask=valid[:, None] & (j < HEAD)[None, :],
-        )
+            c = k + tl.arange(0, BLOCK_K)
+            y = affine(load_columns(starts, valid, c, D), norm_weight_ptr, norm_bias_ptr, c, D)
+            out = product(y.to(dtype), load_head(v_weight_ptr, head, j, c, D, HEAD).T, out, PRECISION)
+        out += load_vector(v_bias_ptr, head * HEAD + j, j < HEAD)[None, :]
+        at = out_ptr + rows[:, None] * D + (head * HEAD + j)[None, :]
+        tl.store(at, out.to(out_ptr.dtype.element_ty), mask=valid[:, None] & (j < HEAD)[None, :])

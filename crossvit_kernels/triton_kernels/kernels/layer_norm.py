@@ -1,64 +1,185 @@
-"""LayerNorm of rows, and gelu behind it, to memory: for products that read a row many times."""
+"""LayerNorm of rows: the steps that all kernels share, a kernel that writes the normalized rows to memory, for products
+that read a row many times, and the backward."""
 
 import triton
 import triton.language as tl
 
-from .arithmetic import gelu
-from .tiles import row_offsets
+from .arithmetic import gelu, gelu_derivative
+from .tiles import load_columns, load_rows, load_vector, row_offsets, within, zeros
+
+
+@triton.jit
+def held_or_loaded(chunks, starts, valid, k, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The columns from k on of rows: of `chunks`, or, where that is None, read from where the rows begin."""
+    if chunks is None:
+        x = load_columns(starts, valid, k + tl.arange(0, BLOCK_K), WIDTH)
+    else:
+        x = chunks[k // BLOCK_K]
+    return x
+
+
+@triton.jit
+def centred(x, origin, shift):
+    """x - origin - shift, float32; shift may be None."""
+    x = x.to(tl.float32) - origin[:, None]
+    if shift is not None:
+        x = x - shift[:, None]
+    return x
+
+
+@triton.jit
+def row_statistics(
+    chunks, starts, valid, eps, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, UNROLLED: tl.constexpr = True
+):
+    """(origin, shift, rstd) of rows, float32: the first element, the mean less that, and 1 / deviation.
+
+    The mean and then the variance are those of x - x[0]: exact where the mean dwarfs the deviation. The rows are held
+    as `chunks`, or that is None and they are read twice; `starts` may be None where they are held.
+    """
+    if starts is None:
+        is_first = (tl.arange(0, BLOCK_K) == 0)[None, :]
+        origin = tl.sum(tl.where(is_first, chunks[0].to(tl.float32), 0.0), 1)
+    else:
+        origin = tl.load(starts, mask=valid, other=0.0).to(tl.float32)
+    columns = tl.arange(0, BLOCK_K)
+    total = tl.zeros_like(origin)
+    for k in (tl.static_range if UNROLLED else tl.range)(0, WIDTH, BLOCK_K):
+        x = held_or_loaded(chunks, starts, valid, k, WIDTH, BLOCK_K)
+        total += tl.sum(within(centred(x, origin, None), k + columns, WIDTH), 1)
+    shift = total / WIDTH
+    squares = tl.zeros_like(origin)
+    for k in (tl.static_range if UNROLLED else tl.range)(0, WIDTH, BLOCK_K):
+        x = held_or_loaded(chunks, starts, valid, k, WIDTH, BLOCK_K)
+        x = within(centred(x, origin, shift), k + columns, WIDTH)
+        squares += tl.sum(x * x, 1)
+    return origin, shift, tl.rsqrt(squares / WIDTH + eps)
+
+
+@triton.jit
+def normalize(x, origin, shift, rstd, columns, WIDTH: tl.constexpr):
+    """These columns of rows, normalized; zero beyond WIDTH. `shift` is None where `origin` is the mean."""
+    return within(centred(x, origin, shift) * rstd[:, None], columns, WIDTH)
+
+
+@triton.jit
+def affine(x, norm_weight_ptr, norm_bias_ptr, columns, WIDTH: tl.constexpr):
+    """gamma x + beta, zero beyond WIDTH, where x has to be zero; norm_bias_ptr may be None."""
+    y = x * load_vector(norm_weight_ptr, columns, columns < WIDTH)[None, :]
+    if norm_bias_ptr is not None:
+        y += load_vector(norm_bias_ptr, columns, columns < WIDTH)[None, :]
+    return y
+
+
+@triton.jit
+def normalized_cls(cls, rows, valid, c, D: tl.constexpr):
+    """The normalized CLS tokens of these images, in some columns, and their rstd; cls is (cls_ptr, mean_ptr, rstd_ptr,
+    cls_stride, tokens)."""
+    cls_ptr, mean_ptr, rstd_ptr, cls_stride, tokens = cls
+    mean = tl.load(mean_ptr + rows * tokens, mask=valid, other=0.0)
+    rstd = tl.load(rstd_ptr + rows * tokens, mask=valid, other=0.0)
+    return normalize(load_columns(cls_ptr + rows * cls_stride, valid, c, D), mean, None, rstd, c, D), rstd
 
 
 @triton.jit
 def layer_norm_rows(
-    x_ptr,
-    x_tokens,
-    x_batch,
-    x_row,
-    norm_weight_ptr,
-    norm_bias_ptr,
-    y_ptr,
-    mean_ptr,
-    rstd_ptr,
-    rows,
-    eps,
-    WIDTH: tl.constexpr,
-    GELU: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """y = (x - mean) rstd norm_weight + norm_bias, through gelu; two passes over x - x[0], which is read once."""
+    x_ptr, x_tokens, x_batch, x_row, norm_weight_ptr, norm_bias_ptr, y_ptr, mean_ptr, rstd_ptr,
+    rows, eps, WIDTH: tl.constexpr, GELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """y = (x - mean) rstd norm_weight + norm_bias, through gelu; x is read once."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = row < rows
     x_at = x_ptr + row_offsets(row, x_tokens, x_batch, x_row)
-    chunk = tl.arange(0, BLOCK_K)
-    first = tl.load(x_at, mask=exists, other=0.0).to(tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    chunks = ()
-    for k in tl.static_range(0, WIDTH, BLOCK_K):
-        inside = exists[:, None] & (k + chunk < WIDTH)[None, :]
-        x = tl.load(x_at[:, None] + (k + chunk)[None, :], mask=inside, other=0.0).to(tl.float32) - first[:, None]
-        x = tl.where((k + chunk < WIDTH)[None, :], x, 0.0)
-        total += tl.sum(x, 1)
-        chunks = chunks + (x,)
-    shift = total / WIDTH
-    squares = tl.zeros((BLOCK_M,), tl.float32)
-    for k in tl.static_range(0, WIDTH, BLOCK_K):
-        x = tl.where((k + chunk < WIDTH)[None, :], chunks[k // BLOCK_K] - shift[:, None], 0.0)
-        squares += tl.sum(x * x, 1)
-    rstd = tl.rsqrt(squares / WIDTH + eps)
+    chunks = load_rows(x_at, exists, WIDTH, BLOCK_K)
+    origin, shift, rstd = row_statistics(chunks, x_at, exists, eps, WIDTH, BLOCK_K)
     if mean_ptr is not None:
-        tl.store(mean_ptr + row, first + shift, mask=exists)
+        tl.store(mean_ptr + row, origin + shift, mask=exists)
         tl.store(rstd_ptr + row, rstd, mask=exists)
     for k in tl.static_range(0, WIDTH, BLOCK_K):
-        column = k + chunk
-        counts = column < WIDTH
-        y = (chunks[k // BLOCK_K] - shift[:, None]) * rstd[:, None]
-        y *= tl.load(norm_weight_ptr + column, mask=counts, other=0.0).to(tl.float32)[None, :]
-        if norm_bias_ptr is not None:
-            y += tl.load(norm_bias_ptr + column, mask=counts, other=0.0).to(tl.float32)[None, :]
+        column = k + tl.arange(0, BLOCK_K)
+        y = normalize(chunks[k // BLOCK_K], origin, shift, rstd, column, WIDTH)
+        y = affine(y, norm_weight_ptr, norm_bias_ptr, column, WIDTH)
         if GELU:
             y = gelu(y)
         tl.store(
             y_ptr + row[:, None] * WIDTH + column[None, :],
             y.to(y_ptr.dtype.element_ty),
-            mask=exists[:, None] & counts[None, :],
+            mask=exists[:, None] & (column < WIDTH)[None, :],
         )
+
+
+@triton.jit
+def layer_norm_backward(
+    grad_ptr, x_ptr, x_tokens, x_batch, x_row, add_ptr, add_tokens, add_batch, add_row,
+    mean_ptr, rstd_ptr, norm_weight_ptr, norm_bias_ptr, grad_x_ptr, y_ptr, partial_ptr,
+    rows, WIDTH: tl.constexpr, GELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """From grad (rows, WIDTH), the gradient of act(LayerNorm(x)): that of x, plus add, act(LayerNorm(x)) itself and the
+    program's sums for norm_weight and norm_bias, to partial (programs, 2 WIDTH), each if its pointer is given."""
+    CHUNKS: tl.constexpr = (WIDTH + BLOCK_K - 1) // BLOCK_K
+    chunk = tl.arange(0, BLOCK_K)
+    weight_sums = zeros(CHUNKS, BLOCK_M, BLOCK_K)
+    bias_sums = zeros(CHUNKS, BLOCK_M, BLOCK_K)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
+        row = tile * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
+        exists = row < rows
+        x_at = x_ptr + row_offsets(row, x_tokens, x_batch, x_row)
+        mean = tl.load(mean_ptr + row, mask=exists, other=0.0)[:, None]
+        rstd = tl.load(rstd_ptr + row, mask=exists, other=0.0)[:, None]
+        normalized = ()
+        grads = ()
+        along = tl.zeros((BLOCK_M,), tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        new_weight_sums = ()
+        new_bias_sums = ()
+        for k in tl.static_range(CHUNKS):
+            column = k * BLOCK_K + chunk
+            inside = column < WIDTH
+            wanted = exists[:, None] & inside[None, :]
+            at = row[:, None] * WIDTH + column[None, :]
+            x = tl.load(x_at[:, None] + column[None, :], mask=wanted, other=0.0).to(tl.float32)
+            grad = tl.load(grad_ptr + at, mask=wanted, other=0.0).to(tl.float32)
+            x = tl.where(wanted, (x - mean) * rstd, 0.0)
+            weight = tl.load(norm_weight_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+            if GELU or y_ptr is not None:
+                y = x * weight
+                if norm_bias_ptr is not None:
+                    y += tl.load(norm_bias_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+                if y_ptr is not None:
+                    activated = y
+                    if GELU:
+                        activated = gelu(y)
+                    tl.store(y_ptr + at, activated.to(y_ptr.dtype.element_ty), mask=wanted)
+                if GELU:
+                    grad = tl.where(wanted, grad * gelu_derivative(y), 0.0)
+            if partial_ptr is not None:
+                new_weight_sums = new_weight_sums + (weight_sums[k] + grad * x,)
+                new_bias_sums = new_bias_sums + (bias_sums[k] + grad,)
+            if grad_x_ptr is not None:
+                grad = tl.where(wanted, grad * weight, 0.0)
+                along += tl.sum(grad * x, 1)
+                total += tl.sum(grad, 1)
+                normalized = normalized + (x,)
+                grads = grads + (grad,)
+        if partial_ptr is not None:
+            weight_sums = new_weight_sums
+            bias_sums = new_bias_sums
+        if grad_x_ptr is not None:
+            along = (along / WIDTH)[:, None]
+            total = (total / WIDTH)[:, None]
+            add_at = add_ptr
+            if add_ptr is not None:
+                add_at = add_ptr + row_offsets(row, add_tokens, add_batch, add_row)
+            for k in tl.static_range(CHUNKS):
+                column = k * BLOCK_K + chunk
+                wanted = exists[:, None] & (column < WIDTH)[None, :]
+                grad = (grads[k] - normalized[k] * along - total) * rstd
+                if add_ptr is not None:
+                    grad += tl.load(add_at[:, None] + column[None, :], mask=wanted, other=0.0).to(tl.float32)
+                at = grad_x_ptr + row[:, None] * WIDTH + column[None, :]
+                tl.store(at, grad.to(grad_x_ptr.dtype.element_ty), mask=wanted)
+    if partial_ptr is not None:
+        partial_at = partial_ptr + tl.program_id(0).to(tl.int64) * 2 * WIDTH
+        for k in tl.static_range(CHUNKS):
+            column = k * BLOCK_K + chunk
+            tl.store(partial_at + column, tl.sum(weight_sums[k], 0), mask=column < WIDTH)
+            tl.store(partial_at + WIDTH + column, tl.sum(bias_sums[k], 0), mask=column < WIDTH)

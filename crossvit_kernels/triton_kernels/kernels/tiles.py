@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from ..tiling import ragged
+
 
 @triton.jit
 def load_tile(pointers, rows_valid, columns_valid, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr):
@@ -19,20 +21,44 @@ def load_tile(pointers, rows_valid, columns_valid, MASK_ROWS: tl.constexpr, MASK
 
 
 @triton.jit
-def load_vector(pointer, offsets, valid, DEFAULT: tl.constexpr):
-    """Elements of an optional vector in float32, DEFAULT where there is none."""
+def load_columns(starts, valid, columns, WIDTH: tl.constexpr):
+    """These columns, a block of them, of the rows that begin at `starts`; zero in rows that are not valid and beyond
+    WIDTH."""
+    return load_tile(starts[:, None] + columns[None, :], valid, columns < WIDTH, True, ragged(WIDTH, columns.shape[0]))
+
+
+@triton.jit
+def load_rows(starts, valid, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The rows that begin at `starts`, as chunks of BLOCK_K columns."""
+    chunks: tl.tuple = ()
+    for k in tl.static_range(0, WIDTH, BLOCK_K):
+        chunks = chunks + (load_columns(starts, valid, k + tl.arange(0, BLOCK_K), WIDTH),)
+    return chunks
+
+
+@triton.jit
+def load_head(weight_ptr, head, j, columns, D: tl.constexpr, HEAD: tl.constexpr):
+    """Of a projection's weight (D, D) the rows j among a head's own HEAD, in these columns; zero beyond either."""
+    at = weight_ptr + (head * HEAD + j)[:, None] * D + columns[None, :]
+    return load_tile(at, j < HEAD, columns < D, ragged(HEAD, j.shape[0]), ragged(D, columns.shape[0]))
+
+
+@triton.jit
+def load_vector(pointer, offsets, valid):
+    """Elements of an optional vector in float32, zero where there is none."""
     if pointer is None:
-        vector = tl.full(offsets.shape, DEFAULT, tl.float32)
+        vector = tl.zeros(offsets.shape, tl.float32)
     else:
         vector = tl.load(pointer + offsets, mask=valid, other=0.0).to(tl.float32)
     return vector
 
 
 @triton.jit
-def affine(x, norm_weight_ptr, norm_bias_ptr, columns, valid):
-    """gamma x + beta, zero in columns that are not valid, where x has to be zero."""
-    gamma = load_vector(norm_weight_ptr, columns, valid, 1.0)
-    return x * gamma[None, :] + load_vector(norm_bias_ptr, columns, valid, 0.0)[None, :]
+def within(x, columns, WIDTH: tl.constexpr):
+    """x (rows, columns), a block of columns; zero beyond WIDTH."""
+    if ragged(WIDTH, columns.shape[0]):
+        x = tl.where((columns < WIDTH)[None, :], x, 0.0)
+    return x
 
 
 @triton.jit

@@ -1,18 +1,28 @@
 """The backward of cls_cross_attention: at most six launches, a function each, in the order of
-docs/design/cls_cross_attention.md."""
+docs/design/cls_cross_attention.md.
 
+What is `given` are the kernels' arguments by name, to which each launch adds what it makes.
+"""
+
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
 from .. import defaults
-from ..configs import configuration
-from ..kernels.cls_cross_attention_backward import query_gradient, query_input_gradient, value_gradient
-from ..kernels.projection_gradients import finish_gradients, projection_gradients
+from ..configs import Config, configuration
+from ..kernels.cls_cross_attention_backward import (
+    finish_gradients,
+    projection_gradients,
+    query_gradient,
+    query_input_gradient,
+    value_gradient,
+)
 from ..kernels.token_gradient import token_gradient
 from ..launch import launch
-from ..target import DTYPES, architecture, dot_precision
-from ..tiling import cdiv, head_block, power_of_two, reload
-from ..views import dense, dense_rows
-from .cls_cross_attention_shared import NormParts, Plan, Shared
+from ..target import architecture
+from ..tiling import ROWS, cdiv, head_block, heads_block, images_per_program, power_of_two, reload, split_tiles
+from ..views import Arguments, attention_arguments, dense_rows, pointers
 
 NAMES = (
     *("cls", "patches", "norm_weight", "norm_bias"),
@@ -49,229 +59,154 @@ def backward(
     if "k_bias" in need and k_bias is not None:
         grads["k_bias"] = k_bias.new_zeros(k_bias.shape)
 
-    cls, patches = dense_rows(cls), dense_rows(patches)
-    grad_out, norm_weight, norm_bias, q_weight, k_weight, v_weight = dense(
-        grad_out, norm_weight, norm_bias, q_weight, k_weight, v_weight
-    )
-    (batch, width), dtype = cls.shape, q_weight.dtype
-    shared = Shared(
-        batch=batch,
-        tokens=probs.shape[2],
-        width=width,
-        heads=num_heads,
-        dtype=dtype,
-        precision=dot_precision(dtype),
-        grad_out=grad_out,
-        cls=cls,
-        patches=patches,
-        norm_weight=norm_weight,
-        norm_bias=norm_bias,
-        mean=mean,
-        rstd=rstd,
-        probs=probs,
-        context=context,
-        key_query=key_query,
-        grads=grads,
-    )
+    given = attention_arguments(dense_rows(cls), dense_rows(patches), num_heads, q_weight.dtype)
+    given |= pointers(**dict(zip(NAMES[2:], inputs[2:])), grad_out=grad_out)
+    given |= pointers(mean=mean, rstd=rstd, probs=probs, context=context, query=query, key_query=key_query)
+    given |= {f"grad_{name}_ptr": grads.get(name) for name in NAMES}
+    given |= dict.fromkeys(("grad_normalized_ptr", "grad_u_ptr", "grad_query_ptr", "grad_query_input_ptr"))
+    plan = Plan.of(given, q_weight.dtype)
+    add_norm_parts(given, plan, "norm_weight" in grads, "norm_bias" in grads)
     to_query_input = bool(need & {"cls", "norm_weight", "norm_bias"})
     to_query = to_query_input or bool(need & {"q_weight", "q_bias", "k_weight"})
-    parts, grad_normalized, grad_u, grad_query, grad_query_input = NormParts(), None, None, None, None
     if to_query or "patches" in need:
-        plan = Plan.of(shared)
-        parts = NormParts.of(shared, plan)
-        stacked, stacked_means, delta = launch_value_gradient(shared, v_weight, parts)
-        if "cls" in need:
-            grad_normalized = probs.new_empty((batch, width))
-        split_grad_u = launch_token_gradient(shared, plan, stacked, stacked_means, delta, grad_normalized)
+        launch_value_gradient(given, plan)
+        launch_token_gradient(given, plan, "cls" in need)
     if to_query:
-        grad_query, grad_u = launch_query_gradient(shared, plan, k_weight, split_grad_u, parts)
+        launch_query_gradient(given, plan)
     if to_query_input:
-        grad_query_input = launch_query_input_gradient(shared, q_weight, grad_query, parts)
+        launch_query_input_gradient(given, plan)
     if need & {"q_weight", "k_weight", "v_weight"}:
-        launch_projection_gradients(shared, query, grad_u, grad_query)
+        launch_projection_gradients(given, plan)
     if need & {"cls", "norm_weight", "norm_bias", "q_bias", "v_bias"}:
-        launch_finish_gradients(shared, parts, grad_query, grad_normalized, grad_query_input)
+        launch_finish_gradients(given, plan)
     return [grads[name] for name in NAMES if name in need]
 
 
-def launch_value_gradient(shared: Shared, v_weight: Tensor, parts: NormParts) -> tuple[Tensor, Tensor, Tensor]:
-    """(stacked, stacked_means, delta), see the kernel."""
-    batch, heads, width, dtype = shared.batch, shared.heads, shared.width, shared.dtype
-    stacked = v_weight.new_empty((batch, heads, 2, width))
-    stacked_means = shared.probs.new_empty((batch, heads, 2))
-    delta = shared.probs.new_empty((batch, heads))
-    default = defaults.cls_rows(width, shared.head, dtype, shared.precision)
-    config = configuration("value_gradient", width, dtype, default)
-    launch(
-        value_gradient,
-        (shared.tiles, heads),
-        config,
-        grad_out_ptr=shared.grad_out,
-        norm_weight_ptr=shared.norm_weight,
-        v_weight_ptr=v_weight,
-        key_query_ptr=shared.key_query,
-        context_ptr=shared.context,
-        stacked_ptr=stacked,
-        stacked_means_ptr=stacked_means,
-        delta_ptr=delta,
-        norm_weight_parts_ptr=parts.weight,
-        norm_bias_parts_ptr=parts.bias,
-        STAGES=config.num_stages,
-        **shared.head_sizes(),
-    )
-    return stacked, stacked_means, delta
+@dataclass(frozen=True)
+class Plan:
+    """Sizes, and how the work is cut up: the configuration of the pass over the tokens, splits of an image's tokens,
+    tiles in each of them, and the images of one program behind the pass."""
+
+    batch: int
+    heads: int
+    width: int
+    dtype: torch.dtype
+    precision: str
+    config: Config
+    splits: int
+    tiles: int
+    images: int
+
+    @classmethod
+    def of(cls, given: Arguments, dtype: torch.dtype) -> "Plan":
+        batch, heads, width, precision = (given[name] for name in ("batch", "HEADS", "D", "PRECISION"))
+        default = defaults.token_gradient(width, heads, dtype, precision, architecture())
+        config = configuration("token_gradient", width, dtype, default)
+        splits, tiles = split_tiles(batch, cdiv(given["patches"], config["BLOCK_N"]))
+        images = images_per_program(batch, heads, splits)
+        return cls(batch, heads, width, dtype, precision, config, splits, tiles, images)
+
+    def configuration(self, kernel: str, default: Config | None = None) -> Config:
+        """Of a kernel; the default is that of kernels that stream weights past 16 images."""
+        if default is None:
+            default = defaults.cls_rows(self.width, self.width // self.heads, self.dtype, self.precision)
+        return configuration(kernel, self.width, self.dtype, default)
+
+    @property
+    def image_tiles(self) -> int:
+        """Tiles of images."""
+        return cdiv(self.batch, ROWS)
+
+    @property
+    def parts_of_values(self) -> int:
+        """How many rows of the norm's gradients come from the values: one of every tile of images and head."""
+        return self.image_tiles * self.heads
+
+    @property
+    def parts_of_keys(self) -> int:
+        """How many come from the keys, of norm_weight alone; they follow those from the values. Last is one of every
+        tile of images, from the query."""
+        return cdiv(self.batch, self.images) * self.heads
 
 
-def launch_token_gradient(
-    shared: Shared, plan: Plan, stacked: Tensor, stacked_means: Tensor, delta: Tensor, grad_normalized: Tensor | None
-) -> Tensor:
-    """Returns grad_u of every split, (B, splits, H, D), and fills the patches' gradient where it is needed.
-
-    `grad_normalized` (B, D) gets the gradient of the normalized CLS token, as far as it is one of the tokens.
-    """
-    heads, width, patches = shared.heads, shared.width, shared.patches
-    heads_block = max(8, power_of_two(heads))
-    again = reload(width, heads_block, shared.dtype)
-    grad_u = shared.probs.new_empty((shared.batch, plan.splits, heads, width))
-    launch(
-        token_gradient,
-        (shared.batch, plan.splits),
-        plan.config,
-        cls_ptr=shared.cls,
-        patches_ptr=patches,
-        stacked_ptr=stacked,
-        stacked_means_ptr=stacked_means,
-        delta_ptr=delta,
-        context_ptr=shared.context,
-        mean_ptr=shared.mean,
-        rstd_ptr=shared.rstd,
-        probs_ptr=shared.probs,
-        grad_patches_ptr=shared.grads.get("patches"),
-        grad_normalized_ptr=grad_normalized,
-        grad_u_ptr=grad_u,
-        patches=shared.tokens - 1,
-        cls_stride=shared.cls.stride(0),
-        patches_batch=patches.stride(0),
-        patches_token=patches.stride(1),
-        splits=plan.splits,
-        tiles=plan.tiles,
-        D=width,
-        HEADS=heads,
-        HEADS_BLOCK=heads_block,
-        HEADS_FIRST=again or architecture() in defaults.EARLY,
-        RELOAD=again,
-        PRECISION=shared.precision,
-    )
-    return grad_u
+def add_norm_parts(given: Arguments, plan: Plan, weight: bool, bias: bool) -> None:
+    """Adds the rows whose sums are the gradients of norm_weight and norm_bias, and how many they are."""
+    bias_rows = plan.parts_of_values + plan.image_tiles if bias else 0
+    weight_rows = plan.parts_of_values + plan.parts_of_keys + plan.image_tiles if weight else 0
+    new_empty = given["probs_ptr"].new_empty
+    given["norm_weight_parts_ptr"] = new_empty((weight_rows, plan.width)) if weight else None
+    given["norm_bias_parts_ptr"] = new_empty((bias_rows, plan.width)) if bias else None
+    given["norm_weight_rows"], given["norm_bias_rows"] = weight_rows, bias_rows
 
 
-def launch_query_gradient(
-    shared: Shared, plan: Plan, k_weight: Tensor, split_grad_u: Tensor, parts: NormParts
-) -> tuple[Tensor, Tensor]:
-    """(grad_query, grad_u), the latter joined from the splits."""
-    batch, heads, width, dtype = shared.batch, shared.heads, shared.width, shared.dtype
-    grad_u = split_grad_u if plan.splits == 1 else shared.probs.new_empty((batch, heads, width))
-    grad_query = shared.probs.new_empty((batch, width))
-    default = defaults.cls_rows(width, shared.head, dtype, shared.precision)
+def launch_value_gradient(given: Arguments, plan: Plan) -> None:
+    """Adds stacked, stacked_means and delta, see the kernel."""
+    shape, config = (plan.batch, plan.heads), plan.configuration("value_gradient")
+    given["stacked_ptr"] = given["v_weight_ptr"].new_empty((*shape, 2, plan.width))
+    given["stacked_means_ptr"] = given["probs_ptr"].new_empty((*shape, 2))
+    given["delta_ptr"] = given["probs_ptr"].new_empty(shape)
+    launch(value_gradient, (plan.image_tiles, plan.heads), config, given, STAGES=config.num_stages)
+
+
+def launch_token_gradient(given: Arguments, plan: Plan, cls_needed: bool) -> None:
+    """Adds grad_u of every split, (B, splits, H, D), and, where needed, the normalized CLS token's gradient (B, D), as
+    far as it is one of the tokens; fills the patches' gradient where that is needed."""
+    batch, heads, width, probs = plan.batch, plan.heads, plan.width, given["probs_ptr"]
+    given["splits"], given["split_grad_u_ptr"] = plan.splits, probs.new_empty((batch, plan.splits, heads, width))
+    if cls_needed:
+        given["grad_normalized_ptr"] = probs.new_empty((batch, width))
+    again = reload(width, heads_block(heads, 8), plan.dtype)
+    options = {"HEADS_FIRST": again or architecture() in defaults.EARLY, "RELOAD": again}
+    launch(token_gradient, (batch, plan.splits), plan.config, given, tiles=plan.tiles, **options)
+
+
+def launch_query_gradient(given: Arguments, plan: Plan) -> None:
+    """Adds grad_query (B, D) and grad_u (B, H, D), the latter joined from the splits."""
+    split_grad_u, shape = given["split_grad_u_ptr"], (plan.batch, plan.heads, plan.width)
+    given["grad_query_ptr"] = split_grad_u.new_empty((plan.batch, plan.width))
+    given["grad_u_ptr"] = split_grad_u if plan.splits == 1 else split_grad_u.new_empty(shape)
     launch(
         query_gradient,
-        (cdiv(batch, plan.images), heads),
-        configuration("query_gradient", width, dtype, default),
-        split_grad_u_ptr=split_grad_u,
-        grad_u_ptr=grad_u,
-        norm_weight_ptr=shared.norm_weight,
-        k_weight_ptr=k_weight,
-        key_query_ptr=shared.key_query,
-        grad_query_ptr=grad_query,
-        norm_weight_parts_ptr=parts.weight_from_keys,
-        splits=plan.splits,
-        scale=shared.scale,
+        (cdiv(plan.batch, plan.images), plan.heads),
+        plan.configuration("query_gradient"),
+        given,
+        norm_weight_parts_ptr=rows_from(given["norm_weight_parts_ptr"], plan.parts_of_values),
         ROWS=plan.images,
         SPLITS_BLOCK=power_of_two(plan.splits),
-        **shared.head_sizes(),
     )
-    return grad_query, grad_u
 
 
-def launch_query_input_gradient(
-    shared: Shared, q_weight: Tensor, grad_query: Tensor | None, parts: NormParts
-) -> Tensor:
-    """grad_query_input (B, D)."""
-    grad_query_input = shared.probs.new_empty((shared.batch, shared.width))
-    config = configuration("query_input_gradient", shared.width, shared.dtype, defaults.QUERY_INPUT_GRADIENT)
+def launch_query_input_gradient(given: Arguments, plan: Plan) -> None:
+    """Adds grad_query_input (B, D)."""
+    given["grad_query_input_ptr"] = given["probs_ptr"].new_empty((plan.batch, plan.width))
+    config = plan.configuration("query_input_gradient", defaults.QUERY_INPUT_GRADIENT)
     launch(
         query_input_gradient,
-        (shared.tiles, cdiv(shared.width, config["BLOCK_E"])),
+        (plan.image_tiles, cdiv(plan.width, config["BLOCK_E"])),
         config,
-        grad_query_ptr=grad_query,
-        q_weight_ptr=q_weight,
-        grad_query_input_ptr=grad_query_input,
-        norm_weight_parts_ptr=parts.weight_from_query,
-        norm_bias_parts_ptr=parts.bias_from_query,
-        **shared.sizes(),
-        **shared.cls_tokens(),
+        given,
+        norm_weight_parts_ptr=rows_from(given["norm_weight_parts_ptr"], plan.parts_of_values + plan.parts_of_keys),
+        norm_bias_parts_ptr=rows_from(given["norm_bias_parts_ptr"], plan.parts_of_values),
     )
-    return grad_query_input
 
 
-def launch_projection_gradients(
-    shared: Shared, query: Tensor, grad_u: Tensor | None, grad_query: Tensor | None
-) -> None:
+def rows_from(parts: Tensor | None, row: int) -> Tensor | None:
+    """The rows from this one on, if there are any parts."""
+    return None if parts is None else parts[row:]
+
+
+def launch_projection_gradients(given: Arguments, plan: Plan) -> None:
     """Fills those gradients of the three projections' weights that are needed."""
-    width, head, dtype = shared.width, shared.head, shared.dtype
-    config = configuration("projection_gradients", width, dtype, defaults.projection_gradients(dtype))
-    launch(
-        projection_gradients,
-        (shared.heads * cdiv(head, head_block(head)) * cdiv(width, config["BLOCK_E"]), 3),
-        config,
-        grad_out_ptr=shared.grad_out,
-        context_ptr=shared.context,
-        query_ptr=query,
-        grad_u_ptr=grad_u,
-        grad_query_ptr=grad_query,
-        norm_weight_ptr=shared.norm_weight,
-        norm_bias_ptr=shared.norm_bias,
-        grad_q_ptr=shared.grads.get("q_weight"),
-        grad_k_ptr=shared.grads.get("k_weight"),
-        grad_v_ptr=shared.grads.get("v_weight"),
-        scale=shared.scale,
-        DTYPE=DTYPES[dtype],
-        **shared.head_sizes(),
-        **shared.cls_tokens(),
-    )
+    config = plan.configuration("projection_gradients", defaults.projection_gradients(plan.dtype))
+    head = given["HEAD"]
+    blocks = plan.heads * cdiv(head, head_block(head)) * cdiv(plan.width, config["BLOCK_E"])
+    launch(projection_gradients, (blocks, 3), config, given)
 
 
-def launch_finish_gradients(
-    shared: Shared,
-    parts: NormParts,
-    grad_query: Tensor | None,
-    grad_normalized: Tensor | None,
-    grad_query_input: Tensor | None,
-) -> None:
+def launch_finish_gradients(given: Arguments, plan: Plan) -> None:
     """Fills those gradients of the norm, of the biases and of cls that are needed."""
-    width, grads = shared.width, shared.grads
-    config = configuration("finish_gradients", width, shared.dtype, defaults.finish_gradients(width))
-    launch(
-        finish_gradients,
-        (max(cdiv(width, config["BLOCK_E"]), cdiv(shared.batch, 4) if "cls" in grads else 0), 5),
-        config,
-        norm_weight_parts_ptr=parts.weight,
-        norm_bias_parts_ptr=parts.bias,
-        grad_query_ptr=grad_query,
-        grad_out_ptr=shared.grad_out,
-        probs_ptr=shared.probs,
-        norm_weight_ptr=shared.norm_weight,
-        grad_normalized_ptr=grad_normalized,
-        grad_query_input_ptr=grad_query_input,
-        grad_norm_weight_ptr=grads.get("norm_weight"),
-        grad_norm_bias_ptr=grads.get("norm_bias"),
-        grad_q_bias_ptr=grads.get("q_bias"),
-        grad_v_bias_ptr=grads.get("v_bias"),
-        grad_cls_ptr=grads.get("cls"),
-        norm_weight_rows=0 if parts.weight is None else parts.weight.shape[0],
-        norm_bias_rows=0 if parts.bias is None else parts.bias.shape[0],
-        batch=shared.batch,
-        D=width,
-        HEAD=shared.head,
-        **shared.cls_tokens(),
-    )
+    config = plan.configuration("finish_gradients", defaults.finish_gradients(plan.width))
+    blocks = cdiv(plan.width, config["BLOCK_E"])
+    if given["grad_cls_ptr"] is not None:
+        blocks = max(blocks, cdiv(plan.batch, 4))
+    launch(finish_gradients, (blocks, 5), config, given)

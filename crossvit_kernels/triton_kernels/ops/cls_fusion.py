@@ -1,4 +1,4 @@
-"""cls_fusion on Triton: a direction of CrossViT's fusion in four launches; see kernels/token_pass.py.
+"""cls_fusion on Triton: a direction of CrossViT's fusion in four launches; see kernels/fusion_rows.py.
 
 Projection, query and absorbed key; one pass over the tokens; every head's value and share of the output; their sum and
 the way back. Heads and columns are spread over programs, so that no weight streams through one alone.
@@ -11,9 +11,8 @@ from .. import defaults
 from ..configs import configuration
 from ..kernels.fusion_rows import fusion_query, fusion_revert, fusion_value
 from ..launch import launch
-from ..target import dot_precision
-from ..tiling import ROWS, cdiv, head_block, power_of_two
-from ..views import dense, dense_rows
+from ..tiling import ROWS, cdiv, power_of_two
+from ..views import attention_arguments, dense_rows, pointers
 from .cls_cross_attention import pass_tokens
 
 
@@ -44,89 +43,31 @@ def forward(
 ) -> Tensor:
     """The op's forward; `save` has nothing to save."""
     cls, patches = dense_rows(cls), dense_rows(patches)
-    proj_norm_weight, proj_norm_bias, proj_weight, proj_bias = dense(
-        proj_norm_weight, proj_norm_bias, proj_weight, proj_bias
-    )
-    norm_weight, norm_bias, q_weight, q_bias, k_weight, v_weight, v_bias = dense(
-        norm_weight, norm_bias, q_weight, q_bias, k_weight, v_weight, v_bias
-    )
-    out_weight, out_bias, revert_weight, revert_bias = dense(out_weight, out_bias, revert_weight, revert_bias)
-    revert_norm_weight, revert_norm_bias = dense(revert_norm_weight, revert_norm_bias)
     (batch, own), width, dtype = cls.shape, patches.shape[2], q_weight.dtype
-    precision, head = dot_precision(dtype), width // num_heads
+    given = attention_arguments(cls, patches, num_heads, dtype) | {"eps": eps, "OWN": own}
+    given |= pointers(proj_norm_weight=proj_norm_weight, proj_norm_bias=proj_norm_bias)
+    given |= pointers(proj_weight=proj_weight, proj_bias=proj_bias)
+    given |= pointers(norm_weight=norm_weight, norm_bias=norm_bias, q_weight=q_weight, q_bias=q_bias)
+    given |= pointers(k_weight=k_weight, v_weight=v_weight, v_bias=v_bias, out_weight=out_weight, out_bias=out_bias)
+    given |= pointers(revert_norm_weight=revert_norm_weight, revert_norm_bias=revert_norm_bias)
+    given |= pointers(revert_weight=revert_weight, revert_bias=revert_bias)
+    head, precision = given["HEAD"], given["PRECISION"]
 
     # The CLS stays in float32 between the steps, whatever the model's dtype.
     projected = cls.new_empty((batch, width), dtype=torch.float32)
-    key_query = cls.new_empty((batch, num_heads, width), dtype=torch.float32)
-    launch(
-        fusion_query,
-        (cdiv(batch, ROWS), num_heads),
-        configuration("fusion_query", width, dtype, defaults.fusion_query(own, width, head, dtype, precision)),
-        cls_ptr=cls,
-        proj_norm_weight_ptr=proj_norm_weight,
-        proj_norm_bias_ptr=proj_norm_bias,
-        proj_weight_ptr=proj_weight,
-        proj_bias_ptr=proj_bias,
-        projected_ptr=projected,
-        norm_weight_ptr=norm_weight,
-        norm_bias_ptr=norm_bias,
-        q_weight_ptr=q_weight,
-        q_bias_ptr=q_bias,
-        k_weight_ptr=k_weight,
-        key_query_ptr=key_query,
-        batch=batch,
-        cls_stride=cls.stride(0),
-        scale=head**-0.5,
-        eps=eps,
-        OWN=own,
-        D=width,
-        HEAD=head,
-        HEAD_BLOCK=head_block(head),
-        PRECISION=precision,
-    )
-    _, context, softmax, splits = pass_tokens(
-        projected, patches, norm_weight, key_query, eps, dtype, (None, None, None)
-    )
-    shares = torch.empty_like(key_query)
-    launch(
-        fusion_value,
-        (cdiv(batch, ROWS) if splits == 1 else batch, num_heads),
-        configuration("fusion_value", width, dtype, defaults.fusion_value(width, head, dtype, precision)),
-        context_ptr=context,
-        softmax_ptr=softmax,
-        norm_weight_ptr=norm_weight,
-        norm_bias_ptr=norm_bias,
-        v_weight_ptr=v_weight,
-        v_bias_ptr=v_bias,
-        out_weight_ptr=out_weight,
-        shares_ptr=shares,
-        batch=batch,
-        splits=splits,
-        D=width,
-        HEAD=head,
-        HEAD_BLOCK=head_block(head),
-        SPLITS_BLOCK=power_of_two(splits),
-        PRECISION=precision,
-    )
+    key_query = projected.new_empty((batch, num_heads, width))
+    given |= {"projected_ptr": projected, "key_query_ptr": key_query}
+    default = defaults.fusion_query(own, width, head, dtype, precision)
+    config = configuration("fusion_query", width, dtype, default)
+    launch(fusion_query, (cdiv(batch, ROWS), num_heads), config, given)
+
+    given |= {"cls_ptr": projected, "cls_stride": width}
+    pass_tokens(given, dtype, None, None, None)
+    given |= {"shares_ptr": torch.empty_like(key_query), "SPLITS_BLOCK": power_of_two(given["splits"])}
+    config = configuration("fusion_value", width, dtype, defaults.fusion_value(width, head, dtype, precision))
+    launch(fusion_value, (cdiv(batch, ROWS) if given["splits"] == 1 else batch, num_heads), config, given)
+
     out = revert_weight.new_empty((batch, own))
-    chosen = configuration("fusion_revert", width, dtype, defaults.fusion_revert(width, dtype))
-    launch(
-        fusion_revert,
-        (cdiv(batch, ROWS), cdiv(own, chosen["BLOCK_E"])),
-        chosen,
-        shares_ptr=shares,
-        projected_ptr=projected,
-        out_bias_ptr=out_bias,
-        norm_weight_ptr=revert_norm_weight,
-        norm_bias_ptr=revert_norm_bias,
-        weight_ptr=revert_weight,
-        bias_ptr=revert_bias,
-        out_ptr=out,
-        batch=batch,
-        eps=eps,
-        OWN=own,
-        D=width,
-        HEADS=num_heads,
-        PRECISION=precision,
-    )
+    config = configuration("fusion_revert", width, dtype, defaults.fusion_revert(width, dtype))
+    launch(fusion_revert, (cdiv(batch, ROWS), cdiv(own, config["BLOCK_E"])), config, given, out_ptr=out)
     return out

@@ -6,12 +6,11 @@ from torch import Tensor
 
 from .. import defaults
 from ..configs import configuration
-from ..kernels.layer_norm import layer_norm_rows
-from ..kernels.layer_norm_backward import layer_norm_backward
+from ..kernels.layer_norm import layer_norm_backward, layer_norm_rows
 from ..launch import launch
 from ..target import multiprocessors
 from ..tiling import cdiv
-from ..views import Rows, optional_arguments
+from ..views import Rows, optional_arguments, pointers
 from .linear import sum_partials
 
 
@@ -33,8 +32,7 @@ def norm_rows(
         (cdiv(x.count, config["BLOCK_M"]),),
         config,
         **x.arguments("x"),
-        norm_weight_ptr=norm_weight.contiguous(),
-        norm_bias_ptr=None if norm_bias is None else norm_bias.contiguous(),
+        **pointers(norm_weight=norm_weight, norm_bias=norm_bias),
         y_ptr=y,
         mean_ptr=mean,
         rstd_ptr=rstd,
@@ -65,7 +63,6 @@ def norm_gradients(
     config = configuration("layer_norm_backward", width, norm_weight.dtype, defaults.layer_norm_backward(width))
     programs = min(cdiv(x.count, config["BLOCK_M"]), 3 * multiprocessors())
     grad_x = x.tensor.new_empty(shape) if needs[0] else None
-    norm_weight, norm_bias = norm_weight.contiguous(), None if norm_bias is None else norm_bias.contiguous()
     sums = [norm_weight.new_empty(width) if needed else None for needed in needs[1:3]]
     partial = mean.new_empty((programs, 2 * width)) if needs[1] or needs[2] else None
     launch(
@@ -77,8 +74,7 @@ def norm_gradients(
         **optional_arguments(add, "add"),
         mean_ptr=mean,
         rstd_ptr=rstd,
-        norm_weight_ptr=norm_weight,
-        norm_bias_ptr=norm_bias,
+        **pointers(norm_weight=norm_weight, norm_bias=norm_bias),
         grad_x_ptr=grad_x,
         y_ptr=y,
         partial_ptr=partial,

@@ -11,7 +11,7 @@ from ..kernels.layer_norm_linear import gelu_backward, layer_norm_linear_forward
 from ..launch import launch
 from ..target import dot_precision, multiprocessors
 from ..tiling import WIDEST_HELD, cdiv, column_splits
-from ..views import UNSCALED, Rows, rows_of
+from ..views import UNSCALED, Rows, pointers, rows_of
 from . import linear
 from .layer_norm import norm_gradients, norm_rows
 from .linear import input_gradient, parameter_gradients
@@ -73,10 +73,7 @@ def launch_forward(
         (row_tiles, cdiv(column_tiles, share)),
         config,
         **x.arguments("x"),
-        norm_weight_ptr=norm_weight.contiguous(),
-        norm_bias_ptr=None if norm_bias is None else norm_bias.contiguous(),
-        weight_ptr=weight,
-        bias_ptr=bias,
+        **pointers(norm_weight=norm_weight, norm_bias=norm_bias, weight=weight, bias=bias),
         out_ptr=out,
         mean_ptr=kept[0],
         rstd_ptr=kept[1],
