@@ -9,25 +9,10 @@ from .tiles import row_offsets, scaled
 
 @triton.jit
 def linear_input_gradient(
-    grad_ptr,
-    grad_tokens,
-    grad_batch,
-    grad_row,
-    scale_ptr,
-    rows_per_sample,
-    weight_ptr,
-    out_ptr,
-    pre_ptr,
-    activated_ptr,
-    rows,
-    width,
-    features,
-    SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    grad_ptr, grad_tokens, grad_batch, grad_row, scale_ptr, rows_per_sample, weight_ptr,
+    out_ptr, pre_ptr, activated_ptr, rows, width, features,
+    SCALE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """(scale * grad) weight; where x was gelu(pre), times gelu'(pre), with gelu(pre) stored if it is wanted."""
     column_tiles = tl.cdiv(width, BLOCK_N)
     row = (tl.program_id(0) // column_tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -57,35 +42,12 @@ def linear_input_gradient(
 
 @triton.jit
 def linear_weight_gradient(
-    grad_ptr,
-    grad_tokens,
-    grad_batch,
-    grad_row,
-    scale_ptr,
-    rows_per_sample,
-    x_ptr,
-    x_tokens,
-    x_batch,
-    x_row,
-    mean_ptr,
-    rstd_ptr,
-    norm_weight_ptr,
-    norm_bias_ptr,
-    out_ptr,
-    bias_ptr,
-    piece_size,
-    rows,
-    rows_per_piece,
-    width,
-    features,
-    SCALE: tl.constexpr,
-    GELU: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    grad_ptr, grad_tokens, grad_batch, grad_row, scale_ptr, rows_per_sample, x_ptr, x_tokens, x_batch, x_row,
+    mean_ptr, rstd_ptr, norm_weight_ptr, norm_bias_ptr, out_ptr, bias_ptr,
+    piece_size, rows, rows_per_piece, width, features,
+    SCALE: tl.constexpr, GELU: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """(scale * grad)^T x over a piece of the rows, to out_ptr + piece * piece_size, with x normalised and activated on
     the way in where that is asked for; and, of programs behind the last column tile, the column sums of scale * grad.
     """

@@ -9,23 +9,9 @@ from .tiles import row_offsets, scaled
 
 @triton.jit
 def linear_tile(
-    x_ptr,
-    x_tokens,
-    x_batch,
-    x_row,
-    weight_ptr,
-    bias_ptr,
-    row,
-    exists,
-    feature,
-    counts,
-    width,
-    GELU: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    x_ptr, x_tokens, x_batch, x_row, weight_ptr, bias_ptr, row, exists, feature, counts, width,
+    GELU: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """(rows, features) of x weight^T + bias, or of gelu(x), float32."""
     chunk = tl.arange(0, BLOCK_K)
     x_at = x_ptr + row_offsets(row, x_tokens, x_batch, x_row)[:, None] + chunk[None, :]
@@ -45,28 +31,11 @@ def linear_tile(
 
 @triton.jit
 def linear_residual_forward(
-    x_ptr,
-    x_tokens,
-    x_batch,
-    x_row,
-    weight_ptr,
-    bias_ptr,
-    residual_ptr,
-    residual_tokens,
-    residual_batch,
-    residual_row,
-    scale_ptr,
-    rows_per_sample,
-    out_ptr,
-    rows,
-    width,
-    features,
-    SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    x_ptr, x_tokens, x_batch, x_row, weight_ptr, bias_ptr,
+    residual_ptr, residual_tokens, residual_batch, residual_row, scale_ptr, rows_per_sample, out_ptr,
+    rows, width, features,
+    SCALE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     column_tiles = tl.cdiv(features, BLOCK_N)
     row = (tl.program_id(0) // column_tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     feature = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -85,27 +54,10 @@ def linear_residual_forward(
 
 @triton.jit
 def linear_scale_gradient(
-    grad_ptr,
-    grad_tokens,
-    grad_batch,
-    grad_row,
-    x_ptr,
-    x_tokens,
-    x_batch,
-    x_row,
-    weight_ptr,
-    bias_ptr,
-    partial_ptr,
-    rows,
-    width,
-    features,
-    GELU: tl.constexpr,
-    PER_SAMPLE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    grad_ptr, grad_tokens, grad_batch, grad_row, x_ptr, x_tokens, x_batch, x_row, weight_ptr, bias_ptr, partial_ptr,
+    rows, width, features, GELU: tl.constexpr, PER_SAMPLE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """Sums of grad * Linear(x) over a tile: of rows, to (rows, column tiles), or columns, to (row tiles, features)."""
     column_tiles = tl.cdiv(features, BLOCK_N)
     row_tile, column_tile = tl.program_id(0) // column_tiles, tl.program_id(0) % column_tiles

@@ -10,37 +10,19 @@ from .tiles import row_offsets, scaled
 
 @triton.jit
 def linear_tiles(
-    x_tiles,
-    weight_tiles,
-    out_tiles,
-    pre_tiles,
-    bias_ptr,
-    residual_ptr,
-    residual_tokens,
-    residual_batch,
-    residual_row,
-    scale_ptr,
-    rows_per_sample,
-    rows,
-    features,
-    width,
-    programs,
-    GELU: tl.constexpr,
-    SCALE: tl.constexpr,
-    DTYPE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    RESIDENT: tl.constexpr,
-):
+    x_tiles, weight_tiles, out_tiles, pre_tiles, bias_ptr,
+    residual_ptr, residual_tokens, residual_batch, residual_row, scale_ptr, rows_per_sample,
+    rows, features, width, GELU: tl.constexpr, SCALE: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """residual + scale * act(x weight^T + bias); `pre` gets what the activation meets.
 
-    A tile beyond the edge reads zeros and is not stored. RESIDENT programs share a multiprocessor: while one finishes a
+    A tile beyond the edge reads zeros and is not stored. Two programs may share a multiprocessor: while one finishes a
     tile the other multiplies.
     """
     column_tiles = tl.cdiv(features, BLOCK_N)
     tiles = tl.cdiv(rows, BLOCK_M) * column_tiles
-    for tile in tl.range(tl.program_id(0), tiles, programs, flatten=True):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         first_row = tile // column_tiles * BLOCK_M
         first_feature = tile % column_tiles * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import product
-from .patches import cubic_taps, patch_rows, patch_tile, resized_pixels, resized_tile
+from .patches import patch_rows, patch_tile, resize_taps, resized_pixels, resized_tile
 from .tiles import zeros
 
 
@@ -24,72 +24,40 @@ def multiply(accs, tile, weight_ptr, first_feature, pixel, inside, features, DEP
 
 @triton.jit
 def patch_embed_forward(
-    images_ptr,
-    image_batch,
-    image_channel,
-    image_row,
-    image_column,
-    in_height,
-    in_width,
-    y_scale,
-    x_scale,
-    rows,
-    per_row,
-    lines,
-    weight_ptr,
-    bias_ptr,
-    cls_ptr,
-    pos_ptr,
-    out_ptr,
-    features,
-    CHANNELS: tl.constexpr,
-    PATCH: tl.constexpr,
-    RESIZE: tl.constexpr,
-    TILES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PX: tl.constexpr,
-):
+    images_ptr, image_batch, image_channel, image_row, image_column, in_height, in_width, y_scale, x_scale,
+    rows, per_row, lines, weight_ptr, bias_ptr, cls_ptr, pos_ptr, out_ptr, features,
+    CHANNELS: tl.constexpr, PATCH: tl.constexpr, RESIZE: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PX: tl.constexpr,
+):  # fmt: skip
     DEPTH: tl.constexpr = CHANNELS * PATCH * PATCH
     PY: tl.constexpr = BLOCK_K // PX
     line, exists, image, column = patch_rows(tl.program_id(0), rows, per_row, lines, BLOCK_M)
     first_feature = tl.program_id(1) * (TILES * BLOCK_N)
     accs = zeros(TILES, BLOCK_M, BLOCK_N)
 
+    dtype: tl.constexpr = weight_ptr.dtype.element_ty
+    images = (images_ptr, image_batch, image_channel, image_row, image_column)
     if RESIZE:
-        x = column[:, None] * PATCH + tl.arange(0, PX)[None, :]
-        x_offsets, x_weights = cubic_taps(x, x_scale, in_width, image_column, tl.int32)
-        image_at = (tl.where(exists, image, 0) * image_batch)[:, None]
+        sizes = (in_height, in_width, y_scale, x_scale)
+        taps = resize_taps(images, sizes, exists, image, column, PATCH, PX)
         # The next chunk is gathered while the matrix units work on this one.
         CHUNKS: tl.constexpr = CHANNELS * ((PATCH + PY - 1) // PY)
-        tile = resized_tile(
-            images_ptr, image_at, x_offsets, x_weights, tl.program_id(0) * 0, line * PATCH, image_channel, image_row,
-            in_height, y_scale, CHANNELS, PATCH, PX, PY, BLOCK_M
-        )  # fmt: skip
-        tile = tile.to(weight_ptr.dtype.element_ty)
+        first = tl.program_id(0) * 0
+        tile = resized_tile(images, sizes, taps, first, line * PATCH, PATCH, PX, PY, BLOCK_M).to(dtype)
         for chunk in tl.range(0, CHUNKS):
             pixel, inside = resized_pixels(chunk, PATCH, PX, PY)
             accs = multiply(
                 accs, tile, weight_ptr, first_feature, pixel, inside, features, DEPTH, TILES, PRECISION, BLOCK_N
-            )  # fmt: skip
-            tile = resized_tile(
-                images_ptr, image_at, x_offsets, x_weights, tl.minimum(chunk + 1, CHUNKS - 1), line * PATCH,
-                image_channel, image_row, in_height, y_scale, CHANNELS, PATCH, PX, PY, BLOCK_M
-            )  # fmt: skip
-            tile = tile.to(weight_ptr.dtype.element_ty)
+            )
+            following = tl.minimum(chunk + 1, CHUNKS - 1)
+            tile = resized_tile(images, sizes, taps, following, line * PATCH, PATCH, PX, PY, BLOCK_M).to(dtype)
     else:
-        image_at = image * image_batch + column * PATCH * image_column
         for k in tl.range(0, DEPTH, BLOCK_K):
             pixel = k + tl.arange(0, BLOCK_K)
-            tile = patch_tile(
-                images_ptr, image_at, exists, pixel, line * PATCH, image_channel, image_row, image_column, PATCH, DEPTH
-            )
+            tile = patch_tile(images, exists, image, column, pixel, line * PATCH, PATCH, DEPTH).to(dtype)
             accs = multiply(
-                accs, tile.to(weight_ptr.dtype.element_ty), weight_ptr, first_feature, pixel, pixel < DEPTH, features,
-                DEPTH, TILES, PRECISION, BLOCK_N
-            )  # fmt: skip
+                accs, tile, weight_ptr, first_feature, pixel, pixel < DEPTH, features, DEPTH, TILES, PRECISION, BLOCK_N
+            )
 
     token = 1 + line * per_row + column
     out_row = image * (1 + lines * per_row) * features
@@ -99,7 +67,7 @@ def patch_embed_forward(
         value = accs[t]
         if bias_ptr is not None:
             value += tl.load(bias_ptr + feature, mask=counts, other=0.0).to(tl.float32)[None, :]
-        value = value.to(weight_ptr.dtype.element_ty).to(tl.float32)  # as a convolution's result is
+        value = value.to(dtype).to(tl.float32)  # as a convolution's result is
         at = (token * features)[:, None] + feature[None, :]
         wanted = exists[:, None] & counts[None, :]
         value += tl.load(pos_ptr + at, mask=wanted, other=0.0).to(tl.float32)

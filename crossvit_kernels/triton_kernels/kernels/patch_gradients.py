@@ -4,59 +4,28 @@ import triton
 import triton.language as tl
 
 from .arithmetic import product
-from .patches import cubic_taps, patch_rows, patch_tile, pixel_offsets, resized_pixels, resized_tile
+from .patches import patch_rows, patch_tile, pixel_offsets, resize_taps, resized_pixels, resized_tile
 from .tiles import zeros
 
 
 @triton.jit
-def resized_patches(tile, chunk, images_ptr, image_batch, image_channel, image_row, image_column, in_height, in_width,
-                    y_scale, x_scale, rows, per_row, lines, CHANNELS: tl.constexpr, PATCH: tl.constexpr,
-                    BLOCK_M: tl.constexpr, PX: tl.constexpr, PY: tl.constexpr):  # fmt: skip
+def resized_patches(tile, chunk, images, sizes, rows, per_row, lines, PATCH: tl.constexpr, BLOCK_M: tl.constexpr,
+                    PX: tl.constexpr, PY: tl.constexpr):  # fmt: skip
     """Chunk `chunk` of the resized patches of a tile, 0 where there are none."""
     line, exists, image, column = patch_rows(tile, rows, per_row, lines, BLOCK_M)
-    x = column[:, None] * PATCH + tl.arange(0, PX)[None, :]
-    x_offsets, x_weights = cubic_taps(x, x_scale, in_width, image_column, tl.int32)
-    image_at = (tl.where(exists, image, 0) * image_batch)[:, None]
-    pixels = resized_tile(
-        images_ptr, image_at, x_offsets, x_weights, chunk, line * PATCH, image_channel, image_row, in_height, y_scale,
-        CHANNELS, PATCH, PX, PY, BLOCK_M
-    )  # fmt: skip
+    taps = resize_taps(images, sizes, exists, image, column, PATCH, PX)
+    pixels = resized_tile(images, sizes, taps, chunk, line * PATCH, PATCH, PX, PY, BLOCK_M)
     return tl.where(exists[:, None], pixels, 0.0)
 
 
 @triton.jit
 def patch_embed_weight_gradient(
-    images_ptr,
-    image_batch,
-    image_channel,
-    image_row,
-    image_column,
-    in_height,
-    in_width,
-    y_scale,
-    x_scale,
-    rows,
-    per_row,
-    lines,
-    grad_ptr,
-    grad_batch,
-    grad_row,
-    out_ptr,
-    features,
-    row_tiles,
-    tiles_per_piece,
-    CHANNELS: tl.constexpr,
-    PATCH: tl.constexpr,
-    RESIZE: tl.constexpr,
-    TILES: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PX: tl.constexpr,
-):
+    images_ptr, image_batch, image_channel, image_row, image_column, in_height, in_width, y_scale, x_scale,
+    rows, per_row, lines, grad_ptr, grad_batch, grad_row, out_ptr, features, row_tiles, tiles_per_piece,
+    CHANNELS: tl.constexpr, PATCH: tl.constexpr, RESIZE: tl.constexpr, TILES: tl.constexpr, CHUNKS: tl.constexpr,
+    COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PX: tl.constexpr,
+):  # fmt: skip
     """grad^T patches over a piece of the tiles of patches, for a chunk of their pixels: out (pieces, D, C * P * P)."""
     DEPTH: tl.constexpr = CHANNELS * PATCH * PATCH
     PY: tl.constexpr = BLOCK_K // PX
@@ -66,22 +35,18 @@ def patch_embed_weight_gradient(
     end = tl.minimum(begin + tiles_per_piece, row_tiles)
     first_feature = tl.program_id(1) * (TILES * BLOCK_N)
     accs = zeros(TILES, BLOCK_N, BLOCK_K)
+    images = (images_ptr, image_batch, image_channel, image_row, image_column)
     if RESIZE:
         pixel, inside = resized_pixels(chunk, PATCH, PX, PY)
-        patches = resized_patches(
-            begin, chunk, images_ptr, image_batch, image_channel, image_row, image_column, in_height, in_width,
-            y_scale, x_scale, rows, per_row, lines, CHANNELS, PATCH, BLOCK_M, PX, PY
-        ).to(COMPUTE)  # fmt: skip
+        sizes = (in_height, in_width, y_scale, x_scale)
+        patches = resized_patches(begin, chunk, images, sizes, rows, per_row, lines, PATCH, BLOCK_M, PX, PY).to(COMPUTE)
     else:
         pixel = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
         inside = pixel < DEPTH
     for tile in tl.range(begin, end):
         line, exists, image, column = patch_rows(tile, rows, per_row, lines, BLOCK_M)
         if not RESIZE:
-            image_at = image * image_batch + column * PATCH * image_column
-            patches = patch_tile(
-                images_ptr, image_at, exists, pixel, line * PATCH, image_channel, image_row, image_column, PATCH, DEPTH
-            ).to(COMPUTE)
+            patches = patch_tile(images, exists, image, column, pixel, line * PATCH, PATCH, DEPTH).to(COMPUTE)
         grad_at = grad_ptr + image * grad_batch + (1 + line * per_row + column) * grad_row
         sums = ()
         for t in tl.static_range(TILES):
@@ -91,9 +56,9 @@ def patch_embed_weight_gradient(
             sums = sums + (product(grad.T, patches, accs[t], PRECISION),)
         accs = sums
         if RESIZE:  # the next tile, while the matrix units work on this one
+            following = tl.minimum(tile + 1, end - 1)
             patches = resized_patches(
-                tl.minimum(tile + 1, end - 1), chunk, images_ptr, image_batch, image_channel, image_row, image_column,
-                in_height, in_width, y_scale, x_scale, rows, per_row, lines, CHANNELS, PATCH, BLOCK_M, PX, PY
+                following, chunk, images, sizes, rows, per_row, lines, PATCH, BLOCK_M, PX, PY
             ).to(COMPUTE)  # fmt: skip
     for t in tl.static_range(TILES):
         feature = first_feature + t * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -104,22 +69,10 @@ def patch_embed_weight_gradient(
 
 @triton.jit
 def patch_embed_images_gradient(
-    grad_ptr,
-    grad_batch,
-    grad_row,
-    weight_ptr,
-    out_ptr,
-    rows,
-    per_row,
-    lines,
-    features,
-    CHANNELS: tl.constexpr,
-    PATCH: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    grad_ptr, grad_batch, grad_row, weight_ptr, out_ptr, rows, per_row, lines, features,
+    CHANNELS: tl.constexpr, PATCH: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """grad weight, each pixel to its place in out (B, C, H, W)."""
     DEPTH: tl.constexpr = CHANNELS * PATCH * PATCH
     line, exists, image, column = patch_rows(tl.program_id(0), rows, per_row, lines, BLOCK_M)

@@ -59,25 +59,24 @@ def patch_rows(tile, rows, per_row, lines, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def resized_tile(
-    images_ptr,
-    image_at,
-    x_offsets,
-    x_weights,
-    chunk,
-    y,
-    image_channel,
-    image_row,
-    in_height,
-    y_scale,
-    CHANNELS: tl.constexpr,
-    PATCH: tl.constexpr,
-    PX: tl.constexpr,
-    PY: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
+def resize_taps(images, sizes, exists, image, column, PATCH: tl.constexpr, PX: tl.constexpr):
+    """What the patches of a tile have in common in all chunks: where their images begin, and the taps of their columns.
+
+    images: (pointer, strides of batch, channel, row, column); sizes: (height, width, y_scale, x_scale).
+    """
+    x = column[:, None] * PATCH + tl.arange(0, PX)[None, :]
+    x_offsets, x_weights = cubic_taps(x, sizes[3], sizes[1], images[4], tl.int32)
+    return (tl.where(exists, image, 0) * images[1])[:, None], x_offsets, x_weights
+
+
+@triton.jit
+def resized_tile(images, sizes, taps, chunk, y, PATCH: tl.constexpr, PX: tl.constexpr, PY: tl.constexpr,
+                 BLOCK_M: tl.constexpr):  # fmt: skip
     """Chunk `chunk` of the resized patches that begin in row y of the resized images, (BLOCK_M, PY * PX), in the
     images' dtype; 0 beyond the patch."""
+    images_ptr, _, image_channel, image_row, _ = images
+    in_height, _, y_scale, _ = sizes
+    image_at, x_offsets, x_weights = taps
     BANDS: tl.constexpr = (PATCH + PY - 1) // PY
     plane_ptr = images_ptr + (chunk // BANDS).to(tl.int64) * image_channel
     py = chunk % BANDS * PY
@@ -136,19 +135,11 @@ def pixel_offsets(pixel, image_channel, image_row, image_column, PATCH: tl.const
 
 
 @triton.jit
-def patch_tile(
-    images_ptr,
-    image_at,
-    exists,
-    pixel,
-    y,
-    image_channel,
-    image_row,
-    image_column,
-    PATCH: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
-    """Pixels `pixel` of the patches that begin at image_at, row y of their images; 0 where there are none."""
+def patch_tile(images, exists, image, column, pixel, y, PATCH: tl.constexpr, DEPTH: tl.constexpr):
+    """Pixels `pixel` of the patches in these images and columns of patches that begin in row y; 0 where there are
+    none."""
+    images_ptr, image_batch, image_channel, image_row, image_column = images
+    image_at = image * image_batch + column * PATCH * image_column
     at = images_ptr + y * image_row + image_at[:, None]
     at += pixel_offsets(pixel, image_channel, image_row, image_column, PATCH)[None, :]
     return tl.load(at, mask=exists[:, None] & (pixel < DEPTH)[None, :], other=0.0)

@@ -11,7 +11,7 @@ from ..kernels.linear_tiles import linear_tiles
 from ..launch import launch
 from ..target import DTYPES, architecture, dot_precision, multiprocessors
 from ..tiling import FEW_ROWS, cdiv, rows_per_piece
-from ..views import UNSCALED, Rows, Scale, optional_arguments
+from ..views import UNSCALED, Rows, Scale, optional_arguments, pointers
 
 _ALIGNMENT = 16  # bytes, of what the copy engine addresses
 
@@ -73,7 +73,6 @@ def linear(
         rows=x.count,
         features=features,
         width=width,
-        programs=programs,
         GELU=gelu,
         DTYPE=DTYPES[out.dtype],
     )
@@ -178,8 +177,7 @@ def parameter_gradients(
         **x.arguments("x"),
         mean_ptr=mean,
         rstd_ptr=rstd,
-        norm_weight_ptr=None if norm_weight is None else norm_weight.contiguous(),
-        norm_bias_ptr=None if norm_bias is None else norm_bias.contiguous(),
+        **pointers(norm_weight=norm_weight, norm_bias=norm_bias),
         out_ptr=out if weight_needed else None,
         bias_ptr=bias_out if bias_needed else None,
         piece_size=total,

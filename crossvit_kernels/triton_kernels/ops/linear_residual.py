@@ -11,7 +11,7 @@ from ..kernels.linear_residual import linear_residual_forward, linear_scale_grad
 from ..launch import launch
 from ..target import dot_precision, multiprocessors
 from ..tiling import cdiv
-from ..views import SAMPLE, Rows, Scale, rows_of, scale_of
+from ..views import SAMPLE, Rows, Scale, pointers, rows_of, scale_of
 from . import linear
 from .linear import input_gradient, parameter_gradients
 
@@ -97,8 +97,7 @@ def scale_gradient(
         config,
         **grad.arguments("grad"),
         **x.arguments("x"),
-        weight_ptr=weight,
-        bias_ptr=None if bias is None else bias.contiguous(),
+        **pointers(weight=weight, bias=bias),
         partial_ptr=partial,
         rows=x.count,
         width=width,

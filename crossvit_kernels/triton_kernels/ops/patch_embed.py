@@ -15,7 +15,7 @@ from ..kernels.resize_gradient import resize_axis_gradient
 from ..launch import launch
 from ..target import DTYPES, architecture, dot_precision, multiprocessors
 from ..tiling import cdiv, tiles_per_program
-from ..views import Images, images_of, row_blocks
+from ..views import Images, images_of, pointers, row_blocks
 from .linear import sum_partials
 
 
@@ -36,8 +36,8 @@ def forward(
     out = images.new_empty((images.shape[0], *pos_embed.shape[1:]), dtype=dtype)
     name = "patch_embed_forward_resized" if cut.resize else "patch_embed_forward"
     default = defaults.patch_embed(features, weight.dtype, cut.resize, architecture())
-    chosen = configuration(name, features, weight.dtype, default)
-    config, most = cut.fitted(chosen), max(chosen["BLOCK_D"] // chosen["BLOCK_N"], 1)
+    config = cut.fitted(configuration(name, features, weight.dtype, default))
+    most = max(config["BLOCK_D"] // config["BLOCK_N"], 1)
     row_tiles, column_tiles = cut.lines * row_blocks(cut, config), cdiv(features, config["BLOCK_N"])
     tiles = tiles_per_program(row_tiles, column_tiles, most, multiprocessors())
     launch(
@@ -45,10 +45,7 @@ def forward(
         (row_tiles, cdiv(column_tiles, tiles)),
         config,
         **cut.arguments(),
-        weight_ptr=weight.contiguous(),
-        bias_ptr=None if bias is None else bias.contiguous(),
-        cls_ptr=cls_token.contiguous(),
-        pos_ptr=pos_embed.contiguous(),
+        **pointers(weight=weight, bias=bias, cls=cls_token, pos=pos_embed),
         out_ptr=out,
         features=features,
         TILES=tiles,
@@ -87,12 +84,11 @@ def _weight_gradient(grad_out: Tensor, cut: Images, weight: Tensor) -> Tensor:
     grad = weight.new_empty(weight.shape)
     name = "patch_embed_weight_gradient_resized" if cut.resize else "patch_embed_weight_gradient"
     default = defaults.patch_embed_weight_gradient(features, weight.dtype, cut.resize, dot_precision(weight.dtype))
-    chosen = configuration(name, features, weight.dtype, default)
-    config = cut.fitted(chosen)
+    config = cut.fitted(configuration(name, features, weight.dtype, default))
     chunks = channels * cdiv(patch, config["PX"]) * cdiv(patch, config["BLOCK_K"] // config["PX"])
     if not cut.resize:
         chunks = cdiv(channels * patch * patch, config["BLOCK_K"])
-    tiles = min(max(chosen["BLOCK_D"] // chosen["BLOCK_N"], 1), cdiv(features, config["BLOCK_N"]))
+    tiles = min(max(config["BLOCK_D"] // config["BLOCK_N"], 1), cdiv(features, config["BLOCK_N"]))
     columns = cdiv(features, tiles * config["BLOCK_N"])
     row_tiles = cut.lines * row_blocks(cut, config)
     per_piece = cdiv(row_tiles, max(1, min(2 * multiprocessors() // (chunks * columns), row_tiles // 4)))
