@@ -114,7 +114,7 @@ def arguments_parse(words: list[str]) -> None:
 
 
 def has_benchmarks(words: list[str]) -> None:
-    """python -m pytest FOLDER …: the folder has tests that take pytest-benchmark's fixture."""
+    """python -m pytest FOLDER …: the folder has tests that pytest-benchmark times."""
     found = [path for path in sorted((ROOT / words[3]).glob("test_*.py")) if "benchmark" in path.read_text()]
     assert found, f"{words[3]} has no benchmarks"
 
