@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SUPPORT = ROOT / "tests" / "support"
-SEED, CALLS = os.environ.get("CROSSVIT_FUZZ", "0 160").split()
+SEED, CALLS = os.environ.get("CROSSVIT_FUZZ", "0 100").split()
 
 
 def test_no_command_line_ends_in_a_traceback(tmp_path: Path) -> None:

@@ -32,8 +32,13 @@ def outputs(notebook: Any) -> Iterator[tuple[str, Any]]:
 
 
 def texts(notebook: Any) -> list[str]:
-    """What the cells print, but for the numbers, of which some are rounding errors."""
-    return [re.sub(r" *\d[\d.e+-]*", " 0", output.text) for _, output in outputs(notebook) if "text" in output]
+    """What each cell prints, in however many pieces, but for the numbers, of which some are rounding errors."""
+    printed = [
+        "".join(output.text for output in cell.outputs if "text" in output)
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+    ]
+    return [re.sub(r" *\d[\d.e+-]*", " 0", text) for text in printed]
 
 
 def pictures(notebook: Any) -> int:

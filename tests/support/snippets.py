@@ -97,15 +97,20 @@ def arguments_parse(words: list[str]) -> None:
         parsed.append(original(self, *given, **named))
         raise Parsed
 
+    def guarded(*_: object) -> None:
+        parsed.append("by the command, which is not run")
+        raise Parsed
+
     original = argparse.ArgumentParser.parse_args
     if name == "crossvit":
-        name = "crossvit.cli.main"
-    elif hasattr(importlib.import_module(name), "__path__"):
-        name += ".__main__"
-    main = importlib.import_module(name).main
-    with mock.patch.object(sys, "argv", [name, *rest]), mock.patch.object(argparse.ArgumentParser, "parse_args", parse):
+        name, place, replacement = "crossvit.cli.main", "crossvit.cli.main.guarded", guarded
+    else:
+        if hasattr(importlib.import_module(name), "__path__"):
+            name += ".__main__"
+        place, replacement = "argparse.ArgumentParser.parse_args", parse
+    with mock.patch.object(sys, "argv", [name, *rest]), mock.patch(place, replacement):
         try:
-            main()
+            importlib.import_module(name).main()
         except Parsed:
             pass
         except SystemExit as ended:
