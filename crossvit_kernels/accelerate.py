@@ -18,6 +18,7 @@ from .swaps import KERNELS, SWAPS, Swap, original_of, outcome, stood_for, swap_o
 
 _log = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
+_NOT_ASKED = "accelerate was not asked for it"
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,20 @@ class Acceleration:
         runs = "1 module runs" if count == 1 else f"{count or 'no'} modules run"
         lines = [f"{runs} on the kernels" + f" ({flags})" * (count > 0)]
         lines += _grouped({name: (cls, ", ".join(self.fused.get(name, []))) for name, cls in self.swapped.items()})
-        if self.left:
+        disturbed = {name: why for name, why in self.left.items() if why != _NOT_ASKED}
+        if disturbed:
             lines.append("called as before, since something stands in the way of the kernels:")
-            lines += _grouped({name: (self.swapped.get(name, ""), why) for name, why in self.left.items()})
+            lines += _grouped({name: (self.swapped.get(name, ""), why) for name, why in disturbed.items()})
+        if len(disturbed) < len(self.left):
+            lines.append("called as before, since accelerate was not asked for them:")
+            lines += _grouped({name: ("", "") for name in self.left if name not in disturbed})
         if not self.swapped and not self.left:
             known = ", ".join(dict.fromkeys(name for _, name in SWAPS))
-            lines.append(f"it has none of those that they are for: timm's {known}, and those of crossvit_kernels.nn")
+            lines.append(
+                f"there are none for its classes; there are for timm's {known}, and those of crossvit_kernels.nn"
+            )
         elif self.others:
-            lines.append(f"unchanged, since it is not what the kernels are for: {', '.join(self.others)}")
+            lines.append(f"unchanged, as there are no kernels for these: {', '.join(self.others)}")
         return "\n".join(lines)
 
 
@@ -153,7 +160,7 @@ def _look(name: str, module: nn.Module, found: Acceleration, inside: bool = Fals
     elif isinstance(module, KernelModule):
         found.swapped[name] = type(module).__qualname__
     elif (candidate := swap_of(module)) is not None:
-        found.left[name] = "; ".join(outcome(candidate, module)[1]) or "it is not accelerated"
+        found.left[name] = "; ".join(outcome(candidate, module)[1]) or _NOT_ASKED
     elif (base := stood_for(module)) is not None:
         found.left[name] = f"{_class(module)} is a subclass of {base}, and may compute something else"
     elif not inside and not _contains(module):

@@ -1,6 +1,7 @@
 """`crossvit bench`: images per second of a model with the kernels and without, in turns in one process."""
 
 import argparse
+import logging
 import math
 import statistics
 import subprocess
@@ -11,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.benchmark import Timer
 
 from crossvit_kernels import backends
 
@@ -115,8 +115,19 @@ def _on(loaded: Loaded, kernels: str, images: Tensor) -> Callable[[], Tensor]:
 
 def _time(call: Callable[[], Tensor]) -> float:
     """Seconds per call, over as many as fill a turn, after some that are not counted."""
-    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    timer = _timer()("call()", globals={"call": call}, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=TURN_SECONDS).median
+
+
+def _timer() -> Any:
+    """torch's Timer, imported without what it says of a machine that has nvcc and no GPU."""
+    log = logging.getLogger("torch.utils.cpp_extension")
+    before, log.disabled = log.disabled, True
+    try:
+        from torch.utils.benchmark import Timer
+    finally:
+        log.disabled = before
+    return Timer
 
 
 def _with_peers(options: argparse.Namespace) -> int:
@@ -131,7 +142,7 @@ def _with_peers(options: argparse.Namespace) -> int:
     if not found:
         raise CommandError(
             "--peers needs the repository's benchmarks: run it in the repository, with pip install "
-            "crossvit-kernels[bench]; without --peers nothing more is needed"
+            "--no-build-isolation '.[bench]'; without --peers nothing more is needed"
         )
     handed = ["--model", options.model, "--batch", ",".join(map(str, options.batch)), "--dtype", options.dtype]
     handed += ["--kernels", ",".join(dict.fromkeys(("reference", options.kernels))), "--peers", options.peers]

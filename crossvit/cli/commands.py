@@ -51,7 +51,7 @@ def add_config_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="YAML with options by name, such as batch_size: 32; what the command line says too is the command line's",
+        help="YAML with options by name, such as batch_size: 32; an option on the command line wins over the file",
     )
 
 

@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--split", choices=("val", "train"), default="val", help="which of them (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the results there; - prints them instead of the table")
-    parser.add_argument("--confusion", metavar="FILE", help="draw who was taken for whom there, as PNG")
+    parser.add_argument("--confusion", metavar="FILE", help="draw the confusion matrix there, as PNG")
     add_class_argument(parser)
     add_loading_arguments(parser)
     add_model_arguments(parser)

@@ -20,7 +20,10 @@ COMMANDS = {
     "export": "weights for timm or the authors' code, ONNX, torch.export",
     "bench": "images per second with the kernels and without",
 }
-PACKAGES = "torchvision, Pillow, safetensors, tqdm, matplotlib and PyYAML: pip install crossvit-kernels[models]"
+PACKAGES = (
+    "torchvision, Pillow, safetensors, tqdm, matplotlib, timm, PyYAML and shtab: "
+    "pip install --no-build-isolation '.[models]' in a checkout"
+)
 SHELLS = ("bash", "zsh")
 
 
@@ -102,7 +105,7 @@ class _Completion(argparse.Action):
             for name, command in commands.items():
                 _fill(name, command)
         except ImportError as error:
-            raise CommandError(f"{error} (--print-completion needs shtab and {PACKAGES})") from error
+            raise CommandError(f"{error} (--print-completion needs {PACKAGES})") from error
         print_line(script(whole, commands.values(), shell))
         parser.exit()
 

@@ -25,7 +25,7 @@ from .text import flush_output, print_line, use_any_encoding, utf8
 
 STATUSES = (
     "Exit status: 0; 1 where a part failed, which is named on standard error; 2 for what the command line got wrong; "
-    "130 after Ctrl-C; 141 where the reader of the output had enough."
+    "130 after Ctrl-C, 143 after SIGTERM (train); 141 where the reader of the output had enough."
 )
 REPORT = "a fault of crossvit's own, not of what was asked: please report it with the lines above and the command line"
 # The loggers whose records the commands show, and from which level on.

@@ -29,7 +29,9 @@ class Recipe:
     accumulate: int = _option(1, "pieces that a process computes its part of a batch in, one after the other")
     optimizer: str = _option("adamw", "AdamW, or SGD with Nesterov's momentum", *OPTIMIZERS)
     lr: float = _option(0.004, "highest learning rate; given here it is not scaled")
-    lr_batch: int = _option(0, "the batch size that the learning rate is for, which scales it to another; 0: any")
+    lr_batch: int = _option(
+        0, "the batch size that the learning rate is for, which scales it to another; 0: no scaling"
+    )
     betas: tuple[float, float] = _option((0.9, 0.999), "AdamW's two decay rates")
     eps: float = _option(1e-8, "AdamW's epsilon")
     momentum: float = _option(0.9, "SGD's momentum")
@@ -39,7 +41,7 @@ class Recipe:
     warmup_lr: float = _option(1e-6, "learning rate at the first step")
     min_lr: float = _option(1e-5, "learning rate at the end of the cosine")
     schedule_unit: str = _option("step", "what the learning rate changes with", *UNITS)
-    clip_grad: float = _option(0.0, "largest norm of all gradients together; 0: any")
+    clip_grad: float = _option(0.0, "largest norm of all gradients together; 0: no limit")
     ema: float = _option(0.0, "decay of the weights' exponential moving average, which is then evaluated; 0: none")
     ema_warmup: bool = _option(False, "let that decay grow from 0, for short runs")
     precision: str = _option("float32", "16-bit types mean autocast, float16 with a gradient scaler", *PRECISIONS)

@@ -186,7 +186,7 @@ def test_unknown_modules_and_unusual_options_are_named() -> None:
         "called as before, since something stands in the way of the kernels:",
         f"  0: {report.left['0']}",
         f"  1 x Block (2): {norm}",
-        "unchanged, since it is not what the kernels are for: 3",
+        "unchanged, as there are no kernels for these: 3",
     ]
 
 
@@ -232,7 +232,7 @@ def test_the_report_of_a_model_without_candidates() -> None:
     assert (report.swapped, report.left) == ({}, {})
     lines = str(report).splitlines()
     assert lines[0] == "no modules run on the kernels"
-    assert lines[1].startswith("it has none of those that they are for: timm's Block, MultiScaleBlock, ")
+    assert lines[1].startswith("there are none for its classes; there are for timm's Block, MultiScaleBlock, ")
     assert len(lines) == 2
 
 
