@@ -81,7 +81,8 @@ def export(root: Path, sha: str, folder: Path) -> None:
     with tempfile.NamedTemporaryFile(suffix=".tar") as archive:
         git(root, "archive", "--format=tar", f"--output={archive.name}", sha)
         with tarfile.open(archive.name) as files:
-            files.extractall(folder, filter="data")
+            checked = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Python 3.11.4 or newer has it
+            files.extractall(folder, **checked)
 
 
 def fits(tree: Path, with_cuda: bool) -> bool:
