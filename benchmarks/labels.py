@@ -6,9 +6,10 @@ from typing import Any
 import torch
 
 from crossvit_kernels import backends
+from crossvit_kernels.backends import reporting
 
 Row = dict[str, Any]
-WORDS = {"reference": "reference", "cpu": "C++", "triton": "Triton", "cuda": "CUDA"}
+WORDS = reporting.WORDS | {"reference": "reference"}  # the word for it in every table
 GRAPH = "-graph"  # ends the name of what is replayed as a CUDA graph
 
 

@@ -1,10 +1,12 @@
 """Every instruction set that was compiled in and that this CPU has obeys the rule of numerics.py, not just the best."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 
+import available
 import crossvit_kernels
 import inputs
 from crossvit_kernels import backends
@@ -37,13 +39,12 @@ CASES = {
 @pytest.fixture(params=_C.build_info()["instruction_sets"])
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each in turn, and afterwards the one that was in force."""
-    before = _C.cpu_instruction_set()
-    try:
-        _C.set_instruction_set(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    _C.set_instruction_set(before)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(available.instruction_set(request.param))
+        except ValueError as error:
+            pytest.skip(str(error))
+        yield request.param
 
 
 @pytest.mark.usefixtures("poisoned")

@@ -3,6 +3,7 @@ the CUDA kernels in the emulation, on CPU tensors."""
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -26,20 +27,28 @@ def computes(backend: str, precision: object) -> bool:
     return (precision.autocast or precision.inputs) in backends.dtypes(backend)
 
 
-def instruction_sets() -> Iterator[str]:
-    """Those compiled into the CPU kernels that this CPU has, each in force while it is the current one; none without
-    CPU kernels. The one in force before comes back."""
-    if not backends.available("cpu"):
-        return
+@contextmanager
+def instruction_set(name: str) -> Iterator[None]:
+    """Has the CPU kernels use this one within; the one in force before comes back. Raises ValueError where this CPU
+    lacks it, or it was not compiled in."""
     from crossvit_kernels import _C
 
     before = _C.cpu_instruction_set()
+    _C.set_instruction_set(name)
     try:
-        for name in _C.build_info()["instruction_sets"]:
-            try:
-                _C.set_instruction_set(name)
-            except ValueError:  # this CPU lacks it
-                continue
-            yield name
+        yield
     finally:
         _C.set_instruction_set(before)
+
+
+def instruction_sets() -> list[str]:
+    """Those compiled into the CPU kernels that this CPU has; none without CPU kernels."""
+    if not backends.available("cpu"):
+        return []
+    from crossvit_kernels import _C
+
+    found = []
+    for name in _C.build_info()["instruction_sets"]:
+        with suppress(ValueError), instruction_set(name):
+            found.append(name)
+    return found
