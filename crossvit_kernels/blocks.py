@@ -30,6 +30,7 @@ from .ops import (
     self_attention,
 )
 from .ops import transformer_block as native
+from .prepared import Source, attribute, weights
 from .watch import fuses
 
 
@@ -101,6 +102,13 @@ def transformer_block(
     first = (*affine(norm1), norm1.eps, *affine(attn.qkv), attn.num_heads, *affine(attn.proj), residual1.gamma)
     second = (*affine(norm2), norm2.eps, *affine(mlp.fc1), *affine(mlp.fc2), residual2.gamma)
     return native.transformer_block(x, *first, *second, kernels=kernels)
+
+
+def block_sources(norm1: Any, attn: Any, scale1: Source, norm2: Any, mlp: Any, scale2: Source) -> list[list[Source]]:
+    """Where `transformer_block` reads the op's arguments."""
+    first = [*weights(norm1), attribute(norm1, "eps"), *weights(attn.qkv), attribute(attn, "num_heads")]
+    second = [*weights(norm2), attribute(norm2, "eps"), *weights(mlp.fc1), *weights(mlp.fc2), scale2]
+    return [first, [*weights(attn.proj), scale1], second]
 
 
 def attention_half(x: Tensor, norm: Any, attn: Any, residual: Residual, kernels: str) -> Tensor | None:
@@ -195,6 +203,16 @@ def fusion_direction(
     return cast(Any, cls_fusion)(cls, patches, *inputs, kernels=kernels)
 
 
+def fusion_sources(
+    project: tuple[Any, Any], norm: Any, attn: Any, linears: tuple[Any, Any, Any, Any], revert: tuple[Any, Any]
+) -> list[list[Source]]:
+    """Where `fusion_direction` reads the op's arguments; the key's bias, which changes nothing, is none of them."""
+    q, k, v, out = linears
+    to, back = ([source for module in pair for source in weights(module)] for pair in (project, revert))
+    attention = [*weights(norm), *weights(q), weights(k)[0], *weights(v), *weights(out)]
+    return [to, attention, back, [attribute(attn, "num_heads"), attribute(norm, "eps")]]
+
+
 def pool(
     x: Tensor, latent: Tensor, q: Any, kv: Any, num_heads: int, head_dim: int, pos_embed: Tensor | None
 ) -> Tensor | None:
@@ -254,11 +272,13 @@ __all__ = [
     "Residual",
     "affine",
     "attention_half",
+    "block_sources",
     "class_attention",
     "drop_path_scale",
     "embed",
     "fuses",
     "fusion_direction",
+    "fusion_sources",
     "mlp_half",
     "pool",
     "projection",

@@ -15,7 +15,7 @@ from torch import nn
 from .composition import ENTRY, FUNCTIONS, METHODS, Composition, child_at, why_not
 from .dispatch.torch_internals import GLOBAL_HOOKS, HOOKS, OVERRIDES, foreign_mode
 
-_WATCHES = "_crossvit_watches"
+WATCHES = "_crossvit_watches"
 _attribute: Any = getattr
 
 
@@ -28,7 +28,7 @@ def fuses(owner: nn.Module, composition: Any, *arguments: Any) -> bool:
         return why_not(owner, composition.make(*arguments) if arguments else composition) is None
     if arguments:
         composition = composition.known(*arguments)
-    watches = _watches(owner)
+    watches = watches_of(owner)
     if watches is None:
         return False
     watch = watches.get(composition)
@@ -43,7 +43,7 @@ def fuses_each(owner: nn.Module, compositions: tuple[Composition, ...]) -> Seque
     """`fuses` of each of them; where nothing stands against any, at the price of little more than one."""
     if torch.compiler.is_compiling():
         return [why_not(owner, composition) is None for composition in compositions]
-    watches = _watches(owner)
+    watches = watches_of(owner)
     if watches is None:
         return [False] * len(compositions)
     watch = watches.get(compositions)
@@ -55,25 +55,35 @@ def fuses_each(owner: nn.Module, compositions: tuple[Composition, ...]) -> Seque
     return each
 
 
-def _watches(owner: nn.Module) -> "Watches | None":
+def watches_of(owner: nn.Module) -> "Watches | None":
     """What is remembered of `owner`; None where a mode is in force under which nothing fuses."""
     if foreign_mode() is not None:
         return None
-    watches = owner.__dict__.get(_WATCHES)
+    watches = owner.__dict__.get(WATCHES)
     if watches is None or watches.owner() is not owner:  # none, or those of the module that this one is a copy of
-        watches = owner.__dict__[_WATCHES] = Watches(owner)
+        watches = owner.__dict__[WATCHES] = Watches(owner)
     return watches
 
 
 def forget(owner: nn.Module) -> None:
     """Removes what `fuses` remembers of `owner`."""
-    owner.__dict__.pop(_WATCHES, None)
+    owner.__dict__.pop(WATCHES, None)
 
 
 class Watch:
-    """The children of compositions as they were when nothing stood against these."""
+    """The children of compositions as they were when nothing stood against these.
 
-    def __init__(self, owner: nn.Module, *compositions: Composition) -> None:
+    settings: entries of dictionaries that are looked at besides. evaluation: whether the owner's and the children's
+    `training` is.
+    """
+
+    def __init__(
+        self,
+        owner: nn.Module,
+        *compositions: Composition,
+        settings: Iterable[tuple[dict[str, Any], str]] = (),
+        evaluation: bool = False,
+    ) -> None:
         modules: dict[int, nn.Module] = {}
         containers: list[dict[str, Any]] = []
         methods: list[tuple[type, str]] = []
@@ -97,6 +107,10 @@ class Watch:
                         state.add(child.__dict__, name)
             if composition.entry is not None:
                 methods.append(composition.entry)
+        for home, name in settings:
+            state.add(home, name)
+        for module in (owner, *modules.values()) if evaluation else ():
+            state.add(module.__dict__, "training")
         classes = dict.fromkeys(map(type, modules.values()))
         methods += [(c, name) for c in classes for name in METHODS]
         methods += [c.__dict__[ENTRY] for c in classes if ENTRY in c.__dict__]
@@ -154,6 +168,7 @@ class Watches(dict):
 
     def __init__(self, owner: nn.Module | None = None) -> None:
         super().__init__()
+        self.prepared: dict[Any, Any] = {}  # see prepared.py
         self.owner: Any = (lambda: None) if owner is None else weakref.ref(owner)
 
     def remember(self, owner: nn.Module, key: Any, compositions: tuple[Composition, ...]) -> bool:

@@ -10,6 +10,7 @@ from crossvit_kernels import blocks as compositions
 from crossvit_kernels.composition import Composition, Family
 from crossvit_kernels.kinds import GELU, LAYER_NORM, LINEAR, Kind, kind
 from crossvit_kernels.nn import CLASS_ATTENTION, CrossAttentionBlock
+from crossvit_kernels.prepared import again, prepare
 from crossvit_kernels.watch import fuses
 
 from .describe import linear_multiply_adds
@@ -52,6 +53,9 @@ class CrossAttentionFusion(MultiScaleBlock):
         return [self._direction(b, c, patches[(b + 1) % len(cls)]) for b, c in enumerate(cls)]
 
     def _direction(self, branch: int, cls: Tensor, patches: Tensor) -> Tensor:
+        out: Tensor | None = again(self, branch, cls, patches)
+        if out is not None:
+            return out
         project, revert = cast(Any, self.projs[branch]), cast(Any, self.revert_projs[branch])
         layers = self.layers(branch)
         if len(layers) == 1 and not torch.is_grad_enabled() and self._is_one_op(branch, layers[0]):
@@ -59,11 +63,18 @@ class CrossAttentionFusion(MultiScaleBlock):
             attention = (layer.norm1, layer.linears(), layer.attn.num_heads)
             out = compositions.fusion_direction(cls, patches, to, *attention, back, self.kernels)
             if out is not None:
+                self._prepare(branch, layer, to, back)
                 return out
         y = project(cls)
         for layer in layers:
             y = layer(y, patches)
         return revert(y)
+
+    def _prepare(self, branch: int, layer: CrossAttentionBlock, to: Any, back: Any) -> None:
+        sources = compositions.fusion_sources(to, layer.norm1, layer.attn, layer.linears(), back)
+        settings = [(self.__dict__, "kernels"), *((norm.__dict__, "eps") for norm in (to[0], layer.norm1, back[0]))]
+        one = (fusion_composition(branch, self.fusion_depth > 0),)
+        prepare(self, branch, one, "cls_fusion", self.kernels, sources, settings)
 
     def _is_one_op(self, branch: int, layer: CrossAttentionBlock) -> bool:
         if not fuses(self, fusion_composition, branch, self.fusion_depth > 0):

@@ -61,9 +61,13 @@ class MultiScaleBlock(KernelModule):
 
     def fuse(self, tokens: list[Tensor], cls_only: bool) -> list[Tensor]:
         """The fused tokens (B, 1 + N_i, D_i) of every branch, or with `cls_only` their CLS (B, D_i)."""
-        split = [x.split((1, x.shape[1] - 1), dim=1) for x in tokens]
-        patches = [parts[1] for parts in split]  # by index: what torch.fx traces with cannot be iterated
-        fused = self.fuse_cls([parts[0].squeeze(1) for parts in split], patches)
+        if torch.is_grad_enabled():  # the gradient of a split is one concatenation
+            split = [x.split((1, x.shape[1] - 1), dim=1) for x in tokens]
+            patches = [parts[1] for parts in split]  # by index: what torch.fx traces with cannot be iterated
+            cls = [parts[0].squeeze(1) for parts in split]
+        else:
+            cls, patches = [x.select(1, 0) for x in tokens], [x.narrow(1, 1, x.shape[1] - 1) for x in tokens]
+        fused = self.fuse_cls(cls, patches)
         if cls_only:
             return fused
         for b, (c, own) in enumerate(zip(fused, patches)):
@@ -71,7 +75,7 @@ class MultiScaleBlock(KernelModule):
             if torch.is_grad_enabled() or not (isinstance(tokens[b], Tensor) and _makes_new_tokens(self.blocks[b])):
                 tokens[b] = torch.cat((c[:, None], own), dim=1)
             else:
-                tokens[b][:, 0] = c
+                cls[b].copy_(c)
         return tokens
 
     def fuse_cls(self, cls: Sequence[Tensor], patches: Sequence[Tensor]) -> list[Tensor]:
@@ -105,9 +109,10 @@ class MultiScaleBlock(KernelModule):
 
 def _makes_new_tokens(branch: nn.Module) -> bool:
     """Whether what a branch's blocks return is theirs alone: the last is a `Block`, and nothing has seen its result."""
-    if type(branch) is not nn.Sequential or not len(branch) or type(branch[-1]) is not Block:
+    if type(branch) is not nn.Sequential or not branch._modules:
         return False
-    return unseen(branch) and unseen(branch[-1])
+    last = next(reversed(branch._modules.values()))
+    return type(last) is Block and unseen(branch) and unseen(last)
 
 
 def sum_of(tensors: Sequence[Tensor]) -> Tensor:

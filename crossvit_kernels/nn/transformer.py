@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import blocks
-from ..blocks import Residual, drop_path_scale
+from ..blocks import Residual, block_sources, drop_path_scale
+from ..prepared import NOTHING, again, prepare
 from ..watch import fuses, fuses_each
 from .compositions import ATTENTION_HALF, HALVES
 from .layers import Attention, LayerScale, Mlp
@@ -102,6 +103,9 @@ class Block(AttentionBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, N, D) -> (B, N, D)."""
+        out: Tensor | None = again(self, HALVES, x)
+        if out is not None:
+            return out
         kernels = self.kernels
         attention, mlp = fuses_each(self, HALVES)
         first = self._residual(self.ls1) if attention and not self.attn.drops() else None
@@ -109,6 +113,9 @@ class Block(AttentionBlock):
         if first is not None and second is not None:
             out = blocks.transformer_block(x, self.norm1, self.attn, first, self.norm2, self.mlp, second, kernels)
             if out is not None:
+                gammas = [(s._parameters, "gamma") if s is not None else NOTHING for s in (self.ls1, self.ls2)]
+                sources = block_sources(self.norm1, self.attn, gammas[0], self.norm2, self.mlp, gammas[1])
+                prepare(self, HALVES, HALVES, "transformer_block", kernels, sources, [(self.__dict__, "kernels")])
                 return out
         x = self._attention_half(x, first, kernels)
         if second is not None:

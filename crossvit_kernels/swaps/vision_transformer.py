@@ -11,6 +11,7 @@ from .. import blocks
 from ..blocks import Residual
 from ..composition import Composition
 from ..kinds import ABSENT, DROPOUT, GELU, IDENTITY, LAYER_NORM, LINEAR, Kind, kind, plain
+from ..prepared import NOTHING, again, prepare
 from ..watch import fuses_each
 from . import DROP_PATH, KERNELS, Swap, drop_path_rate, drops, wrong_scale
 
@@ -87,6 +88,9 @@ class FusedBlock(Swap, Block):
         if not plain(x):  # what torch.fx traces with: nothing may be asked of it
             return Block.forward(self, x, **given)
         known = kernels is not None and not given
+        out: Tensor | None = again(self, HALVES, x) if known else None
+        if out is not None:
+            return out
         attention, mlp = fuses_each(self, HALVES) if known else (False, False)
         attention = attention and not attention_drops(self.attn)
         mlp = mlp and not drops(self.mlp.drop1, self.mlp.drop2)
@@ -94,10 +98,12 @@ class FusedBlock(Swap, Block):
             return Block.forward(self, x, **given)
         first = residual(self.ls1, self.drop_path1) if attention else blocks.ADDED
         second = residual(self.ls2, self.drop_path2) if mlp else blocks.ADDED
-        out: Tensor | None = None
         if attention and mlp:
             out = blocks.transformer_block(x, self.norm1, self.attn, first, self.norm2, self.mlp, second, kernels)
             if out is not None:
+                scales = [(s._parameters, "gamma") if type(s) is LayerScale else NOTHING for s in (self.ls1, self.ls2)]
+                sources = blocks.block_sources(self.norm1, self.attn, scales[0], self.norm2, self.mlp, scales[1])
+                prepare(self, HALVES, HALVES, "transformer_block", kernels, sources, [(self.__dict__, KERNELS)])
                 return out
         if attention:
             out = blocks.attention_half(x, self.norm1, self.attn, first, kernels)

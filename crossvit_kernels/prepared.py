@@ -1,0 +1,116 @@
+"""A fused inference call on the CPU that is made again.
+
+Between a module's forward and C++ stand some twenty questions in Python: whether the children are what the composition
+stands for, whether dropout is at work, what the weights are and whether they fit, which backend serves them. Their
+answers are the same at every call until something changes. A call that was served by C++ is therefore kept as
+`Prepared`: which op it was, and where its arguments were read. While the children are found unchanged, the next call
+reads the arguments there and hands them to C++, which looks at all of them before it touches memory; what it refuses
+goes the usual way, as does everything that `Prepared` does not know.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import backends
+from .composition import Composition
+from .dispatch.torch_internals import any_autocast, foreign_mode, observed, plain_call
+from .watch import WATCHES, Watch, watches_of
+
+Source = tuple[Any, Any]
+"""Where an argument is read: a dictionary and a key in it, or a tuple and a place in it."""
+
+NOTHING: Source = ({"": None}, "")
+"""The source of None."""
+
+_TYPES = frozenset({Tensor, nn.Parameter, type(None), float, int})
+
+
+def weights(module: nn.Module) -> tuple[Source, Source]:
+    """The sources of a Linear's or a LayerNorm's weight and bias."""
+    return (module._parameters, "weight"), (module._parameters, "bias")
+
+
+def attribute(module: nn.Module, name: str) -> Source:
+    """The source of an attribute that is a number."""
+    return module.__dict__, name
+
+
+class Prepared:
+    """A call into C++ as it was made before, for modules in evaluation.
+
+    watch: what has to be as it was.
+    name: the op. kernels: the module's choice of a backend.
+    sources: the arguments behind the first input, but for the other inputs, of which `before` of them stand in front.
+    """
+
+    def __init__(self, watch: Watch, name: str, kernels: str, sources: Sequence[Source], before: int) -> None:
+        self.watch, self.name, self.kernels, self.before = watch, name, kernels, before
+        self.native = getattr(torch.ops.crossvit_kernels_cpu, name).default
+        self.homes, self.keys = zip(*sources)
+
+    def __call__(self, x: Tensor, *others: Tensor) -> Any:
+        """The op's result; None where the call is to go the usual way."""
+        if not self.watch.unchanged() or not x.numel():
+            return None
+        try:
+            arguments: list[Any] = [*map(getitem, self.homes, self.keys)]
+            if not _TYPES.issuperset(map(type, arguments)):
+                return None
+            if backends.resolve(self.kernels, x.device, x.dtype, self.name) != "cpu":
+                return None
+            arguments[self.before : self.before] = others
+            return self.native(x, *arguments)
+        except Exception:  # what C++ refuses, the usual way refuses in better words, or computes otherwise
+            return None
+
+
+def again(owner: nn.Module, key: Any, *inputs: Tensor) -> Any:
+    """The result of the call that `prepare` kept under this key; None where the call is to go the usual way: where
+    there is none, where something has changed, and where gradients, autocast or something that is to see the op are in
+    force."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return None
+    watches = owner.__dict__.get(WATCHES)
+    if watches is None or watches.owner() is not owner:
+        return None
+    prepared = watches.prepared.get(key)
+    if prepared is None or any_autocast() or foreign_mode() is not None:
+        return None
+    return prepared(*inputs) if plain_call(inputs) and not observed(inputs) else None
+
+
+def prepare(
+    owner: nn.Module,
+    key: Any,
+    compositions: Sequence[Composition],
+    name: str,
+    kernels: str,
+    sources: Iterable[Iterable[Source]],
+    settings: Iterable[Source] = (),
+    before: int = 0,
+) -> None:
+    """Keeps a call that C++ has just served, for `again`.
+
+    Args:
+        owner: the module, and `key` which of its calls.
+        compositions: the children that the call stood for; they and the owner have to be in evaluation.
+        name: the native op.
+        kernels: the module's choice of a backend.
+        sources: where the arguments behind the first input are, in the op's order, but for the other inputs.
+        settings: what else the call depended on, and is to be as it is.
+        before: how many of the sources stand before the other inputs.
+    """
+    arguments = [*chain.from_iterable(sources)]
+    if any(
+        isinstance(home, dict) and key not in home for home, key in arguments
+    ):  # a wrapper that keeps its parameters elsewhere
+        return
+    watches = watches_of(owner)
+    watch = Watch(owner, *compositions, settings=settings, evaluation=True)
+    if watches is not None and not owner.training and not any(module.training for module in watch.modules):
+        watches.prepared[key] = Prepared(watch, name, kernels, arguments, before)
