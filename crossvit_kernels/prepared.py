@@ -84,7 +84,13 @@ def again(owner: nn.Module, key: Any, *inputs: Tensor) -> Any:
     return prepared(*inputs) if plain_call(inputs) and not observed(inputs) else None
 
 
+def preparable(owner: nn.Module) -> bool:
+    """Whether a call that was just served may be kept; to be asked before `prepare`."""
+    return not torch.compiler.is_compiling() and not torch.is_grad_enabled() and not owner.training
+
+
 def prepare(
+    x: Tensor,
     owner: nn.Module,
     key: Any,
     compositions: Sequence[Composition],
@@ -94,9 +100,10 @@ def prepare(
     settings: Iterable[Source] = (),
     before: int = 0,
 ) -> None:
-    """Keeps a call that C++ has just served, for `again`.
+    """Keeps a call of a `preparable` module that was just served for `again`, where C++ served it.
 
     Args:
+        x: the first input.
         owner: the module, and `key` which of its calls.
         compositions: the children that the call stood for; they and the owner have to be in evaluation.
         name: the native op.
@@ -105,12 +112,14 @@ def prepare(
         settings: what else the call depended on, and is to be as it is.
         before: how many of the sources stand before the other inputs.
     """
-    arguments = [*chain.from_iterable(sources)]
-    if any(
-        isinstance(home, dict) and key not in home for home, key in arguments
-    ):  # a wrapper that keeps its parameters elsewhere
-        return
     watches = watches_of(owner)
+    if watches is None or backends.resolve(kernels, x.device, x.dtype, name) != "cpu":
+        return
+    if (kept := watches.prepared.get(key)) is not None and kept.watch.unchanged():
+        return  # it is another input that C++ refuses, or a region in which nothing is to be kept
+    arguments = [*chain.from_iterable(sources)]
+    if any(isinstance(home, dict) and key not in home for home, key in arguments):
+        return  # a wrapper keeps its parameters elsewhere
     watch = Watch(owner, *compositions, settings=settings, evaluation=True)
-    if watches is not None and not owner.training and not any(module.training for module in watch.modules):
+    if not any(module.training for module in watch.modules):
         watches.prepared[key] = Prepared(watch, name, kernels, arguments, before)

@@ -10,7 +10,7 @@ from crossvit_kernels import blocks as compositions
 from crossvit_kernels.composition import Composition, Family
 from crossvit_kernels.kinds import GELU, LAYER_NORM, LINEAR, Kind, kind
 from crossvit_kernels.nn import CLASS_ATTENTION, CrossAttentionBlock
-from crossvit_kernels.prepared import again, prepare
+from crossvit_kernels.prepared import again, preparable, prepare
 from crossvit_kernels.watch import fuses
 
 from .describe import linear_multiply_adds
@@ -63,18 +63,19 @@ class CrossAttentionFusion(MultiScaleBlock):
             attention = (layer.norm1, layer.linears(), layer.attn.num_heads)
             out = compositions.fusion_direction(cls, patches, to, *attention, back, self.kernels)
             if out is not None:
-                self._prepare(branch, layer, to, back)
+                if preparable(self):
+                    self._prepare(cls, branch, layer, to, back)
                 return out
         y = project(cls)
         for layer in layers:
             y = layer(y, patches)
         return revert(y)
 
-    def _prepare(self, branch: int, layer: CrossAttentionBlock, to: Any, back: Any) -> None:
+    def _prepare(self, cls: Tensor, branch: int, layer: CrossAttentionBlock, to: Any, back: Any) -> None:
         sources = compositions.fusion_sources(to, layer.norm1, layer.attn, layer.linears(), back)
         settings = [(self.__dict__, "kernels"), *((norm.__dict__, "eps") for norm in (to[0], layer.norm1, back[0]))]
         one = (fusion_composition(branch, self.fusion_depth > 0),)
-        prepare(self, branch, one, "cls_fusion", self.kernels, sources, settings)
+        prepare(cls, self, branch, one, "cls_fusion", self.kernels, sources, settings)
 
     def _is_one_op(self, branch: int, layer: CrossAttentionBlock) -> bool:
         if not fuses(self, fusion_composition, branch, self.fusion_depth > 0):

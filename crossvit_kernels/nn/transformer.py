@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from .. import blocks
 from ..blocks import Residual, block_sources, drop_path_scale
-from ..prepared import NOTHING, again, prepare
+from ..prepared import NOTHING, again, preparable, prepare
 from ..watch import fuses, fuses_each
 from .compositions import ATTENTION_HALF, HALVES
 from .layers import Attention, LayerScale, Mlp
@@ -113,9 +113,8 @@ class Block(AttentionBlock):
         if first is not None and second is not None:
             out = blocks.transformer_block(x, self.norm1, self.attn, first, self.norm2, self.mlp, second, kernels)
             if out is not None:
-                gammas = [(s._parameters, "gamma") if s is not None else NOTHING for s in (self.ls1, self.ls2)]
-                sources = block_sources(self.norm1, self.attn, gammas[0], self.norm2, self.mlp, gammas[1])
-                prepare(self, HALVES, HALVES, "transformer_block", kernels, sources, [(self.__dict__, "kernels")])
+                if preparable(self):
+                    self._prepare(x)
                 return out
         x = self._attention_half(x, first, kernels)
         if second is not None:
@@ -123,3 +122,9 @@ class Block(AttentionBlock):
             if out is not None:
                 return out
         return self._add(x, self.mlp(self.norm2(x)), self.ls2)
+
+    def _prepare(self, x: Tensor) -> None:
+        gammas = [NOTHING if scale is None else (scale._parameters, "gamma") for scale in (self.ls1, self.ls2)]
+        sources = block_sources(self.norm1, self.attn, gammas[0], self.norm2, self.mlp, gammas[1])
+        settings = [(self.__dict__, "kernels")]
+        prepare(x, self, HALVES, HALVES, "transformer_block", self.kernels, sources, settings)

@@ -12,7 +12,7 @@ from ..blocks import Residual
 from ..composition import Composition, Family
 from ..kinds import DROPOUT, GELU, LAYER_NORM, LINEAR, PATCH_CONVOLUTION, Kind, kind, plain
 from ..ops import bicubic_resize
-from ..prepared import again, prepare
+from ..prepared import again, preparable, prepare
 from ..watch import fuses
 from . import DROP_PATH, KERNELS, Swap, drop_path_rate, wrong_scale
 from .vision_transformer import attention_drops
@@ -157,9 +157,10 @@ def _direction(stage: Any, i: int, cls: Tensor, patches: Tensor, kernels: str) -
         steps = ((norm, linear), (back_norm, back))
         out = blocks.fusion_direction(cls, patches, steps[0], layer.norm1, linears, heads, steps[1], kernels)
         if out is not None:
-            sources = blocks.fusion_sources(steps[0], layer.norm1, layer.attn, linears, steps[1])
-            settings = [(stage.__dict__, KERNELS), *((n.__dict__, "eps") for n in (norm, layer.norm1, back_norm))]
-            prepare(stage, i, (direction(i, nested),), "cls_fusion", kernels, sources, settings)
+            if preparable(stage):
+                sources = blocks.fusion_sources(steps[0], layer.norm1, layer.attn, linears, steps[1])
+                settings = [(stage.__dict__, KERNELS), *((n.__dict__, "eps") for n in (norm, layer.norm1, back_norm))]
+                prepare(cls, stage, i, (direction(i, nested),), "cls_fusion", kernels, sources, settings)
             return out
     c = _project(stage, "projs", i, cls, whole, kernels)
     y = _attend(layer, c, patches, kernels) if attends else None

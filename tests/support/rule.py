@@ -135,9 +135,13 @@ class Site:
     def pair(
         self, kernels: str, change: Callable[[nn.Module], Any] = lambda module: None, *, before: bool = False
     ) -> tuple[nn.Module, nn.Module]:
-        """The module and its twin, with the same weights and both changed; `before` it is accelerated."""
+        """The module and its twin, with the same weights and both changed; `before` it is accelerated, else when it was
+        called and has remembered all that it remembers of calls."""
         twin = perturb(self.plain()).eval()
         ours = self.twin_of(twin, kernels, before)
+        for _ in range(0 if before else 2):
+            with torch.no_grad():
+                ours(*self.inputs())
         for module in (ours, twin):
             torch.manual_seed(0)
             change(module)
