@@ -11,6 +11,7 @@ what it is compiled for, as torch's extensions take it ("8.0;9.0+PTX"); ``CUDA_H
 """
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import old_glibc
 import torch
 from building import TORCH, TORCH_FLAGS, TORCH_LIBRARIES, NotBuiltError, make, together
 
@@ -217,6 +219,8 @@ class Build:
 
     def _link_cuda(self, output: Path, objects: list[Path]) -> Path:
         command = [self.nvcc, "-shared", "-cudart", "static", *gencode(self.cuda["architectures"])]
+        if platform.machine() == "x86_64":
+            command += map(str, old_glibc.libraries(self.cxx, self.folder / "old_glibc"))
         command += ["-Xlinker", "--exclude-libs=ALL", *map(str, objects), *TORCH_LIBRARIES, *CUDA_LIBRARIES]
         return make(output, command, self.cuda["nvcc"], inputs=objects)
 

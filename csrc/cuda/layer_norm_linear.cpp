@@ -59,8 +59,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_linear(const Tensor& x, co
   const Tensor out = empty(shape, weight.scalar_type(), x);
   const Tensor mean = empty_f32({save ? rows : 0}, x), rstd = empty_f32({save ? rows : 0}, x);
   const Tensor pre = empty({save && gelu_out ? rows : 0, features}, weight.scalar_type(), x);
-  layer_norm_linear_forward(call, x, norm_weight, norm_bias, weight, bias, eps, gelu_in, gelu_out, out, mean, rstd,
-                            pre);
+  layer_norm_linear_forward(call, x, norm_weight, norm_bias, weight, bias, eps, gelu_in, gelu_out,
+                            {out, mean, rstd, pre});
   return {out, mean, rstd, pre};
 }
 
