@@ -75,7 +75,8 @@ Tensor sum_of_few(const Tensor& t, Sizes shape, std::int64_t rows) {
 }  // namespace
 
 Tensor sum(const Tensor& t, Sizes dims, bool keep, std::optional<ScalarType> dtype) {
-  const bool of_rows = std::equal(dims.begin(), dims.end(), std::initializer_list<std::int64_t>{0, 1}.begin());
+  constexpr std::int64_t kFirst[] = {0, 1};
+  const bool of_rows = dims.size() <= 2 && std::equal(dims.begin(), dims.end(), kFirst);
   if (of_rows && !keep && !dtype && t.device().type == kCPU && t.is_contiguous()) {
     std::int64_t rows = 1;
     for (const std::int64_t d : dims) rows *= t.size(d);
