@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from .composition import Composition, fuses, why_not
+from .composition import Composition, why_not
 from .kinds import plain, takes
 from .ops import (
     cls_cross_attention,
@@ -30,6 +30,7 @@ from .ops import (
     self_attention,
 )
 from .ops import transformer_block as native
+from .watch import fuses
 
 
 def regular(*linears: tuple[Tensor, Tensor | None]) -> bool:

@@ -4,15 +4,13 @@ A fused composition reads the weights of the modules that it stands for and does
 where a call of each of them would do nothing but what its class is known to do. `why_not` says in words what stands
 against it; where something does, the modules are called as they are, with the result that they give.
 
-To look is cheap: what was looked at is remembered in a `Watch`, and found unchanged in a few microseconds.
+`watch.py` asks it at every call, and remembers what was found.
 """
 
 import functools
 import sys
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from operator import is_
 from typing import Any
 
 import torch
@@ -21,10 +19,9 @@ from torch import nn
 
 from .dispatch.torch_internals import (
     CALLS,
-    GLOBAL_HOOKS,
-    HOOKS,
     MODULES_UNKNOWN,
     OVERRIDES,
+    constant_result,
     foreign_mode,
     hooked,
     own_call,
@@ -33,12 +30,9 @@ from .dispatch.torch_internals import (
 )
 from .kinds import Kind
 
-_WATCHES = "_crossvit_watches"
-_ENTRY = "_crossvit_entry"  # of a class that stands in for another: that class and the method that is overridden
+ENTRY = "_crossvit_entry"  # of a class that stands in for another: that class and the method that is overridden
 _OUTSIDE, _INSIDE = CALLS
-_METHODS = ("forward", "__call__", _INSIDE)  # of a class, what a call of an instance runs
-_get: Any = dict.get
-_attribute: Any = getattr
+METHODS = ("forward", "__call__", _INSIDE)  # of a class, what a call of an instance runs
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +67,7 @@ class Family:
 
 
 # What the forwards of the modules call: a dictionary, a key in it, and the value there when this package was imported.
-_FUNCTIONS = [
+FUNCTIONS = [
     (F.__dict__, name, F.__dict__[name])
     for name in ("linear", "layer_norm", "gelu", "conv2d", "scaled_dot_product_attention")
 ]
@@ -81,7 +75,7 @@ _FUNCTIONS = [
 
 def replaced_function() -> str | None:
     """The first function of torch.nn.functional that modules would call and that somebody replaced, in words."""
-    for home, name, function in _FUNCTIONS:
+    for home, name, function in FUNCTIONS:
         if home.get(name) is not function:
             return f"torch.nn.functional.{name} was replaced"
     return None
@@ -98,7 +92,7 @@ def why_not(owner: nn.Module, composition: Composition) -> str | None:
         cls, method = composition.entry
         return f"{cls.__qualname__}.{method} was replaced"
     for path, expected in composition.parts.items():
-        child = _child(owner, path)
+        child = child_at(owner, path)
         if (why := expected.why_not(child)) is not None:
             return f"{path} {why}"
         if child is None and _is_plain_attribute(owner, path):
@@ -108,123 +102,18 @@ def why_not(owner: nn.Module, composition: Composition) -> str | None:
     return None
 
 
-def fuses(owner: nn.Module, composition: Any, *arguments: Any) -> bool:
-    """Whether nothing stands against it now: `why_not` in its quick form.
-
-    composition: a Composition or, with the `arguments` for it, a Family.
-    """
-    if torch.compiler.is_compiling():
-        return why_not(owner, composition.make(*arguments) if arguments else composition) is None
-    if arguments:
-        composition = composition.known(*arguments)
-    if foreign_mode() is not None:
-        return False
-    watches = owner.__dict__.get(_WATCHES)
-    if watches is None or watches.owner() is not owner:  # none, or those of the module that this one is a copy of
-        watches = owner.__dict__[_WATCHES] = Watches(owner)
-    watch = watches.get(composition)
-    if watch is not None and watch.unchanged():
-        return True
-    if why_not(owner, composition) is not None:
-        return False
-    watch = Watch(owner, composition)
-    if why_not(owner, composition) is not None:  # another thread changes it
-        return False
-    watches[composition] = watch
-    return True
-
-
-def forget(owner: nn.Module) -> None:
-    """Removes what `fuses` remembers of `owner`."""
-    owner.__dict__.pop(_WATCHES, None)
-
-
-class Watch:
-    """The children of a composition as they were when nothing stood against it."""
-
-    def __init__(self, owner: nn.Module, composition: Composition) -> None:
-        modules: list[nn.Module] = []
-        containers: list[dict[str, Any]] = []
-        places: list[tuple[dict[str, Any], str, Any]] = [*_FUNCTIONS]  # a dictionary, a key in it, and the value there
-        for parent, name in _ways(owner, composition.parts):
-            places += [
-                (parent.__dict__, "_modules", parent._modules),
-                (parent._modules, name, parent._modules.get(name)),
-            ]
-            if parent._modules.get(name) is None:
-                places.append((parent.__dict__, name, None))
-        for path, expected in composition.parts.items():
-            child = _child(owner, path)
-            if child is not None:
-                modules.append(child)
-                own = child.__dict__
-                if child._modules:
-                    containers.append(child._modules)
-                places += [(own, name, None) for name in OVERRIDES]
-                places += [(own, name, own.get(name)) for name in (*HOOKS, *expected.settings)]
-        places = list({(id(home), name): (home, name, value) for home, name, value in places}.values())
-        classes = dict.fromkeys(map(type, modules))
-        methods: list[tuple[type, str]] = [(c, name) for c in classes for name in _METHODS]
-        methods += [c.__dict__[_ENTRY] for c in classes if _ENTRY in c.__dict__]
-        if composition.entry is not None:
-            methods.append(composition.entry)
-        self.homes, self.names, self.values = (tuple(place[i] for place in places) for i in range(3))
-        self.modules, self.types = tuple(modules), tuple(map(type, modules))
-        self.containers, self.counts = tuple(containers), tuple(map(len, containers))
-        self.hooks = (*GLOBAL_HOOKS, *(getattr(child, name) for child in modules for name in HOOKS))
-        self.classes, self.methods = (tuple(method[i] for method in methods) for i in range(2))
-        self.functions = tuple(map(_attribute, self.classes, self.methods))
-
-    def unchanged(self) -> bool:
-        """Whether all of it is as it was: the same children, of the same classes, with the same settings and methods,
-        and no hooks."""
-        return (
-            all(map(is_, map(_get, self.homes, self.names), self.values))
-            and all(map(is_, map(type, self.modules), self.types))
-            and not any(self.hooks)
-            and tuple(map(len, self.containers)) == self.counts
-            and all(map(is_, map(_attribute, self.classes, self.methods), self.functions))
-        )
-
-
-class Watches(dict):
-    """{composition: what is remembered of it}, of one module, `owner`; a copy, or a file, of it remembers nothing."""
-
-    def __init__(self, owner: nn.Module | None = None) -> None:
-        super().__init__()
-        self.owner: Any = (lambda: None) if owner is None else weakref.ref(owner)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Watches":
-        return Watches()
-
-    def __reduce__(self) -> Any:
-        return Watches, ()
-
-
-def _child(owner: nn.Module, path: str) -> nn.Module | None:
+def child_at(owner: nn.Module, path: str) -> nn.Module | None:
+    """The module at this path below `owner`, which has "" itself; None where there is none."""
     child: nn.Module | None = owner
     for name in path.split(".") if path else ():
         child = None if child is None else child._modules.get(name)
     return child
 
 
-def _ways(owner: nn.Module, paths: Iterable[str]) -> Iterator[tuple[nn.Module, str]]:
-    """(parent, name) of every module on the way to each of `paths`, each once."""
-    seen: set[str] = set()
-    for path in paths:
-        names = path.split(".")
-        for depth in range(len(names)):
-            way = ".".join(names[: depth + 1])
-            parent = _child(owner, ".".join(names[:depth]))
-            if way not in seen and parent is not None:
-                seen.add(way)
-                yield parent, names[depth]
-
-
 def _is_plain_attribute(owner: nn.Module, path: str) -> bool:
     """Whether something that is no registered module stands where the child `path` would."""
     parent, _, name = path.rpartition(".")
-    home = _child(owner, parent)
+    home = child_at(owner, parent)
     return home is not None and home.__dict__.get(name) is not None
 
 
@@ -237,7 +126,7 @@ def _disturbance(child: nn.Module) -> str | None:
     cls = type(child)
     if not _genuine(cls, "forward") or not _genuine(cls, _INSIDE):
         return f"is a {cls.__qualname__}, whose forward was replaced"
-    entry = cls.__dict__.get(_ENTRY)
+    entry = cls.__dict__.get(ENTRY)
     if entry is not None and not _genuine(*entry):
         return f"is a {entry[0].__qualname__}, whose {entry[1]} was replaced"
     if torch.compiler.is_compiling():
@@ -252,7 +141,7 @@ def unseen(module: nn.Module) -> bool:
     return not returns_seen(module) and module.__dict__.keys().isdisjoint(OVERRIDES)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _genuine(cls: type, method: str) -> bool:
     """Whether the class's method is the one that stands in its source, and not one that was put there later."""
     for base in cls.__mro__:

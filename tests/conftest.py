@@ -9,6 +9,9 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+# Before torch loads OpenMP, which reads it once: a waiting thread of one test process leaves its core to another.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 
 import available

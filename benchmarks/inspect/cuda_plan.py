@@ -118,14 +118,14 @@ class _Allocations(TorchDispatchMode):
 
 
 @functools.cache
-def _kernels() -> dict[tuple[str, str], cuda_report.Kernel]:
-    """The library's kernels by name and architecture."""
-    return {(kernel.name, kernel.architecture): kernel for kernel in cuda_report.kernels(cuda_report.LIBRARY)}
+def _kernels(architecture: str) -> dict[str, cuda_report.Kernel]:
+    """The library's kernels for an architecture, by name."""
+    return {kernel.name: kernel for kernel in cuda_report.kernels(cuda_report.LIBRARY, (architecture,))}
 
 
 def resources(launch: Launch, architecture: str) -> Resources:
     """What the compiler says of a launched kernel. KeyError where the library has no code for the architecture."""
-    kernel = _kernels()[launch.name, architecture]
+    kernel = _kernels(architecture)[launch.name]
     return Resources(
         registers=kernel.registers,
         stack=kernel.stack,

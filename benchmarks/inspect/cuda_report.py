@@ -63,28 +63,33 @@ def tool(name: str) -> str:
 
 
 @functools.cache
-def kernels(library: Path) -> list[Kernel]:
-    """Every kernel of a library, for every architecture that it has code for. Disassembling takes a minute."""
-    usage = {
-        (symbol, architecture): {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
-        for symbol, architecture, line in _usage(library)
-    }
-    architectures = sorted({architecture for _, architecture in usage})
-    counted = {}
-    with ThreadPoolExecutor(2) as pool:
-        for counts in pool.map(functools.partial(_instructions, library), architectures):
-            counted |= counts
-    return [
-        Kernel(
+def resources(library: Path) -> dict[tuple[str, str], Kernel]:
+    """{(symbol, architecture): a kernel, without its instructions}, of every kernel of a library for every architecture
+    that it has code for."""
+    found = {}
+    for symbol, architecture, line in _usage(library):
+        used = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
+        found[symbol, architecture] = Kernel(
             name=kernel_name(symbol),
             architecture=architecture,
             registers=used["REG"],
             stack=used["STACK"] + used["LOCAL"],
             shared=used["SHARED"] - (RESERVED if int(re.sub(r"\D", "", architecture)) >= 90 else 0),
-            instructions=counted[symbol, architecture],
+            instructions={},
         )
-        for (symbol, architecture), used in sorted(usage.items())
-    ]
+    return found
+
+
+@functools.cache
+def kernels(library: Path, architectures: tuple[str, ...] | None = None) -> list[Kernel]:
+    """Every kernel of a library, for these architectures or for every one that it has code for, with its instructions.
+    To disassemble one architecture takes a quarter of a minute."""
+    found = {key: k for key, k in resources(library).items() if architectures is None or key[1] in architectures}
+    counted = {}
+    with ThreadPoolExecutor(2) as pool:
+        for counts in pool.map(functools.partial(_instructions, library), sorted({key[1] for key in found})):
+            counted |= counts
+    return [dataclasses.replace(kernel, instructions=counted[key]) for key, kernel in sorted(found.items())]
 
 
 def kernel_name(symbol: str) -> str:
@@ -166,11 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.library.is_file():
         record = crossvit_kernels.backends.reason("cuda") if options.library == LIBRARY else None
         parser.error(f"{options.library} does not exist" + (f": {record}" if record else ""))
-    found = [
-        kernel
-        for kernel in kernels(options.library)
-        if options.kernel in kernel.name and kernel.architecture.startswith(options.architecture)
-    ]
+    names = sorted({name for _, name in resources(options.library) if name.startswith(options.architecture)})
+    found = [kernel for kernel in kernels(options.library, tuple(names)) if options.kernel in kernel.name]
     headings = ["kernel", "architecture", "registers", "stack", "static shared", *COUNTED]
     rows = [
         [k.name, k.architecture, k.registers, k.stack, k.shared, *k.instructions.values()]

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from crossvit_kernels import blocks as compositions
-from crossvit_kernels.composition import Composition, Family, fuses
+from crossvit_kernels.composition import Composition, Family
 from crossvit_kernels.kinds import GELU, LAYER_NORM, LINEAR, Kind, kind
 from crossvit_kernels.nn import CLASS_ATTENTION, CrossAttentionBlock
+from crossvit_kernels.watch import fuses
 
 from .describe import linear_multiply_adds
 from .stage import MultiScaleBlock, projection

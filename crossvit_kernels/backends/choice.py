@@ -69,8 +69,6 @@ def _resolve(kernels: str, device: torch.device, dtype: torch.dtype, op: str) ->
     return name
 
 
-# Its answer depends on constants of a traced graph alone, so torch.compile need not look inside.
-@torch.compiler.assume_constant_result
 def resolve(kernels: str, device: torch.device, dtype: torch.dtype, op: str) -> str:
     """The backend that serves `op` for `kernels=` and tensors of `dtype` on `device`.
 

@@ -10,7 +10,18 @@ from torch import Tensor
 from .. import backends
 from .autograd import Differentiable
 from .op import Op
-from .torch_internals import DECOMPOSES, any_autocast, any_requires_grad, observed, plain_call, without_autocast
+from .torch_internals import (
+    DECOMPOSES,
+    any_autocast,
+    any_requires_grad,
+    constant_result,
+    observed,
+    plain_call,
+    without_autocast,
+)
+
+# Its answer depends on constants of a traced graph alone, so torch.compile need not look inside.
+constant_result(backends.resolve)
 
 
 def needs_reference(op: Op, inputs: Sequence[Any], kernels: str, dtype: torch.dtype | None = None) -> bool:

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
 
@@ -299,6 +300,27 @@ def let_inductor_call(op: Any) -> None:
     allowed = getattr(sys.modules.get("torch._inductor.lowering"), "FALLBACK_ALLOW_LIST", None)
     if DECOMPOSES and allowed is not None:
         allowed.add(op.name())
+
+
+# A function whose result torch.compile may take for a constant. The public decorator sets an attribute, and imports the
+# whole of torch.compile for it, which takes half as long as importing torch. The probe reads the decorator's source.
+
+_CONSTANT = "_dynamo_marked_constant"
+
+
+def _constants_are_marked() -> bool:
+    source = Path(torch.__file__).with_name("_dynamo").joinpath("decorators.py").read_text("utf-8")
+    return f"    fn.{_CONSTANT} = True" in source
+
+
+if _probe("constants", _constants_are_marked):
+
+    def constant_result(function: Callable) -> Callable:
+        """Tells torch.compile that this function's result, for the same constant arguments, is the same; returns it."""
+        setattr(function, _CONSTANT, True)
+        return function
+else:
+    constant_result = torch.compiler.assume_constant_result
 
 
 # A native op's schema. Publicly it is read from the error of a call without arguments, which quotes it.

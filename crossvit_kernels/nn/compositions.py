@@ -20,6 +20,7 @@ MLP_HALF = Composition(
         "ls2": _LAYER_SCALE,
     },
 )
+HALVES = (ATTENTION_HALF, MLP_HALF)
 CLASS_ATTENTION = Composition(
     "class attention",
     {"norm1": LAYER_NORM, "attn": _CROSS_ATTENTION} | {f"attn.{n}": LINEAR for n in ("wq", "wk", "wv", "proj")},

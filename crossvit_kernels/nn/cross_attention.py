@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .. import blocks
 from ..blocks import Residual, drop_path_scale
-from ..composition import fuses
+from ..watch import fuses
 from .compositions import CLASS_ATTENTION
 from .module import KernelModule, check_heads, check_rates
 

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import blocks
-from ..composition import Composition, fuses
+from ..composition import Composition
 from ..kinds import plain
 from ..ops import self_attention
+from ..watch import fuses
 from .compositions import PROJECTIONS
 from .module import KernelModule, check_heads, check_rates
 

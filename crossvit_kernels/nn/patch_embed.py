@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import blocks
-from ..composition import fuses
 from ..kinds import plain
 from ..ops import bicubic_resize
+from ..watch import fuses
 from .compositions import EMBED
 from .module import KernelModule
 

@@ -5,8 +5,8 @@ from torch import Tensor, nn
 
 from .. import blocks
 from ..blocks import Residual, drop_path_scale
-from ..composition import fuses
-from .compositions import ATTENTION_HALF, MLP_HALF
+from ..watch import fuses, fuses_each
+from .compositions import ATTENTION_HALF, HALVES
 from .layers import Attention, LayerScale, Mlp
 from .module import KernelModule, check_rates
 
@@ -41,11 +41,8 @@ class AttentionBlock(KernelModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, N, D) -> (B, N, D)."""
-        return self._attention_half(x, self._residual(self.ls1) if self.fuses_attention() else None, self.kernels)
-
-    def fuses_attention(self) -> bool:
-        """Whether the ops may stand for the attention half now."""
-        return fuses(self, ATTENTION_HALF) and not self.attn.drops()
+        fused = fuses(self, ATTENTION_HALF) and not self.attn.drops()
+        return self._attention_half(x, self._residual(self.ls1) if fused else None, self.kernels)
 
     def _attention_half(self, x: Tensor, residual: Residual | None, kernels: str) -> Tensor:
         """By the ops, or without a `residual` by the modules."""
@@ -106,8 +103,9 @@ class Block(AttentionBlock):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, N, D) -> (B, N, D)."""
         kernels = self.kernels
-        first = self._residual(self.ls1) if self.fuses_attention() else None
-        second = self._residual(self.ls2) if self.fuses_mlp() else None
+        attention, mlp = fuses_each(self, HALVES)
+        first = self._residual(self.ls1) if attention and not self.attn.drops() else None
+        second = self._residual(self.ls2) if mlp and not self.mlp.drops() else None
         if first is not None and second is not None:
             out = blocks.transformer_block(x, self.norm1, self.attn, first, self.norm2, self.mlp, second, kernels)
             if out is not None:
@@ -118,7 +116,3 @@ class Block(AttentionBlock):
             if out is not None:
                 return out
         return self._add(x, self.mlp(self.norm2(x)), self.ls2)
-
-    def fuses_mlp(self) -> bool:
-        """Whether the ops may stand for the MLP half now."""
-        return fuses(self, MLP_HALF) and not self.mlp.drops()

@@ -7,8 +7,9 @@ from timm.layers import AttentionPoolLatent
 from torch import Tensor
 
 from .. import blocks
-from ..composition import Composition, fuses
+from ..composition import Composition
 from ..kinds import IDENTITY, LAYER_NORM, LINEAR, LINEAR_OR_IDENTITY, plain
+from ..watch import fuses
 from . import KERNELS, Swap, drops
 from .vision_transformer import MLP
 

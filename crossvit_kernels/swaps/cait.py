@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .. import blocks
 from ..blocks import Residual
-from ..composition import Composition, fuses
+from ..composition import Composition
 from ..kinds import DROPOUT, LAYER_NORM, LINEAR, kind, plain
+from ..watch import fuses, fuses_each
 from . import DROP_PATH, KERNELS, Swap, drop_path_rate, drops, wrong_scale
 from .vision_transformer import MLP, attention_drops
 
@@ -36,6 +37,7 @@ CLASS_ATTENTION_HALF = Composition(
     },
     CLASS_ENTRY,
 )
+CLASS_HALVES = (CLASS_ATTENTION_HALF, CLASS_MLP_HALF)
 
 
 def _mlp_half(block: Any, x: Tensor, kernels: str) -> Tensor:
@@ -72,13 +74,14 @@ class FusedLayerScaleBlockClassAttn(Swap, LayerScaleBlockClassAttn):
 
     @staticmethod
     def compositions(module: Any) -> Sequence[Composition]:
-        return CLASS_ATTENTION_HALF, CLASS_MLP_HALF
+        return CLASS_HALVES
 
     def forward(self: Any, x: Tensor, x_cls: Tensor) -> Tensor:
         kernels: Any = getattr(self, KERNELS, None)  # None: restored a moment ago
         known = kernels is not None and plain(x, x_cls)
-        attention = known and fuses(self, CLASS_ATTENTION_HALF) and not attention_drops(self.attn)
-        mlp = known and fuses(self, CLASS_MLP_HALF) and not drops(self.mlp.drop1, self.mlp.drop2)
+        attention, mlp = fuses_each(self, CLASS_HALVES) if known else (False, False)
+        attention = attention and not attention_drops(self.attn)
+        mlp = mlp and not drops(self.mlp.drop1, self.mlp.drop2)
         if not (attention or mlp):
             return LayerScaleBlockClassAttn.forward(self, x, x_cls)
         out: Tensor | None = None

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from .. import blocks
 from ..blocks import Residual
-from ..composition import Composition, Family, fuses
+from ..composition import Composition, Family
 from ..kinds import DROPOUT, GELU, LAYER_NORM, LINEAR, PATCH_CONVOLUTION, Kind, kind, plain
 from ..ops import bicubic_resize
+from ..watch import fuses
 from . import DROP_PATH, KERNELS, Swap, drop_path_rate, wrong_scale
 from .vision_transformer import attention_drops
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .. import blocks
 from ..blocks import Residual
-from ..composition import Composition, fuses
+from ..composition import Composition
 from ..kinds import ABSENT, DROPOUT, GELU, IDENTITY, LAYER_NORM, LINEAR, Kind, kind, plain
+from ..watch import fuses_each
 from . import DROP_PATH, KERNELS, Swap, drop_path_rate, drops, wrong_scale
 
 
@@ -56,6 +57,7 @@ ATTENTION_HALF = Composition(
     _ENTRY,
 )
 MLP_HALF = Composition("MLP half", {"norm2": LAYER_NORM, **MLP, "ls2": LAYER_SCALE, "drop_path2": DROP_PATH}, _ENTRY)
+HALVES = (ATTENTION_HALF, MLP_HALF)
 
 
 def residual(layer_scale: Any, drop_path: Any) -> Residual:
@@ -76,7 +78,7 @@ class FusedBlock(Swap, Block):
 
     @staticmethod
     def compositions(module: Any) -> Sequence[Composition]:
-        return ATTENTION_HALF, MLP_HALF
+        return HALVES
 
     def forward(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         kernels: Any = getattr(self, KERNELS, None)  # None: restored a moment ago
@@ -85,8 +87,9 @@ class FusedBlock(Swap, Block):
         if not plain(x):  # what torch.fx traces with: nothing may be asked of it
             return Block.forward(self, x, **given)
         known = kernels is not None and not given
-        attention = known and fuses(self, ATTENTION_HALF) and not attention_drops(self.attn)
-        mlp = known and fuses(self, MLP_HALF) and not drops(self.mlp.drop1, self.mlp.drop2)
+        attention, mlp = fuses_each(self, HALVES) if known else (False, False)
+        attention = attention and not attention_drops(self.attn)
+        mlp = mlp and not drops(self.mlp.drop1, self.mlp.drop2)
         if not (attention or mlp):
             return Block.forward(self, x, **given)
         first = residual(self.ls1, self.drop_path1) if attention else blocks.ADDED

@@ -110,7 +110,7 @@ def forward(op: OpSpec, values: list[Any], kernels: str) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("kernels", ALL)
 @pytest.mark.parametrize("permuted", [False, True])
 @pytest.mark.parametrize("name", EXAMPLES)
-@pytest.mark.one_in(2)
+@pytest.mark.not_interpreted
 def test_opcheck(name: str, kernels: str, permuted: bool) -> None:
     op, values = OPS[name], dispatcher_inputs(name, permuted=permuted, device=DEVICES.get(kernels, "cpu"))
     if op.save is None:
@@ -327,7 +327,7 @@ def test_function_transforms_and_forward_mode_run_on_the_reference(backend: str,
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", EXAMPLES)
-@pytest.mark.one_in(2)
+@pytest.mark.not_interpreted
 def test_compile_of_the_whole_graph(backend: str, name: str, dynamic: bool) -> None:
     """Forward and backward are traced without a break and give what the eager op gives, for several batch sizes."""
     torch._dynamo.reset()

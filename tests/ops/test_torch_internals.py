@@ -74,6 +74,12 @@ def test_a_probe_fails_where_it_is_told_to() -> None:
         assert ast.literal_eval(done.stdout) == expected
 
 
+def test_importing_the_package_does_not_import_torch_compile() -> None:
+    """Which would take half as long again as importing torch."""
+    done = run(["-c", "import sys, crossvit_kernels, crossvit; assert 'torch._dynamo' not in sys.modules"], "")
+    assert done.returncode == 0, done.stderr
+
+
 def test_probes_pass_wherever_the_package_is_imported() -> None:
     """Under a default device, autocast, a mode, without gradients."""
     code = (

@@ -33,10 +33,10 @@ TURNS = {
 LARGE = 4_000_000  # of the product of a case's sizes: from here in float16 alone, from five times that not at all
 # Resizes and shapes that take the interpreter many seconds each, where others show the same.
 SLOW = {
-    *((60, 60), (28, 28), (240, 240), (1, 1)),
+    *((60, 60), (28, 28), (240, 240), (1, 1), (45, 70)),
     *((1, 240, 240, 12, 32), (1, 224, 224, 16, 32)),
-    *((1, 196, 384, 6), (9, 64, 224, 7), (1, 40, 768, 12), (5, 30, 448, 7), (2, 30, 384, 768, 12)),
-    *((2, 768), (5, 448)),
+    *((1, 196, 384, 6), (1, 1156, 192, 6), (9, 64, 224, 7), (1, 40, 768, 12), (5, 30, 448, 7), (2, 30, 384, 768, 12)),
+    *((2, 400, 256, 128, 4), (9, 17, 448, 224, 7), (2, 768), (5, 448), (1, 196, 224)),
 }
 MARKERS = (
     "gpu: needs a CUDA device (skipped with the reason where there is none)",

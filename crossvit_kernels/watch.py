@@ -1,0 +1,185 @@
+"""Whether a composition may be fused now, asked at every call: `fuses` is `why_not` in its quick form.
+
+What was looked at when nothing stood against a composition is remembered in a `Watch` and found unchanged in a few
+microseconds.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import call, contains, is_, itemgetter
+from typing import Any
+
+import torch
+from torch import nn
+
+from .composition import ENTRY, FUNCTIONS, METHODS, Composition, child_at, why_not
+from .dispatch.torch_internals import GLOBAL_HOOKS, HOOKS, OVERRIDES, foreign_mode
+
+_WATCHES = "_crossvit_watches"
+_attribute: Any = getattr
+
+
+def fuses(owner: nn.Module, composition: Any, *arguments: Any) -> bool:
+    """Whether nothing stands against it now: `why_not` in its quick form.
+
+    composition: a Composition or, with the `arguments` for it, a Family.
+    """
+    if torch.compiler.is_compiling():
+        return why_not(owner, composition.make(*arguments) if arguments else composition) is None
+    if arguments:
+        composition = composition.known(*arguments)
+    watches = _watches(owner)
+    if watches is None:
+        return False
+    watch = watches.get(composition)
+    if watch is not None and watch.unchanged():
+        return True
+    if why_not(owner, composition) is not None:
+        return False
+    return watches.remember(owner, composition, (composition,))
+
+
+def fuses_each(owner: nn.Module, compositions: tuple[Composition, ...]) -> Sequence[bool]:
+    """`fuses` of each of them; where nothing stands against any, at the price of little more than one."""
+    if torch.compiler.is_compiling():
+        return [why_not(owner, composition) is None for composition in compositions]
+    watches = _watches(owner)
+    if watches is None:
+        return [False] * len(compositions)
+    watch = watches.get(compositions)
+    if watch is not None and watch.unchanged():
+        return watch.all
+    each = [fuses(owner, composition) for composition in compositions]
+    if all(each):
+        watches.remember(owner, compositions, compositions)
+    return each
+
+
+def _watches(owner: nn.Module) -> "Watches | None":
+    """What is remembered of `owner`; None where a mode is in force under which nothing fuses."""
+    if foreign_mode() is not None:
+        return None
+    watches = owner.__dict__.get(_WATCHES)
+    if watches is None or watches.owner() is not owner:  # none, or those of the module that this one is a copy of
+        watches = owner.__dict__[_WATCHES] = Watches(owner)
+    return watches
+
+
+def forget(owner: nn.Module) -> None:
+    """Removes what `fuses` remembers of `owner`."""
+    owner.__dict__.pop(_WATCHES, None)
+
+
+class Watch:
+    """The children of compositions as they were when nothing stood against these."""
+
+    def __init__(self, owner: nn.Module, *compositions: Composition) -> None:
+        modules: dict[int, nn.Module] = {}
+        containers: list[dict[str, Any]] = []
+        methods: list[tuple[type, str]] = []
+        self.all = (True,) * len(compositions)
+        state = _State()
+        for home, name, _ in FUNCTIONS:
+            state.add(home, name)
+        for composition in compositions:
+            for parent, name in _ways(owner, composition.parts):
+                state.add(parent.__dict__, "_modules")
+                state.add(parent._modules, name)
+                if parent._modules.get(name) is None:
+                    state.add(parent.__dict__, name)
+            for path, expected in composition.parts.items():
+                child = child_at(owner, path)
+                if child is not None:
+                    modules[id(child)] = child
+                    if child._modules:
+                        containers.append(child._modules)
+                    for name in (*OVERRIDES, *HOOKS, *expected.settings):
+                        state.add(child.__dict__, name)
+            if composition.entry is not None:
+                methods.append(composition.entry)
+        classes = dict.fromkeys(map(type, modules.values()))
+        methods += [(c, name) for c in classes for name in METHODS]
+        methods += [c.__dict__[ENTRY] for c in classes if ENTRY in c.__dict__]
+        self.homes, self.getters = state.present()
+        self.values = [*map(call, self.getters, self.homes)]
+        self.absent = state.absent()
+        self.modules, self.types = tuple(modules.values()), [*map(type, modules.values())]
+        self.containers, self.counts = tuple(containers), [*map(len, containers)]
+        self.hooks = (*GLOBAL_HOOKS, *(getattr(child, name) for child in self.modules for name in HOOKS))
+        self.classes, self.methods = (tuple(method[i] for method in dict.fromkeys(methods)) for i in range(2))
+        self.functions = tuple(map(_attribute, self.classes, self.methods))
+
+    def unchanged(self) -> bool:
+        """Whether all of it is as it was: the same children, of the same classes, with the same settings and methods,
+        and no hooks."""
+        try:
+            # The tuples are equal where their elements are the same objects, which is looked at first, or equal ones:
+            # a dictionary of hooks that was replaced by another empty one, say. `hooks` and the next hook tell those.
+            return (
+                [*map(call, self.getters, self.homes)] == self.values
+                and not any(map(contains, *self.absent))
+                and [*map(type, self.modules)] == self.types
+                and not any(self.hooks)
+                and [*map(len, self.containers)] == self.counts
+                and all(map(is_, map(_attribute, self.classes, self.methods), self.functions))
+            )
+        except Exception:  # an entry is gone, or what stands there now cannot be compared
+            return False
+
+
+class _State:
+    """Entries of dictionaries, gathered to be read again quickly: those of one dictionary together."""
+
+    def __init__(self) -> None:
+        self.entries: dict[int, tuple[dict[str, Any], dict[str, None]]] = {}
+
+    def add(self, home: dict[str, Any], name: str) -> None:
+        """One more entry, which may be missing."""
+        self.entries.setdefault(id(home), (home, {}))[1][name] = None
+
+    def present(self) -> tuple[tuple[dict[str, Any], ...], tuple[Callable[[Any], Any], ...]]:
+        """The dictionaries, and for each a function that reads all its entries that are there now."""
+        found = [(home, [name for name in names if name in home]) for home, names in self.entries.values()]
+        found = [(home, names) for home, names in found if names]
+        return tuple(home for home, _ in found), tuple(itemgetter(*names) for _, names in found)
+
+    def absent(self) -> tuple[tuple[dict[str, Any], ...], tuple[str, ...]]:
+        """The dictionaries and the names of the entries that are missing now."""
+        missing = [(home, name) for home, names in self.entries.values() for name in names if name not in home]
+        return tuple(home for home, _ in missing), tuple(name for _, name in missing)
+
+
+class Watches(dict):
+    """{composition, or several: what is remembered}, of one module, `owner`; a copy, or a file, of it has nothing."""
+
+    def __init__(self, owner: nn.Module | None = None) -> None:
+        super().__init__()
+        self.owner: Any = (lambda: None) if owner is None else weakref.ref(owner)
+
+    def remember(self, owner: nn.Module, key: Any, compositions: tuple[Composition, ...]) -> bool:
+        """Under `key`, that nothing stood against these a moment ago; False where something does by now, since another
+        thread changes the module."""
+        watch = Watch(owner, *compositions)
+        if any(why_not(owner, composition) is not None for composition in compositions):
+            return False
+        self[key] = watch
+        return True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Watches":
+        return Watches()
+
+    def __reduce__(self) -> Any:
+        return Watches, ()
+
+
+def _ways(owner: nn.Module, paths: Iterable[str]) -> Iterator[tuple[nn.Module, str]]:
+    """(parent, name) of every module on the way to each of `paths`, each once."""
+    seen: set[str] = set()
+    for path in paths:
+        names = path.split(".")
+        for depth in range(len(names)):
+            way = ".".join(names[: depth + 1])
+            parent = child_at(owner, ".".join(names[:depth]))
+            if way not in seen and parent is not None:
+                seen.add(way)
+                yield parent, names[depth]
