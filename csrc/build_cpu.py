@@ -134,7 +134,7 @@ class Build:
 
     def finish(self) -> dict[str, Any]:
         """Links what was compiled; the entries of _build.json."""
-        inspection = "only a build in the source tree has it"
+        inspection: str | None = "only a build in the source tree has it"
         if self.reason is None:
             try:
                 kernels = [self.choice.result(), *(job.result() for job in self.sets)]
@@ -144,8 +144,9 @@ class Build:
                     inspection = self._inspection(kernels)
             except NotBuiltError as why:
                 self.reason = str(why)
-        if self.reason is not None:
-            (self.package / LIBRARY).unlink(missing_ok=True)
+        for name, why in ((LIBRARY, self.reason), (INSPECTION, self.reason or inspection)):
+            if why is not None:
+                (self.package / name).unlink(missing_ok=True)
         return {
             "compiler": None if self.reason else compiler_version(),
             "instruction_sets": [] if self.reason else self.instruction_sets,
