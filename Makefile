@@ -1,4 +1,4 @@
-# Every target sets up what it needs: .venv with torch and all tools on the first call, the C++ extension whenever csrc changed.
+# Every target sets up what it needs: .venv with torch and all tools on the first call, the kernels' libraries whenever csrc changed.
 # Needs python3 (3.11 to 3.13, with venv and headers), g++ 12 or newer, make, and a network the first time; nvcc for CUDA.
 
 SHELL := /bin/bash
@@ -56,7 +56,7 @@ format:  $(PACKAGE)  ## Rewrite the sources as ruff and clang-format want them
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-build: $(PACKAGE)  ## The environment, the C++ extension and the CUDA kernels
+build: $(PACKAGE)  ## The environment, the C++ and the CUDA kernels
 
 cuda-report: $(PACKAGE)  ## Registers, memory, spills and instructions of every CUDA kernel, per architecture (JSON=FILE)
 	$(PYTHON) -m benchmarks.inspect.cuda_report $(if $(JSON),--json $(JSON))
@@ -93,10 +93,10 @@ $(PYTHON):
 
 $(TOOLS): | $(PYTHON)
 	@echo "Installing torch and what its extensions are built with (the first time 5 GB, about two minutes)"
-	$(PYTHON) -m pip install -q --disable-pip-version-check 'torch>=2.11' torchvision 'setuptools>=77' wheel ninja pybind11
+	$(PYTHON) -m pip install -q --disable-pip-version-check 'torch>=2.11' torchvision 'setuptools>=77' wheel pybind11
 	touch $@
 
-$(EXTENSION): $(TOOLS) setup.py csrc/build_cuda.py $(CPP)
+$(EXTENSION): $(TOOLS) setup.py $(wildcard csrc/*.py) $(CPP)
 	$(PYTHON) setup.py -q build_ext --inplace
 
 $(PACKAGE): pyproject.toml | $(EXTENSION)

@@ -7,9 +7,6 @@
 
 namespace crossvit::arguments {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
 inline std::int64_t rows_of(const Tensor& x) { return x.numel() / x.sizes().back(); }
 
 // x (..., D) and a LayerNorm over its rows.
@@ -148,7 +145,7 @@ inline void tokens(const Expect& expect, const Tensor& patches, const Tensor& no
   expect.vector("norm_weight", norm_weight, width);
   expect.vector("norm_bias", norm_bias, width);
   expect.tensor("q_weight", q_weight, {width, width});
-  const at::ScalarType dtype = q_weight.scalar_type();
+  const ScalarType dtype = q_weight.scalar_type();
   expect.tensor("k_weight", k_weight, {width, width}, dtype);
   expect.tensor("v_weight", v_weight, {width, width}, dtype);
   expect.activation("patches", patches, dtype);
@@ -205,7 +202,7 @@ inline void cls_fusion(Taken taken, const Tensor& cls, const Tensor& patches, co
   expect.rank("cls", cls, 2);
   tokens(expect, patches, norm_weight, norm_bias, q_weight, k_weight, v_weight, num_heads);
   const std::int64_t own = cls.sizes()[1], width = patches.sizes()[2];
-  const at::ScalarType dtype = q_weight.scalar_type();
+  const ScalarType dtype = q_weight.scalar_type();
   expect.tensor("cls", cls, {patches.sizes()[0], own});
   expect.activation("cls", cls, dtype);
   expect.vector("proj_norm_weight", proj_norm_weight, own);

@@ -2,19 +2,16 @@
 
 Two plain libraries, loaded with torch.ops.load_library and each whole in itself:
 
-    _cuda.so        csrc/views.cpp and csrc/cuda/*.cpp by the C++ compiler, csrc/cuda/*.cu by nvcc, CUDA's runtime
+    _cuda.so        csrc/*.cpp, csrc/torch_c/*.cpp and csrc/cuda/*.cpp by the C++ compiler, csrc/cuda/*.cu by nvcc, and
+                    CUDA's runtime: for any Python and any PyTorch from 2.11 on that was built for CUDA
     _emulation.so   the same objects of *.cpp; *.cu as C++ over the headers of tests/cuda_emulation; its runtime
-
-A file is compiled when what it is made of has changed: beside an object lies a record of the command and of the
-contents of every file that the compiler read.
 
 Environment: ``CROSSVIT_KERNELS_CUDA`` 0 leaves _cuda.so out, 1 makes its absence an error; ``TORCH_CUDA_ARCH_LIST``
 what it is compiled for, as torch's extensions take it ("8.0;9.0+PTX"); ``CUDA_HOME`` where nvcc is, if not on the PATH.
 """
 
-import hashlib
-import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -24,8 +21,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import old_glibc
 import torch
-from torch.utils.cpp_extension import include_paths, library_paths
+from building import TORCH, TORCH_FLAGS, TORCH_LIBRARIES, NotBuiltError, make, together
 
 SOURCES = Path("csrc", "cuda")
 EMULATION = Path("tests", "cuda_emulation")
@@ -40,10 +38,6 @@ NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-f
 LONGEST = ["linear", "patch_embed", "layer_norm_linear", "cls_fusion"]
 # Kernels keep their visibility, by which the emulation finds their names.
 EMULATION_FLAGS = ["-O1", "-std=c++20", "-fPIC", "-g0"]
-
-
-class NotBuiltError(Exception):
-    """Why a library cannot be there, in words."""
 
 
 def architectures(text: str) -> list[str]:
@@ -103,65 +97,15 @@ def nvcc_version(nvcc: str) -> str:
     return match[1]
 
 
-def digest(path: str) -> str | None:
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError:
-        return None
-
-
-def files_read(depfile: Path) -> list[str]:
-    """The prerequisites that a compiler wrote down for make."""
-    _, _, names = depfile.read_text().replace("\\\n", " ").partition(": ")
-    return [name.replace("\\ ", " ") for name in re.split(r"(?<!\\)\s+", names.strip())]
-
-
-def together(sources: Iterable[Path], path: Path) -> Path:
-    """Writes a source that includes all of these, so that the compiler reads torch's headers once: they take it longer
-    than what they are for."""
-    text = "".join(f'#include "{source.resolve()}"\n' for source in sources)
-    if not path.exists() or path.read_text() != text:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return path
-
-
-def make(
-    output: Path, command: list[str], compiler: str, inputs: Sequence[Path] = (), free: Sequence[str] = ()
-) -> Path:
-    """Runs the command, to which -o output is added, unless its result is there. It reads `inputs`, or what it writes
-    down itself; the flags `free` do not change what comes out, `compiler` names who does it."""
-    record, depfile = output.with_suffix(".json"), output.with_suffix(".d")
-    key = [compiler, *command]
-    try:
-        last = json.loads(record.read_text())
-        if output.exists() and last["key"] == key and all(digest(p) == d for p, d in last["read"].items()):
-            return output
-    except (OSError, ValueError, KeyError):
-        pass
-    output.parent.mkdir(parents=True, exist_ok=True)
-    record.unlink(missing_ok=True)
-    written_down = [] if inputs else ["-MMD", "-MF", str(depfile)]
-    done = subprocess.run(
-        [*command, *free, *written_down, "-o", str(output)], capture_output=True, text=True, check=False
-    )
-    said = done.stderr + done.stdout
-    if said.strip():
-        print(said, file=sys.stderr)
-    if done.returncode:
-        lines = said.strip().splitlines() or [f"{command[0]} ended with {done.returncode}"]
-        first = next((line for line in lines if "error" in line.lower()), lines[-1])
-        raise NotBuiltError(f"it did not compile ({first.strip()})")
-    read = map(str, inputs) if inputs else files_read(depfile)
-    record.write_text(json.dumps({"key": key, "read": {path: digest(path) for path in read}}))
-    return output
+# Device and stream come from there.
+CUDA_LIBRARIES = ["-ltorch_cuda"] if (TORCH / "lib" / "libtorch_cuda.so").exists() else []
 
 
 class Build:
     """The jobs of both libraries on one pool of threads; `finish` waits for them.
 
     cxx       the C++ compiler's command line, None where there is none, with the reason in `lacking`
-    flags     with which torch's sources are compiled; `sanitize` is -fsanitize's value
+    flags     with which C++ is compiled; `sanitize` is -fsanitize's value
     folder    for objects, `package` for the libraries
     """
 
@@ -170,9 +114,9 @@ class Build:
     ) -> None:
         self.cxx, self.lacking, self.sanitize = cxx, lacking, sanitize
         self.folder, self.package = folder / "cuda", package
-        self.flags = [*flags, "-fPIC", "-Icsrc", *(f"-isystem{path}" for path in include_paths())]
+        self.flags = [*flags, "-fPIC", "-Icsrc", *TORCH_FLAGS]
         self.kernels = sorted(SOURCES.glob("*.cu"), key=lambda path: (path.stem not in LONGEST, path.stem))
-        self.sources = sorted([*SOURCES.glob("*.cpp"), *SOURCES.parent.glob("views.cpp")])
+        self.sources = sorted(p for f in ("", "torch_c", "cuda") for p in Path("csrc", f).glob("*.cpp"))
         self.cuda: dict[str, Any] = {"nvcc": None, "architectures": [], "missing": None}
         self.emulation: dict[str, Any] = {"missing": None}
         self.started = False
@@ -237,8 +181,9 @@ class Build:
             raise NotBuiltError("this torch was built without CUDA")
         self.nvcc = find_nvcc()
         self.cuda["nvcc"] = version = nvcc_version(self.nvcc)
-        if version.partition(".")[0] != torch.version.cuda.partition(".")[0]:
-            raise NotBuiltError(f"{self.nvcc} is of CUDA {version}, this torch of CUDA {torch.version.cuda}")
+        # The driver that a torch of one CUDA asks for also runs what an older CUDA made, and no newer one.
+        if int(version.partition(".")[0]) > int(torch.version.cuda.partition(".")[0]):
+            raise NotBuiltError(f"{self.nvcc} is of CUDA {version}, this torch of the older CUDA {torch.version.cuda}")
         self.cuda["architectures"] = architectures(os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES)
         if self.lacking is not None:
             raise NotBuiltError(self.lacking)
@@ -272,16 +217,15 @@ class Build:
         except NotBuiltError as why:
             raise NotBuiltError(f"{source}: {why}") from None
 
-    def _libraries(self) -> list[str]:
-        return [*(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu", "-ltorch"]
-
     def _link_cuda(self, output: Path, objects: list[Path]) -> Path:
         command = [self.nvcc, "-shared", "-cudart", "static", *gencode(self.cuda["architectures"])]
-        command += ["-Xlinker", "--exclude-libs=ALL", *map(str, objects), *self._libraries()]
+        if platform.machine() == "x86_64":
+            command += map(str, old_glibc.libraries(self.cxx, self.folder / "old_glibc"))
+        command += ["-Xlinker", "--exclude-libs=ALL", *map(str, objects), *TORCH_LIBRARIES, *CUDA_LIBRARIES]
         return make(output, command, self.cuda["nvcc"], inputs=objects)
 
     def _link_emulation(self, output: Path, objects: list[Path]) -> Path:
-        # Not linked to libgomp: see setup.py.
+        # Not linked to libgomp, whose calls go to the one that torch loaded: one pool of threads.
         sanitize = [f"-fsanitize={self.sanitize}"] if self.sanitize else []
-        command = [*self.cxx, "-shared", "-Wl,-Bsymbolic", *sanitize, *map(str, objects), *self._libraries(), "-ldl"]
+        command = [*self.cxx, "-shared", "-Wl,-Bsymbolic", *sanitize, *map(str, objects), *TORCH_LIBRARIES, "-ldl"]
         return make(output, command, "", inputs=objects)

@@ -2,13 +2,8 @@
 // integers. A message is made only where one of them fails, and names the argument, what was expected and what came.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <c10/core/Device.h>
-#include <c10/core/ScalarType.h>
-
+#include <algorithm>
 #include <cstdint>
-#include <initializer_list>
-#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -19,28 +14,24 @@ namespace crossvit {
 
 // The tensors that a namespace's kernels take: of this device type, float32, bfloat16 and, of these, float16.
 struct Taken {
-  c10::DeviceType device;
+  DeviceType device;
   bool float16;
-  bool takes(at::ScalarType dtype) const {
-    return dtype == at::kFloat || dtype == at::kBFloat16 || (float16 && dtype == at::kHalf);
+  bool takes(ScalarType dtype) const {
+    return dtype == kFloat32 || dtype == kBFloat16 || (float16 && dtype == kFloat16);
   }
 };
 
 // Whether all elements of a dense tensor lie in its memory, which a storage that was made smaller no longer holds.
-inline bool in_memory(const at::Tensor& t) {
-  std::int64_t end = t.storage_offset() + t.numel();
-  if (!t.is_contiguous() && t.numel() != 0) {
-    const at::IntArrayRef sizes = t.sizes(), strides = t.strides();
-    end = t.storage_offset() + 1;
-    for (std::size_t d = 0; d < sizes.size(); d++) end += (sizes[d] - 1) * strides[d];
-  }
+inline bool in_memory(const Tensor& t) {
+  if (t.numel() == 0) return true;
+  std::int64_t end = t.storage_offset() + 1;
+  for (std::int64_t d = 0; d < t.dim(); d++) end += (t.size(d) - 1) * t.stride(d);
   const auto dtype = t.scalar_type();
-  const std::int64_t size = dtype == at::kFloat ? 4 : dtype == at::kHalf || dtype == at::kBFloat16 ? 2 : t.itemsize();
-  return end * size <= static_cast<std::int64_t>(t.storage().nbytes()) || t.numel() == 0;
+  const std::int64_t size = dtype == kFloat32 ? 4 : dtype == kFloat16 || dtype == kBFloat16 ? 2 : t.itemsize();
+  return end * size <= t.storage_bytes();
 }
 
-// Sizes, of which kAny in what is expected stands for one that is free.
-using Sizes = std::initializer_list<std::int64_t>;
+// Among expected sizes, one that is free.
 constexpr std::int64_t kAny = -1;
 
 // No memory holds as many elements; four bytes for each of them, and what a kernel rounds up to, are still counted in 64 bits.
@@ -51,78 +42,77 @@ constexpr std::int64_t kLongestSide = (std::int64_t{1} << 24) - 1;
 class Expect {
  public:
   // op names whose arguments these are; main is the op's main activation, on whose device all others are.
-  Expect(const char* op, Taken taken, const char* name, const at::Tensor& main)
-      : op_(op), main_name_(name), taken_(taken), device_(taken.device) {
-    if (!main.defined() || main.device().type() != taken.device) [[unlikely]]
+  Expect(const char* op, Taken taken, const char* name, const Tensor& main)
+      : op_(op), main_name_(name), taken_(taken), device_(main.device()) {
+    if (!main.defined() || main.device().type != taken.device) [[unlikely]]
       explain_device(name, main);
-    device_ = main.device();
     plain(name, main);
   }
 
   // A tensor of these sizes, whatever its strides.
-  void tensor(const char* name, const at::Tensor& t, Sizes sizes) const {
+  void tensor(const char* name, const Tensor& t, Sizes sizes) const {
     plain(name, t);
     if (!has(t, sizes)) [[unlikely]]
-      explain_shape(name, t, at::IntArrayRef(sizes));
+      explain_shape(name, t, sizes);
   }
   // One that kernels read as `dtype`.
-  void tensor(const char* name, const at::Tensor& t, Sizes sizes, at::ScalarType dtype) const {
+  void tensor(const char* name, const Tensor& t, Sizes sizes, ScalarType dtype) const {
     tensor(name, t, sizes);
     of_dtype(name, t, dtype);
   }
-  void of_dtype(const char* name, const at::Tensor& t, at::ScalarType dtype) const {
+  void of_dtype(const char* name, const Tensor& t, ScalarType dtype) const {
     if (t.scalar_type() != dtype) [[unlikely]]
       explain_dtype(name, t, dtype, false);
   }
   // One that kernels read as rows of `dtype`, the weight's, or of float32.
-  void activation(const char* name, const at::Tensor& t, at::ScalarType dtype) const {
-    if (t.scalar_type() != dtype && t.scalar_type() != at::kFloat) [[unlikely]]
+  void activation(const char* name, const Tensor& t, ScalarType dtype) const {
+    if (t.scalar_type() != dtype && t.scalar_type() != kFloat32) [[unlikely]]
       explain_dtype(name, t, dtype, true);
   }
   // A tensor (..., width) with the leading sizes of `like`, which has been looked at.
-  void beside(const char* name, const at::Tensor& t, const at::Tensor& like, std::int64_t width) const {
+  void beside(const char* name, const Tensor& t, const Tensor& like, std::int64_t width) const {
     plain(name, t);
-    const at::IntArrayRef sizes = t.sizes(), wanted = like.sizes();
+    const Sizes sizes = t.sizes(), wanted = like.sizes();
     bool same = sizes.size() == wanted.size() && sizes.back() == width;
     for (std::size_t d = 0; same && d + 1 < sizes.size(); d++) same = sizes[d] == wanted[d];
     if (!same) [[unlikely]]
       explain_beside(name, t, like, width);
   }
   // A LayerNorm's or a Linear's vector, contiguous; it may be absent.
-  void vector(const char* name, const at::Tensor& t, std::int64_t size) const {
+  void vector(const char* name, const Tensor& t, std::int64_t size) const {
     if (!is_plain(t) || t.dim() != 1 || t.sizes()[0] != size || !t.is_contiguous()) [[unlikely]]
       explain_vector(name, t, size);
   }
-  void vector(const char* name, const std::optional<at::Tensor>& t, std::int64_t size) const {
+  void vector(const char* name, const OptionalTensor& t, std::int64_t size) const {
     if (t) vector(name, *t, size);
   }
   // What a forward saved: contiguous and, where nothing else is said, of float32.
-  void saved(const char* name, const at::Tensor& t, Sizes sizes, at::ScalarType dtype = at::kFloat) const {
+  void saved(const char* name, const Tensor& t, Sizes sizes, ScalarType dtype = kFloat32) const {
     tensor(name, t, sizes, dtype);
     contiguous(name, t);
   }
   // A value for each of the samples of x: (B, 1, ..., 1), with the dimensions of x.
-  void per_sample(const char* name, const at::Tensor& t, const at::Tensor& x) const {
+  void per_sample(const char* name, const Tensor& t, const Tensor& x) const {
     plain(name, t);
     if (x.dim() < 2 || t.dim() != x.dim() || t.sizes()[0] != x.sizes()[0] || t.numel() != t.sizes()[0]) [[unlikely]]
       fail(name, "a value per sample, with as many dimensions as " + text(x.sizes()), "shape " + text(t.sizes()));
   }
 
   // The main argument is rows (..., D) of at least one element.
-  void rows(const char* name, const at::Tensor& t) const {
+  void rows(const char* name, const Tensor& t) const {
     if (t.numel() == 0 || t.dim() == 0) [[unlikely]]
       fail(name, "a tensor (..., D) that is not empty", "shape " + text(t.sizes()));
   }
   // A tensor of so many dimensions and at least one element.
-  void rank(const char* name, const at::Tensor& t, std::int64_t dims) const {
+  void rank(const char* name, const Tensor& t, std::int64_t dims) const {
     plain(name, t);
     if (t.dim() != dims || t.numel() == 0) [[unlikely]]
       fail(name, "a tensor of " + std::to_string(dims) + " dimensions that is not empty", "shape " + text(t.sizes()));
   }
   // A weight (any number of rows, columns).
-  void matrix(const char* name, const at::Tensor& t, std::int64_t columns) const {
+  void matrix(const char* name, const Tensor& t, std::int64_t columns) const {
     plain(name, t);
-    const at::IntArrayRef sizes = t.sizes();
+    const Sizes sizes = t.sizes();
     if (sizes.size() != 2 || sizes[1] != columns || sizes[0] == 0) [[unlikely]]
       explain_shape(name, t, {kAny, columns});
   }
@@ -156,7 +146,7 @@ class Expect {
     }(std::make_index_sequence<gradients>());
   }
   // The gradient of an argument is asked for only where the argument is given.
-  void needed(const char* name, bool needed, const std::optional<at::Tensor>& t) const {
+  void needed(const char* name, bool needed, const OptionalTensor& t) const {
     if (needed && !t) [[unlikely]]
       fail(name, "a tensor, whose gradient is asked for", "None");
   }
@@ -168,63 +158,55 @@ class Expect {
 
  private:
   // A dense tensor of a dtype that the kernels take, on the device of the main one, and in_memory().
-  bool is_plain(const at::Tensor& t) const {
-    return t.defined() && taken_.takes(t.scalar_type()) && t.layout() == at::kStrided && t.device() == device_ &&
-           in_memory(t);
+  bool is_plain(const Tensor& t) const {
+    return t.defined() && taken_.takes(t.scalar_type()) && t.is_dense() && t.device() == device_ && in_memory(t);
   }
-  void plain(const char* name, const at::Tensor& t) const {
+  void plain(const char* name, const Tensor& t) const {
     if (!is_plain(t)) [[unlikely]]
       explain(name, t);
   }
-  void contiguous(const char* name, const at::Tensor& t) const {
+  void contiguous(const char* name, const Tensor& t) const {
     if (!t.is_contiguous()) [[unlikely]]
       fail(name, "a contiguous tensor", "strides " + text(t.strides()));
   }
 
-  static bool has(const at::Tensor& t, Sizes expected) {
-    const at::IntArrayRef sizes = t.sizes();
-    if (sizes.size() != expected.size()) return false;
-    const std::int64_t *size = sizes.data(), *wanted = expected.begin();
-    for (std::size_t d = 0; d < sizes.size(); d++)
-      if (size[d] != wanted[d]) return false;
-    return true;
+  static bool has(const Tensor& t, Sizes expected) {
+    const Sizes sizes = t.sizes();
+    return std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end());
   }
 
   // What is wrong with a tensor that is not plain.
-  [[noreturn, gnu::cold, gnu::noinline]] void explain(const char* name, const at::Tensor& t) const {
+  [[noreturn, gnu::cold, gnu::noinline]] void explain(const char* name, const Tensor& t) const {
     if (!t.defined()) fail(name, "a tensor", "None");
-    if (t.layout() != at::kStrided) fail(name, "a dense tensor", c10::str(t.layout()));
+    if (!t.is_dense()) fail(name, "a dense tensor", "one of another layout");
     if (!taken_.takes(t.scalar_type()))
-      fail(name, taken_.float16 ? "float32, bfloat16 or float16" : "float32 or bfloat16",
-           c10::toString(t.scalar_type()));
-    if (t.device() != device_) fail(name, device_.str() + " as " + main_name_ + " is on", t.device().str());
+      fail(name, taken_.float16 ? "float32, bfloat16 or float16" : "float32 or bfloat16", name_of(t.scalar_type()));
+    if (t.device() != device_) fail(name, name_of(device_) + " as " + main_name_ + " is on", name_of(t.device()));
     fail(name, "memory of its own",
-         "a storage of " + std::to_string(t.storage().nbytes()) + " bytes for " + text(t.sizes()));
+         "a storage of " + std::to_string(t.storage_bytes()) + " bytes for " + text(t.sizes()));
   }
-  [[noreturn, gnu::cold, gnu::noinline]] void explain_device(const char* name, const at::Tensor& t) const {
-    fail(name, "a tensor on " + c10::DeviceTypeName(taken_.device, true), t.defined() ? t.device().str() : "None");
+  [[noreturn, gnu::cold, gnu::noinline]] void explain_device(const char* name, const Tensor& t) const {
+    fail(name, "a tensor on " + name_of(taken_.device), t.defined() ? name_of(t.device()) : "None");
   }
-  [[noreturn, gnu::cold, gnu::noinline]] void explain_shape(const char* name, const at::Tensor& t,
-                                                            at::IntArrayRef expected) const {
+  [[noreturn, gnu::cold, gnu::noinline]] void explain_shape(const char* name, const Tensor& t, Sizes expected) const {
     fail(name, "shape " + text(expected), text(t.sizes()));
   }
-  [[gnu::cold, gnu::noinline]] void explain_vector(const char* name, const at::Tensor& t, std::int64_t size) const {
+  [[gnu::cold, gnu::noinline]] void explain_vector(const char* name, const Tensor& t, std::int64_t size) const {
     tensor(name, t, {size});
     contiguous(name, t);
   }
-  [[noreturn, gnu::cold, gnu::noinline]] void explain_beside(const char* name, const at::Tensor& t,
-                                                             const at::Tensor& like, std::int64_t width) const {
+  [[noreturn, gnu::cold, gnu::noinline]] void explain_beside(const char* name, const Tensor& t, const Tensor& like,
+                                                             std::int64_t width) const {
     auto expected = like.sizes().vec();
     expected.back() = width;
     explain_shape(name, t, expected);
   }
-  [[noreturn, gnu::cold, gnu::noinline]] void explain_dtype(const char* name, const at::Tensor& t, at::ScalarType dtype,
+  [[noreturn, gnu::cold, gnu::noinline]] void explain_dtype(const char* name, const Tensor& t, ScalarType dtype,
                                                             bool or_float32) const {
-    fail(name, std::string(c10::toString(dtype)) + (or_float32 ? " as the weight, or Float" : ""),
-         c10::toString(t.scalar_type()));
+    fail(name, name_of(dtype) + (or_float32 ? " as the weight, or float32" : ""), name_of(t.scalar_type()));
   }
   // Sizes as Python writes them.
-  [[gnu::cold, gnu::noinline]] static std::string text(at::IntArrayRef sizes) {
+  [[gnu::cold, gnu::noinline]] static std::string text(Sizes sizes) {
     std::string result = "(";
     for (std::size_t d = 0; d < sizes.size(); d++)
       result += (d ? ", " : "") + (sizes[d] == kAny ? "any" : std::to_string(sizes[d]));
@@ -234,7 +216,7 @@ class Expect {
   const char* op_;
   const char* main_name_;
   Taken taken_;
-  c10::Device device_;
+  Device device_;
 };
 
 }  // namespace crossvit

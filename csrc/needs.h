@@ -2,14 +2,11 @@
 // order; the check of the op's arguments (arguments.h) reads the list once.
 #pragma once
 
-#include <ATen/core/List.h>
-#include <ATen/core/Tensor.h>
-
 #include <vector>
 
-namespace crossvit {
+#include "torch_c/op.h"
 
-using NeedsList = c10::List<bool>;
+namespace crossvit {
 
 struct LayerNormLinearNeeds {
   bool x = false, norm_weight = false, norm_bias = false, weight = false, bias = false;
@@ -31,11 +28,11 @@ struct ClsCrossAttentionNeeds {
 
 // The gradients themselves; one that is not wanted is not defined.
 struct ClsCrossAttentionGradients {
-  at::Tensor cls, patches, norm_weight, norm_bias, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias;
+  Tensor cls, patches, norm_weight, norm_bias, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias;
   // Those that are wanted, in the order of the list.
-  std::vector<at::Tensor> in_order() const {
-    std::vector<at::Tensor> result;
-    for (const at::Tensor* gradient :
+  std::vector<Tensor> in_order() const {
+    std::vector<Tensor> result;
+    for (const Tensor* gradient :
          {&cls, &patches, &norm_weight, &norm_bias, &q_weight, &q_bias, &k_weight, &k_bias, &v_weight, &v_bias})
       if (gradient->defined()) result.push_back(*gradient);
     return result;

@@ -1,28 +1,25 @@
 #include "views.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_cpu_dispatch.h>
-
 #include <algorithm>
 
 namespace crossvit {
 
-DType dtype_of(at::ScalarType dtype) {
-  if (dtype == at::kFloat) return DType::float32;
-  if (dtype == at::kBFloat16) return DType::bfloat16;
-  TORCH_CHECK(dtype == at::kHalf, "the kernels take float32, float16 and bfloat16, not ", dtype);
+DType dtype_of(ScalarType dtype) {
+  if (dtype == kFloat32) return DType::float32;
+  if (dtype == kBFloat16) return DType::bfloat16;
+  require(dtype == kFloat16, "the kernels take float32, float16 and bfloat16, not ", name_of(dtype));
   return DType::float16;
 }
 
-Vector vector_of(const OptionalTensor& t) {
-  if (!t) return {};
-  TORCH_CHECK(t->is_contiguous(), "a parameter vector must be contiguous");
-  return {t->const_data_ptr(), dtype_of(*t)};
+Vector vector_of(const Tensor& t) {
+  require(t.is_contiguous(), "a parameter vector must be contiguous");
+  return {t.const_data_ptr(), dtype_of(t)};
 }
 
 Tensor dense_rows(const Tensor& t) { return t.stride(-1) == 1 || t.size(-1) <= 1 ? t : t.contiguous(); }
 
-RowTensor::RowTensor(const Tensor& t) : tensor(t), width(t.size(-1)) {
+void RowTensor::view(const Tensor& t) {
+  width = t.size(-1);
   count = width ? t.numel() / width : 0;
   // Leading dimensions that lie one behind the other are one; two may remain.
   std::int64_t size[2] = {1, 1}, stride[2] = {0, 0};
@@ -40,20 +37,16 @@ RowTensor::RowTensor(const Tensor& t) : tensor(t), width(t.size(-1)) {
     }
   }
   if (!fits) {
-    tensor = t.contiguous();
+    owned = t.contiguous();
     size[0] = std::max<std::int64_t>(count, 1);
     stride[0] = width;
     stride[1] = 0;
   }
+  data = fits ? t.data_ptr() : owned.data_ptr();
+  dtype = t.scalar_type();
   per_batch = size[0];
   row_stride = stride[0];
   batch_stride = stride[1];
-}
-
-Tensor empty(at::IntArrayRef shape, at::ScalarType dtype, c10::Device device) {
-  // On the CPU, the function that at::empty would find.
-  if (device.is_cpu()) return at::cpu::empty(shape, at::dtype(dtype));
-  return at::empty(shape, at::dtype(dtype).device(device));
 }
 
 }  // namespace crossvit

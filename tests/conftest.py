@@ -13,8 +13,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
-import torch
 
+import available
 from available import NATIVE
 from inputs import Random
 from numerics import RATIOS
@@ -69,8 +69,5 @@ def rng() -> Random:
 @pytest.fixture
 def poisoned() -> Iterator[None]:
     """Memory that torch hands out uninitialised holds NaN, so that an element no kernel writes is seen."""
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    with available.empty_memory_filled_with_nan():
+        yield

@@ -1,12 +1,9 @@
 """Which backends exist on this machine, and if not, why; which devices, dtypes and ops each takes."""
 
 import functools
-import importlib
 import importlib.util
 import os
-import sysconfig
 from pathlib import Path
-from types import ModuleType
 
 import torch
 
@@ -25,20 +22,30 @@ _DEVICES = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 _CAPABILITY = (8, 0)  # the least that the GPU kernels are written for
 
 
-def _load_extension() -> tuple[ModuleType | None, str | None]:
-    """The extension module, or why it is not there; one built against another torch is not loaded."""
-    record, why = read_record("crossvit_kernels._C")
-    if why is not None:
-        return None, why
-    if record.get("abi") != (abi := sysconfig.get_config_var("SOABI")):
-        return None, f"crossvit_kernels._C was built for {record.get('abi')}, this Python is {abi}; {INSTALL} again"
+@functools.cache
+def load_library(name: str) -> str | None:
+    """Registers the ops of a library of the package, or says why it cannot."""
     try:
-        return importlib.import_module("crossvit_kernels._C"), None
-    except ImportError as error:
-        return None, f"crossvit_kernels._C cannot be loaded ({error}); {INSTALL} again"
+        torch.ops.load_library(Path(__file__).parent.with_name(name))
+    except OSError as error:
+        return f"crossvit_kernels/{name} cannot be loaded ({error.__cause__ or error}); {INSTALL} again"
+    return None
 
 
-extension, extension_missing = _load_extension()
+def _load_cpu() -> str | None:
+    """Registers the ops of the CPU's library, or says why it is not there."""
+    _, why = read_record("crossvit_kernels/_cpu.so")
+    if why is not None or (why := load_library("_cpu.so")) is not None:
+        return why
+    try:
+        torch.ops.crossvit_kernels_cpu.instruction_set()
+    except ValueError as error:
+        return f"the environment variable CROSSVIT_KERNELS_ISA: {error}"
+    return None
+
+
+cpu_missing = _load_cpu()
+"""Why the CPU's kernels are not there; None where they are."""
 
 
 def reason(name: str) -> str | None:
@@ -49,7 +56,7 @@ def reason(name: str) -> str | None:
         return None
     if name == "triton":
         return _triton_missing()
-    return extension_missing if name == "cpu" else cuda_missing()
+    return cpu_missing if name == "cpu" else cuda_missing()
 
 
 _NO_GPU = "no CUDA device was found"
@@ -85,17 +92,7 @@ def cuda_missing() -> str | None:
             return f"{_NO_GPU}; on CPU tensors the kernels run in an emulation, CROSSVIT_KERNELS_EMULATE=1"
         if (why := _gpu_unfit() or _not_built_for(record["cuda"]["architectures"])) is not None:
             return why
-    return load_cuda(name)
-
-
-@functools.cache
-def load_cuda(name: str) -> str | None:
-    """Registers the ops of a library, or says why it cannot."""
-    try:
-        torch.ops.load_library(Path(__file__).parent.with_name(name))
-    except OSError as error:
-        return f"crossvit_kernels/{name} cannot be loaded ({error}); {INSTALL} again"
-    return None
+    return load_library(name)
 
 
 def _gpu_unfit() -> str | None:

@@ -37,7 +37,7 @@ def in_words(kernels: str, device: str, dtype: torch.dtype = torch.float32) -> s
 def cuda_ops() -> list[str]:
     """The ops of the library in use, or of the one that would be with a GPU."""
     if availability.cuda_missing() is not None and (
-        build_record.read_record("crossvit_kernels/_cuda.so")[1] or availability.load_cuda("_cuda.so")
+        build_record.read_record("crossvit_kernels/_cuda.so")[1] or availability.load_library("_cuda.so")
     ):
         return []
     names = sorted([*OPS, *(f"{name}_backward" for name in OPS)])
@@ -47,10 +47,10 @@ def cuda_ops() -> list[str]:
 def report() -> str:
     """Prints, and returns, which backends exist on this machine and why the others do not."""
     lines = [f"{name}: {availability.reason(name) or 'available'}" for name in availability.BACKENDS]
-    if (extension := availability.extension) is not None:
-        built = extension.build_info()
-        sets = ", ".join(built["instruction_sets"])
-        lines[1] += f", {extension.cpu_instruction_set()} in use (built: {sets}; compiler {built['compiler']})"
+    if availability.available("cpu"):
+        cpu = torch.ops.crossvit_kernels_cpu
+        sets = cpu.instruction_sets().replace(" ", ", ")
+        lines[1] += f", {cpu.instruction_set()} in use (built: {sets}; compiler {cpu.compiler()})"
     if availability.cuda_missing() is None and availability.emulated():
         lines[3] += ", emulated on CPU tensors"
     if ops := cuda_ops():

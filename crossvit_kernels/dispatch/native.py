@@ -12,6 +12,7 @@ def native_kernel(backend: str, name: str, given: list[str], strided: Iterable[s
     """Calls crossvit_kernels_<backend>::<name>, which picks its arguments from those called `given` by their names. It
     is looked up by the first call, since a library may be loaded late.
 
+    PyTorch's setting of TF32 for products of float32 goes along where the op takes it: native code cannot read it.
     The tensors called `strided` may lie in memory as they like, as far as two leading strides and contiguous rows can
     say; others are made contiguous.
     """
@@ -19,13 +20,15 @@ def native_kernel(backend: str, name: str, given: list[str], strided: Iterable[s
     native: Any = None
     order: list[int] = []  # where its arguments stand among those given
     tensors: list[tuple[int, bool]] = []  # which of its arguments are tensors, and whether they may be strided
-    single = False
+    single = asks_tf32 = False
 
     def look_up() -> None:
-        nonlocal native, order, tensors, single
+        nonlocal native, order, tensors, single, asks_tf32
         found = getattr(getattr(torch.ops, f"crossvit_kernels_{backend}"), name).default
         schema = schema_of(found)
-        order = [given.index(argument) for argument, _ in schema.arguments]
+        names = [argument for argument, _ in schema.arguments]
+        asks_tf32 = names[-1] == "tf32"
+        order = [given.index(argument) for argument in names[: -1 if asks_tf32 else None]]
         tensors = [(i, argument in strided) for i, (argument, tensor) in enumerate(schema.arguments) if tensor]
         single = name.endswith("_backward") and schema.single  # a backward's only gradient comes without a list
         native = found  # last: another thread may be about to call it
@@ -42,6 +45,8 @@ def native_kernel(backend: str, name: str, given: list[str], strided: Iterable[s
                 and not (may_be_strided and value.stride(-1) == 1 and value.dim() <= 3)
             ):
                 values[i] = value.contiguous()
+        if asks_tf32:
+            values.append(torch.backends.cuda.matmul.allow_tf32)
         return [native(*values)] if single else native(*values)
 
     return run

@@ -3,14 +3,10 @@
 #include "launch.h"
 #include "linear_rows.h"
 #include "ops.h"
-
-#include <ATen/ops/bmm.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
-#include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
+#include "torch_c/aten.h"
 
 #include <cmath>
+#include <limits>
 
 namespace crossvit {
 
@@ -30,7 +26,7 @@ Tensor absorb(const Tensor& rows, const Tensor& weight, int64_t num_heads, doubl
 
 // (W_h (gamma . rows_h + beta) + bias) * scale for every head: (batch, heads, width) -> (batch, heads * d).
 Tensor project_heads(const Tensor& rows, const Tensor& weight, Vector gamma, Vector beta, Vector bias, double scale,
-                     at::ScalarType dtype) {
+                     ScalarType dtype) {
   const WeightTensor matrix(weight);
   const int64_t batch = rows.size(0), num_heads = rows.size(1);
   const Tensor out = empty({batch, weight.size(0)}, dtype);
@@ -81,7 +77,7 @@ struct ClsQuery {
 };
 ClsQuery cls_query(const Tensor& cls, const Norm& norm, const Tensor& q_weight, const OptionalTensor& q_bias,
                    const Tensor& k_weight, int64_t num_heads) {
-  const Tensor query = linear_rows(cls, norm, false, q_weight, q_bias, {}, at::kFloat);
+  const Tensor query = linear_rows(cls, norm, false, q_weight, q_bias, {}, kFloat32);
   return {query, absorb(query, k_weight, num_heads, score_scale(k_weight.size(0) / num_heads))};
 }
 
@@ -114,7 +110,7 @@ TokenPass token_pass(const Tensor& cls, const Tensor& patches, const Norm& norm,
 }
 
 Tensor cls_value(const Tensor& context, const Norm& norm, const Tensor& v_weight, const OptionalTensor& v_bias,
-                 at::ScalarType dtype) {
+                 ScalarType dtype) {
   return project_heads(context, v_weight, norm.weight, norm.bias, vector_of(v_bias), 1.0, dtype);
 }
 
@@ -164,11 +160,12 @@ struct NormalizedCls {
   Tensor gamma, beta, normalized;
   Tensor rstd;  // (batch, 1)
   NormalizedCls(const Tensor& cls, const Tensor& norm_weight, const OptionalTensor& norm_bias, const Saved& saved)
-      : gamma(norm_weight.to(at::kFloat)),
-        beta(norm_bias ? norm_bias->to(at::kFloat) : at::zeros_like(gamma)),
-        rstd(saved.rstd.select(1, 0).unsqueeze(1)) {
-    normalized = cls.to(at::kFloat).sub(saved.mean.select(1, 0).unsqueeze(1)).mul(rstd);
+      : gamma(norm_weight.to(kFloat32)),
+        beta(norm_bias ? norm_bias->to(kFloat32) : zeros(gamma.sizes(), kFloat32, kOnCPU)),
+        rstd(saved.rstd.narrow(1, 0, 1)) {
+    normalized = aten::mul(aten::add(cls.to(kFloat32), saved.mean.narrow(1, 0, 1), -1), rstd);
   }
+  Tensor affine(const Tensor& rows) const { return aten::add(aten::mul(rows, gamma), beta); }
 };
 
 struct ValueGradient {
@@ -176,7 +173,7 @@ struct ValueGradient {
 };
 ValueGradient value_gradient(const Tensor& grad_out, const Tensor& v_weight, const Tensor& gamma, int64_t num_heads) {
   const Tensor grad_value = absorb(grad_out, v_weight, num_heads, 1.0);
-  return {grad_value, grad_value.mul(gamma)};
+  return {grad_value, aten::mul(grad_value, gamma)};
 }
 
 struct TokenGradient {
@@ -189,7 +186,7 @@ TokenGradient token_gradient(const Tensor& cls, const Tensor& patches, const Nor
   const int64_t batch = patches.size(0), width = patches.size(2);
   const Tensor dense = dense_rows(patches);
   const RowTensor cls_rows(cls);
-  const TokenGradient result{patches_wanted ? at::empty(patches.sizes(), patches.options()) : Tensor(),
+  const TokenGradient result{patches_wanted ? empty(patches.sizes(), patches.scalar_type()) : Tensor(),
                              empty_f32({batch, width}), empty_f32({batch, num_heads, width})};
   auto args = token_args<TokenGradientArgs>(cls_rows, dense, num_heads, norm, saved.mean, saved.rstd, saved.key_query);
   if (patches_wanted) args.grad_patches = token_rows(result.grad_patches);
@@ -206,13 +203,13 @@ struct QueryGradient {
   Tensor grad_key_query, grad_query;  // (batch, heads, width), (batch, width)
 };
 QueryGradient query_gradient(const Tensor& grad_u, const Tensor& k_weight, const Tensor& gamma, int64_t num_heads) {
-  const Tensor grad_key_query = grad_u.mul(gamma);
+  const Tensor grad_key_query = aten::mul(grad_u, gamma);
   const double scale = score_scale(k_weight.size(0) / num_heads);
-  return {grad_key_query, project_heads(grad_key_query, k_weight, {}, {}, {}, scale, at::kFloat)};
+  return {grad_key_query, project_heads(grad_key_query, k_weight, {}, {}, {}, scale, kFloat32)};
 }
 
 Tensor query_input_gradient(const Tensor& grad_query, const Tensor& q_weight) {
-  return at::mm(grad_query, q_weight.to(at::kFloat));
+  return aten::mm(grad_query, q_weight.to(kFloat32));
 }
 
 // What the steps before projection_gradients and finish_gradients leave for these.
@@ -230,19 +227,33 @@ void projection_gradients(const ClsCrossAttentionNeeds& needs, const NormalizedC
   const int64_t d = width / num_heads;
   // (heads, d, batch) x (heads, batch, width): the outer products of every head, summed over the batch.
   const auto outer = [&](const Tensor& of_outputs, const Tensor& of_inputs) {
-    return at::bmm(of_outputs.view({batch, num_heads, d}).permute({1, 2, 0}), of_inputs.transpose(0, 1))
-        .reshape({width, width});
+    return aten::bmm(of_outputs.view({batch, num_heads, d}).permute({1, 2, 0}), of_inputs.permute({1, 0, 2}))
+        .view({width, width});
   };
-  if (needs.q_weight) result.q_weight = at::mm(steps.query.grad_query.t(), cls.normalized.mul(cls.gamma).add(cls.beta));
-  if (needs.k_weight) result.k_weight = outer(saved.query.mul(score_scale(d)), steps.query.grad_key_query);
-  if (needs.v_weight) result.v_weight = outer(grad_out, saved.context.mul(cls.gamma).add(cls.beta));
+  if (needs.q_weight) result.q_weight = aten::mm(steps.query.grad_query.permute({1, 0}), cls.affine(cls.normalized));
+  if (needs.k_weight) result.k_weight = outer(aten::mul(saved.query, score_scale(d)), steps.query.grad_key_query);
+  if (needs.v_weight) result.v_weight = outer(grad_out, cls.affine(saved.context));
 }
 
 // The gradient of the CLS token, from that of its normalized self.
 Tensor cls_gradient(const NormalizedCls& cls, const Tensor& grad_normalized, const Tensor& grad_query_input) {
-  const Tensor g = grad_normalized.add(grad_query_input.mul(cls.gamma));
-  const Tensor along = g.mul(cls.normalized).mean(1, true);
-  return g.sub(g.mean(1, true)).sub(cls.normalized.mul(along)).mul(cls.rstd);
+  const Tensor g = aten::add(grad_normalized, aten::mul(grad_query_input, cls.gamma));
+  const Tensor along = aten::mean(aten::mul(g, cls.normalized), {1}, true);
+  const Tensor across = aten::add(g, aten::mean(g, {1}, true), -1);
+  return aten::mul(aten::add(across, aten::mul(cls.normalized, along), -1), cls.rstd);
+}
+
+// (batch, heads, tokens) -> (batch, heads, 1): 0, or NaN where the probability of a token is not finite.
+Tensor zero_or_nan(const Tensor& probs) {
+  const int64_t rows = probs.size(0) * probs.size(1), tokens = probs.size(2);
+  const Tensor result = empty_f32({probs.size(0), probs.size(1), 1});
+  const float* from = probs.const_data_ptr<float>();
+  for (int64_t row = 0; row < rows; row++) {
+    int strange = 0;
+    for (int64_t i = row * tokens; i < (row + 1) * tokens; i++) strange |= from[i] - from[i] != 0;
+    float_data(result)[row] = strange ? std::numeric_limits<float>::quiet_NaN() : 0;
+  }
+  return result;
 }
 
 // Sums over rows, and the CLS token's own gradient.
@@ -252,21 +263,21 @@ void finish_gradients(const ClsCrossAttentionNeeds& needs, const NormalizedCls& 
   const Tensor &grad_u = steps.tokens.grad_u, &grad_query = steps.query.grad_query;
   const int64_t batch = saved.context.size(0), num_heads = saved.context.size(1), width = saved.context.size(2);
   if (needs.cls) result.cls = cls_gradient(cls, steps.tokens.grad_normalized, steps.grad_query_input);
-  if (needs.norm_weight)
-    result.norm_weight = grad_value.to(at::kDouble)
-                             .mul(saved.context)
-                             .add(grad_u.to(at::kDouble).mul(saved.key_query))
-                             .sum(at::IntArrayRef{0, 1})
-                             .add(steps.grad_query_input.mul(cls.normalized).sum(0));
-  if (needs.norm_bias) result.norm_bias = grad_value.sum(at::IntArrayRef{0, 1}).add(steps.grad_query_input.sum(0));
-  if (needs.q_bias) result.q_bias = grad_query.sum(0);
-  if (needs.k_bias) result.k_bias = at::zeros({width}, grad_query.options());
+  if (needs.norm_weight) {
+    const Tensor of_value = aten::mul(grad_value.to(kFloat64), saved.context);
+    const Tensor of_query = aten::mul(grad_u.to(kFloat64), saved.key_query);
+    result.norm_weight = aten::add(aten::sum(aten::add(of_value, of_query), {0, 1}),
+                                   aten::sum(aten::mul(steps.grad_query_input, cls.normalized), {0}));
+  }
+  if (needs.norm_bias)
+    result.norm_bias = aten::add(aten::sum(grad_value, {0, 1}), aten::sum(steps.grad_query_input, {0}));
+  if (needs.q_bias) result.q_bias = aten::sum(grad_query, {0});
+  if (needs.k_bias) result.k_bias = zeros({width}, kFloat32, kOnCPU);
   // The probabilities sum to one, unless they are not numbers, which this gradient must not be either then.
   if (needs.v_bias)
-    result.v_bias = grad_out.view({batch, num_heads, width / num_heads})
-                        .add(saved.probs.sum(2, true).mul(0))
-                        .sum(0)
-                        .reshape({width});
+    result.v_bias =
+        aten::sum(aten::add(grad_out.view({batch, num_heads, width / num_heads}), zero_or_nan(saved.probs)), {0})
+            .view({width});
 }
 
 }  // namespace
@@ -282,7 +293,7 @@ std::vector<Tensor> cls_cross_attention_backward(const Tensor& grad_out, const T
                                                              query, key_query, num_heads, list);
   const Saved saved{mean, rstd, probs, context, query, key_query};
   const NormalizedCls normalized(cls, norm_weight, norm_bias, saved);
-  const Tensor grad = grad_out.to(at::kFloat).contiguous();
+  const Tensor grad = grad_out.to(kFloat32).contiguous();
 
   StepGradients steps;
   steps.value = value_gradient(grad, v_weight, normalized.gamma, num_heads);
@@ -295,7 +306,7 @@ std::vector<Tensor> cls_cross_attention_backward(const Tensor& grad_out, const T
   result.patches = steps.tokens.grad_patches;
   projection_gradients(needs, normalized, saved, grad, steps, result);
   finish_gradients(needs, normalized, saved, grad, steps, result);
-  const auto convert = [](Tensor& gradient, at::ScalarType dtype) {
+  const auto convert = [](Tensor& gradient, ScalarType dtype) {
     if (gradient.defined()) gradient = gradient.to(dtype);
   };
   convert(result.cls, cls.scalar_type());
@@ -303,7 +314,7 @@ std::vector<Tensor> cls_cross_attention_backward(const Tensor& grad_out, const T
   if (norm_bias) convert(result.norm_bias, norm_bias->scalar_type());
   for (Tensor* gradient :
        {&result.q_weight, &result.q_bias, &result.k_weight, &result.k_bias, &result.v_weight, &result.v_bias})
-    convert(*gradient, wide ? at::kFloat : q_weight.scalar_type());
+    convert(*gradient, wide ? kFloat32 : q_weight.scalar_type());
   return result.in_order();
 }
 

@@ -17,10 +17,10 @@ Tensor cls_fusion(const Tensor& cls, const Tensor& patches, const Tensor& proj_n
                         revert_norm_weight, revert_norm_bias, revert_weight, revert_bias, num_heads, eps);
   // Between the ops the CLS stays in float32, whatever the model's dtype.
   const Tensor projected =
-      linear_rows(cls, norm_of(proj_norm_weight, proj_norm_bias, eps), true, proj_weight, proj_bias, {}, at::kFloat);
+      linear_rows(cls, norm_of(proj_norm_weight, proj_norm_bias, eps), true, proj_weight, proj_bias, {}, kFloat32);
   const Tensor attended = std::get<0>(unchecked::cls_cross_attention(
       projected, patches, norm_weight, norm_bias, q_weight, q_bias, k_weight, v_weight, v_bias, num_heads, eps, false));
-  const Tensor fused = linear_rows(attended, Norm{}, false, out_weight, out_bias, projected, at::kFloat);
+  const Tensor fused = linear_rows(attended, Norm{}, false, out_weight, out_bias, projected, kFloat32);
   return linear_rows(fused, norm_of(revert_norm_weight, revert_norm_bias, eps), true, revert_weight, revert_bias, {},
                      revert_weight.scalar_type());
 }

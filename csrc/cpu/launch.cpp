@@ -1,9 +1,12 @@
 #include "launch.h"
 
-#include <ATen/ops/empty.h>
-
 #include <cstdlib>
 #include <new>
+
+#include "torch_c/aten.h"
+
+// Of the OpenMP library that PyTorch loaded, if it is built on one.
+extern "C" __attribute__((weak)) int omp_in_parallel();
 
 namespace crossvit {
 
@@ -16,6 +19,13 @@ struct Scratch {
 };
 
 }  // namespace
+
+int64_t threads_here() {
+  if (omp_in_parallel && omp_in_parallel()) return 1;
+  uint32_t threads = 1;
+  checked(torch_get_num_threads(&threads));
+  return threads;
+}
 
 char* thread_scratch(int64_t bytes) {
   thread_local Scratch scratch;
@@ -31,24 +41,25 @@ char* thread_scratch(int64_t bytes) {
   return scratch.data;
 }
 
-Rows rows_of(const RowTensor& t) {
-  return {const_cast<void*>(t.tensor.const_data_ptr()), dtype_of(t.tensor), t.per_batch, t.batch_stride, t.row_stride};
+Rows rows_of(const RowTensor& t) { return {t.data, dtype_of(t.dtype), t.per_batch, t.batch_stride, t.row_stride}; }
+
+void WeightTensor::view(const Tensor& t) {
+  const bool dense = t.stride(1) == 1 || t.size(1) <= 1;
+  if (!dense) owned = t.contiguous();
+  const Tensor& rows = dense ? t : owned;
+  matrix = {rows.const_data_ptr(), dtype_of(rows), rows.stride(0)};
 }
 
-WeightTensor::WeightTensor(const Tensor& t) : tensor(t.stride(1) == 1 || t.size(1) <= 1 ? t : t.contiguous()) {
-  matrix = {tensor.const_data_ptr(), dtype_of(tensor), tensor.stride(0)};
-}
-
-at::ScalarType products_of(const Tensor& weight) {
-  return active().dot_bf16 && weight.scalar_type() == at::kBFloat16 ? at::kBFloat16 : at::kFloat;
+ScalarType products_of(const Tensor& weight) {
+  return active().dot_bf16 && weight.scalar_type() == kBFloat16 ? kBFloat16 : kFloat32;
 }
 
 WeightTensor transposed(const Tensor& weight) {
-  const Tensor result = empty({weight.size(1), weight.size(0)}, products_of(weight));
+  Tensor result = empty({weight.size(1), weight.size(0)}, products_of(weight));
   const RowTensor from(weight);
   TransposeArgs args{rows_of(from), weight.size(0), weight.size(1), result.data_ptr(), dtype_of(result)};
   launch(active().transpose, args);
-  return WeightTensor(result);
+  return WeightTensor(std::move(result));
 }
 
 ScaleTensor::ScaleTensor(const OptionalTensor& t, bool per_sample, const Tensor& x) {
@@ -69,11 +80,12 @@ Norm norm_of(const Tensor& weight, const OptionalTensor& bias, double eps) {
 }
 
 NormGradients::NormGradients(bool weight_wanted, bool bias_wanted, int64_t tasks, int64_t width, const Tensor& like) {
-  const auto options = like.options().dtype(at::kFloat);
-  if (weight_wanted) weight = at::empty({tasks, width}, options);
-  if (bias_wanted) bias = at::empty({tasks, width}, options);
+  if (weight_wanted) weight = empty_f32({tasks, width}, like);
+  if (bias_wanted) bias = empty_f32({tasks, width}, like);
 }
 
-Tensor total(const Tensor& partial, const Tensor& parameter) { return partial.sum(0).to(parameter.scalar_type()); }
+Tensor total(const Tensor& partial, const Tensor& parameter) {
+  return aten::sum(partial, {0}).to(parameter.scalar_type());
+}
 
 }  // namespace crossvit

@@ -1,31 +1,33 @@
 // Torch tensors in, kernels run: the views that kernels.h wants of a tensor, and the loop over a kernel's tasks.
 #pragma once
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <c10/core/ScalarType.h>
-
 #include <algorithm>
 #include <atomic>
 #include <optional>
 #include <vector>
 
 #include "arguments.h"
-#include "kernels.h"
+#include "instruction_sets.h"
 #include "views.h"
 
 namespace crossvit {
 
 // The tensors that the kernels take.
-inline constexpr Taken kTaken{c10::DeviceType::CPU, /*float16=*/false};
-
-// The kernels of the instruction set in force (bindings.cpp chooses it when the module is loaded).
-const Kernels& active();
+inline const Taken kTaken{kCPU, /*float16=*/false};
 
 // Memory of this thread, at least `bytes` long and aligned to a cache line; kept from call to call.
 char* thread_scratch(int64_t bytes);
 
-inline int64_t threads_here() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+// How many threads a call may have here: PyTorch's number, or this thread alone where it is one of several already.
+int64_t threads_here();
+
+// Calls run() on so many of PyTorch's threads.
+template <class Run>
+void on_threads(int64_t threads, const Run& run) {
+  if (threads <= 1) return run();
+  const auto call = [](int64_t, int64_t, void* context) { (*static_cast<const Run*>(context))(); };
+  checked(torch_parallel_for(0, threads, 1, call, const_cast<Run*>(&run)));
+}
 
 // Runs the tasks of a call on torch's threads. They are handed out one by one, since neither the tasks nor, on a shared machine,
 // the cores are equally fast. A plan that a caller has asked for already is the third argument.
@@ -33,7 +35,7 @@ template <class Args, class P>
 void launch(const Kernel<Args, P>& kernel, const Args& args, const P& plan) {
   const int64_t bytes = kernel.scratch(args, plan);
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min(plan.tasks, threads_here()), 1, [&](int64_t, int64_t) {
+  on_threads(std::min(plan.tasks, threads_here()), [&] {
     char* scratch = thread_scratch(bytes);
     for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < plan.tasks;)
       kernel.run(args, plan, task, scratch);
@@ -57,7 +59,7 @@ void launch(const Kernel<Args, P>& kernel, const std::vector<Args>& calls) {
   }
   const int64_t tasks = first_task.back();
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min(tasks, threads), 1, [&](int64_t, int64_t) {
+  on_threads(std::min(tasks, threads), [&] {
     char* scratch = thread_scratch(bytes);
     std::size_t call = 0;
     for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
@@ -70,15 +72,21 @@ void launch(const Kernel<Args, P>& kernel, const std::vector<Args>& calls) {
 // Rows as the kernels take them; their memory is the tensor's.
 Rows rows_of(const RowTensor& t);
 
-// A weight (out, in); the tensor itself, or a contiguous copy that it owns.
+// A weight (out, in): the tensor's own memory, or that of a contiguous copy. A tensor that is not handed over for good has to outlive
+// this.
 struct WeightTensor {
-  Tensor tensor;
+  Tensor owned;
   Matrix matrix;
-  explicit WeightTensor(const Tensor& t);
+  explicit WeightTensor(const Tensor& t) { view(t); }
+  explicit WeightTensor(Tensor&& t) : owned(std::move(t)) { view(owned); }
+  explicit WeightTensor(const Tensor&& t) : owned(t) { view(owned); }
+
+ private:
+  void view(const Tensor& t);
 };
 
 // The dtype of the products of a backward pass with this weight.
-at::ScalarType products_of(const Tensor& weight);
+ScalarType products_of(const Tensor& weight);
 
 // A weight transposed, in that dtype, as the gradients of the inputs want it.
 WeightTensor transposed(const Tensor& weight);
@@ -99,7 +107,8 @@ struct NormGradients {
 };
 Tensor total(const Tensor& partial, const Tensor& parameter);
 
-inline Tensor empty(at::IntArrayRef shape, at::ScalarType dtype) { return empty(shape, dtype, at::kCPU); }
-inline Tensor empty_f32(at::IntArrayRef shape) { return empty(shape, at::kFloat, at::kCPU); }
+inline const Device kOnCPU{kCPU, -1};
+inline Tensor empty(Sizes shape, ScalarType dtype) { return empty(shape, dtype, kOnCPU); }
+inline Tensor empty_f32(Sizes shape) { return empty(shape, kFloat32, kOnCPU); }
 
 }  // namespace crossvit

@@ -1,8 +1,7 @@
 // layer_norm_mlp on the CPU: x + scale * Linear2(gelu(Linear1(LayerNorm(x)))) over row panels (mlp.h), and its gradients.
 #include "launch.h"
 #include "ops.h"
-
-#include <ATen/ops/gelu.h>
+#include "torch_c/aten.h"
 
 namespace crossvit {
 
@@ -16,7 +15,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_mlp(const Tensor& x, const
   const RowTensor in(x);
   const WeightTensor w1_matrix(w1), w2_matrix(w2);
   const ScaleTensor factor(scale, per_sample, x);
-  const Tensor out = empty(x.sizes(), c10::promoteTypes(x.scalar_type(), w2.scalar_type()));
+  const Tensor out = empty(x.sizes(), promoted(x.scalar_type(), w2.scalar_type()));
   const Tensor mean = empty_f32({save ? in.count : 0}), rstd = empty_f32({save ? in.count : 0});
   const Tensor pre = empty({save ? in.count : 0, w1.size(0)}, w1.scalar_type());
 
@@ -73,7 +72,7 @@ std::vector<Tensor> layer_norm_mlp_backward(const Tensor& grad_out, const Tensor
   args.norm = norm_of(norm_weight, norm_bias, 0);
   args.norm.mean = float_data(mean);
   args.norm.rstd = float_data(rstd);
-  args.products = products_of(w1) == at::kFloat ? DType::float32 : DType::bfloat16;
+  args.products = products_of(w1) == kFloat32 ? DType::float32 : DType::bfloat16;
   args.scale = factor.scale;
   const WeightOperands w1_operands(w1, in.count, features, width, needs.w1 || needs.b1, needs.w1);
   const WeightOperands w2_operands(w2, in.count, features, width, needs.w2, needs.w2 || needs.b2);
@@ -104,7 +103,7 @@ std::vector<Tensor> layer_norm_mlp_backward(const Tensor& grad_out, const Tensor
         weight_gradient_call(w2_operands, in.count, w2, w2.scalar_type(), wide, true, needs.w2, needs.b2, result));
   launch(active().weight_grad, calls);
   if (needs.scale) {
-    const Tensor activated = at::gelu(pre.to(at::kFloat));
+    const Tensor activated = aten::gelu(pre.to(kFloat32));
     const bool per_sample = factor.scale.kind == Scale::sample;
     const Tensor unscaled = per_sample ? input_gradient(grad, activated.sizes(), w2) : Tensor();
     result.push_back(scale_gradient(grad_out, activated, w2, b2, *scale, unscaled, factor.scale.kind));

@@ -1,25 +1,23 @@
 // What the backward passes of all Linears share: the gradients of the input, the weight, the bias and the factor on the result.
 #include "launch.h"
 #include "ops.h"
-
-#include <ATen/ops/empty.h>
+#include "torch_c/aten.h"
 
 namespace crossvit {
 
 WeightOperands::WeightOperands(const Tensor& weight, int64_t rows, int64_t out, int64_t in, bool left_wanted,
                                bool right_wanted) {
   const auto products = products_of(weight);
-  const DType dtype = products == at::kFloat ? DType::float32 : DType::bfloat16;
+  const DType dtype = products == kFloat32 ? DType::float32 : DType::bfloat16;
   const auto operand = [&](int64_t features) {
-    return at::empty({active().operand_bytes(rows, features, dtype) / (dtype == DType::float32 ? 4 : 2)},
-                     at::dtype(products));
+    return empty({active().operand_bytes(rows, features, dtype) / (dtype == DType::float32 ? 4 : 2)}, products);
   };
   if (left_wanted) left = operand(out);
   if (right_wanted) right = operand(in);
 }
 
 WeightGradArgs weight_gradient_call(const WeightOperands& operands, int64_t rows, const Tensor& weight,
-                                    at::ScalarType bias_dtype, bool wide, bool transposed, bool weight_wanted,
+                                    ScalarType bias_dtype, bool wide, bool transposed, bool weight_wanted,
                                     bool bias_wanted, std::vector<Tensor>& result) {
   WeightGradArgs args{};
   args.left = operands.left_data();
@@ -27,14 +25,14 @@ WeightGradArgs weight_gradient_call(const WeightOperands& operands, int64_t rows
   args.rows = rows;
   args.out = weight.size(transposed ? 1 : 0);
   args.in = weight.size(transposed ? 0 : 1);
-  args.products = products_of(weight) == at::kFloat ? DType::float32 : DType::bfloat16;
+  args.products = products_of(weight) == kFloat32 ? DType::float32 : DType::bfloat16;
   args.transposed = transposed;
   if (weight_wanted) {
-    result.push_back(empty(weight.sizes(), wide ? at::kFloat : weight.scalar_type()));
+    result.push_back(empty(weight.sizes(), wide ? kFloat32 : weight.scalar_type()));
     args.grad_weight = rows_of(RowTensor(result.back()));
   }
   if (bias_wanted) {
-    result.push_back(empty({weight.size(0)}, wide ? at::kFloat : bias_dtype));
+    result.push_back(empty({weight.size(0)}, wide ? kFloat32 : bias_dtype));
     args.grad_bias = result.back().data_ptr();
     args.grad_bias_dtype = dtype_of(result.back());
   }
@@ -43,10 +41,10 @@ WeightGradArgs weight_gradient_call(const WeightOperands& operands, int64_t rows
 
 std::vector<Tensor> linear_gradients(LinearGradArgs& args, const Tensor& x, const Tensor& weight,
                                      const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
-                                     at::ScalarType bias_dtype, bool wide, const LayerNormLinearNeeds& needs) {
+                                     ScalarType bias_dtype, bool wide, const LayerNormLinearNeeds& needs) {
   args.in = weight.size(1);
   args.out_features = weight.size(0);
-  args.products = products_of(weight) == at::kFloat ? DType::float32 : DType::bfloat16;
+  args.products = products_of(weight) == kFloat32 ? DType::float32 : DType::bfloat16;
   const WeightOperands operands(weight, args.rows, args.out_features, args.in, needs.weight || needs.bias,
                                 needs.weight);
   args.left = operands.left_data();
@@ -76,7 +74,7 @@ std::vector<Tensor> linear_gradients(LinearGradArgs& args, const Tensor& x, cons
   return result;
 }
 
-Tensor input_gradient(const RowTensor& grad, at::IntArrayRef shape, const Tensor& weight) {
+Tensor input_gradient(const RowTensor& grad, Sizes shape, const Tensor& weight) {
   const WeightTensor weight_t = transposed(weight);
   const Tensor result = empty_f32(shape);
   LinearGradArgs args{};
@@ -85,7 +83,7 @@ Tensor input_gradient(const RowTensor& grad, at::IntArrayRef shape, const Tensor
   args.rows = grad.count;
   args.in = weight.size(1);
   args.out_features = weight.size(0);
-  args.products = dtype_of(weight_t.tensor);
+  args.products = weight_t.matrix.dtype;
   args.weight_t = weight_t.matrix;
   launch(active().linear_grad, args);
   return result;
@@ -103,16 +101,18 @@ Tensor scale_gradient(const Tensor& grad_out, const Tensor& x, const Tensor& wei
     args.grad = rows_of(grad);
     args.x = rows_of(in);
     args.rows = in.count;
-    const Tensor like = at::empty({weight.size(0), weight.size(1)}, at::dtype(at::kFloat));
-    const auto gradients = linear_gradients(args, x, like, {}, {}, at::kFloat, true, {.weight = true, .bias = true});
-    result = gradients[0].mul(weight.to(at::kFloat)).sum(1);
-    if (bias) result = result.add(gradients[1].mul(bias->to(at::kFloat)));
+    const Tensor like = empty_f32({weight.size(0), weight.size(1)});
+    const auto gradients = linear_gradients(args, x, like, {}, {}, kFloat32, true, {.weight = true, .bias = true});
+    result = aten::sum(aten::mul(gradients[0], weight.to(kFloat32)), {1});
+    if (bias) result = aten::add(result, aten::mul(gradients[1], bias->to(kFloat32)));
   } else {
-    const int64_t samples = grad_out.size(0);
-    result = unscaled.mul(x.to(at::kDouble)).reshape({samples, -1}).sum(1);
-    if (bias) result = result.add(grad_out.to(at::kDouble).mul(bias->to(at::kDouble)).reshape({samples, -1}).sum(1));
+    const auto of_samples = [&](const Tensor& products) {
+      return aten::sum(products.contiguous().view({grad_out.size(0), -1}), {1});
+    };
+    result = of_samples(aten::mul(unscaled, x.to(kFloat64)));
+    if (bias) result = aten::add(result, of_samples(aten::mul(grad_out.to(kFloat64), bias->to(kFloat64))));
   }
-  return result.reshape(scale.sizes()).to(scale.scalar_type());
+  return result.view(scale.sizes()).to(scale.scalar_type());
 }
 
 }  // namespace crossvit

@@ -11,7 +11,7 @@ Tensor linear_residual(const Tensor& x, const Tensor& weight, const OptionalTens
   const RowTensor in(x), base(residual);
   const WeightTensor matrix(weight);
   const ScaleTensor factor(scale, per_sample, residual);
-  const Tensor out = empty(residual.sizes(), c10::promoteTypes(residual.scalar_type(), weight.scalar_type()));
+  const Tensor out = empty(residual.sizes(), promoted(residual.scalar_type(), weight.scalar_type()));
 
   LinearArgs args{};
   args.x = rows_of(in);

@@ -7,7 +7,7 @@ namespace crossvit {
 
 // [residual +] Linear(pre_act(norm(x))) over the rows of x, as a tensor of this dtype.
 inline Tensor linear_rows(const Tensor& x, const Norm& norm, bool gelu_in, const Tensor& weight,
-                          const OptionalTensor& bias, const Tensor& residual, at::ScalarType dtype) {
+                          const OptionalTensor& bias, const Tensor& residual, ScalarType dtype) {
   const RowTensor in(x);
   const WeightTensor matrix(weight);
   const Tensor out = empty({x.size(0), weight.size(0)}, dtype);

@@ -1,4 +1,4 @@
-// The CPU implementations that bindings.cpp hands to the dispatcher; contracts and saved tensors are those of
+// The CPU implementations that register.cpp hands to the dispatcher; contracts and saved tensors are those of
 // crossvit_kernels/ops/<op>.py. Anyone can call them, through torch.ops: each looks at its arguments first (arguments.h).
 #pragma once
 
@@ -110,19 +110,19 @@ struct WeightOperands {
 // The call that makes the gradients of a Linear's weight and bias, appended to result, from their operands; transposed: the
 // operands are those of the weight's transpose.
 WeightGradArgs weight_gradient_call(const WeightOperands& operands, int64_t rows, const Tensor& weight,
-                                    at::ScalarType bias_dtype, bool wide, bool transposed, bool weight_wanted,
+                                    ScalarType bias_dtype, bool wide, bool transposed, bool weight_wanted,
                                     bool bias_wanted, std::vector<Tensor>& result);
 
 // All of a Linear's backward, what args say of the gradient's way to it included.
 std::vector<Tensor> linear_gradients(LinearGradArgs& args, const Tensor& x, const Tensor& weight,
                                      const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
-                                     at::ScalarType bias_dtype, bool wide, const LayerNormLinearNeeds& needs);
+                                     ScalarType bias_dtype, bool wide, const LayerNormLinearNeeds& needs);
 
 // The gradient of the factor on a Linear's result.
 Tensor scale_gradient(const Tensor& grad_out, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                       const Tensor& scale, const Tensor& unscaled, Scale::Kind kind);
 
 // grad W, in float32, of the shape that the Linear's input has.
-Tensor input_gradient(const RowTensor& grad, at::IntArrayRef shape, const Tensor& weight);
+Tensor input_gradient(const RowTensor& grad, Sizes shape, const Tensor& weight);
 
 }  // namespace crossvit

@@ -3,8 +3,7 @@
 #include "launch.h"
 #include "ops.h"
 #include "taps.h"
-
-#include <ATen/ops/sum.h>
+#include "torch_c/aten.h"
 
 #include <vector>
 
@@ -55,8 +54,7 @@ Tensor patch_embed(const Tensor& images, const Tensor& weight, const OptionalTen
   const int64_t features = weight.size(0), patches = resized.images.per_image;
   const WeightTensor matrix(as_matrix(weight));
   const Tensor cls = cls_token.contiguous(), positions = pos_embed.contiguous();
-  const auto dtype =
-      c10::promoteTypes(c10::promoteTypes(weight.scalar_type(), cls.scalar_type()), positions.scalar_type());
+  const auto dtype = promoted(promoted(weight.scalar_type(), cls.scalar_type()), positions.scalar_type());
   const Tensor out = empty({images.size(0), 1 + patches, features}, dtype);
 
   // Row 0 of what (rows, features) tensors hold, and the rows behind it, once per image.
@@ -65,7 +63,7 @@ Tensor patch_embed(const Tensor& images, const Tensor& weight, const OptionalTen
   };
   const auto other_rows = [&](const Tensor& t, int64_t batch_stride) {
     char* data = static_cast<char*>(const_cast<void*>(t.const_data_ptr()));
-    return Rows{t.numel() ? data + features * t.element_size() : data, dtype_of(t), patches, batch_stride, features};
+    return Rows{t.numel() ? data + features * t.itemsize() : data, dtype_of(t), patches, batch_stride, features};
   };
   PatchEmbedArgs args{};
   args.images = resized.images;
@@ -119,8 +117,8 @@ std::vector<Tensor> patch_embed_backward(const Tensor& grad_out, const Tensor& i
     }
   }
   if (needs.cls_token)
-    result.push_back(grad_out.select(1, 0).sum(0, false, at::kFloat).view({1, 1, -1}).to(cls_token.scalar_type()));
-  if (needs.pos_embed) result.push_back(grad_out.sum(0, true, at::kFloat).to(pos_embed.scalar_type()));
+    result.push_back(aten::sum(grad_out.narrow(1, 0, 1), {0}, true, kFloat32).to(cls_token.scalar_type()));
+  if (needs.pos_embed) result.push_back(aten::sum(grad_out, {0}, true, kFloat32).to(pos_embed.scalar_type()));
   return result;
 }
 

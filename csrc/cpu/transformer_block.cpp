@@ -8,8 +8,7 @@ namespace crossvit {
 namespace {
 
 bool goes_with(const Tensor& t, const Tensor& x) {
-  return t.defined() && t.scalar_type() == x.scalar_type() && t.device() == x.device() && t.layout() == at::kStrided &&
-         in_memory(t);
+  return t.defined() && t.scalar_type() == x.scalar_type() && t.device() == x.device() && t.is_dense() && in_memory(t);
 }
 
 bool is_vector(const OptionalTensor& t, int64_t size, const Tensor& x) {

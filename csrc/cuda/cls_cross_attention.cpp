@@ -1,8 +1,6 @@
 // cls_cross_attention on CUDA tensors: query and absorbed key, one pass over the tokens, value.
 #include "cuda/cls_cross_attention.h"
 
-#include <ATen/ops/zeros.h>
-
 #include <tuple>
 #include <vector>
 
@@ -17,22 +15,22 @@ using CrossAttentionResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, 
 CrossAttentionResult cls_cross_attention(const Tensor& cls, const Tensor& patches, const Tensor& norm_weight,
                                          const OptionalTensor& norm_bias, const Tensor& q_weight,
                                          const OptionalTensor& q_bias, const Tensor& k_weight, const Tensor& v_weight,
-                                         const OptionalTensor& v_bias, int64_t num_heads, double eps, bool save) {
+                                         const OptionalTensor& v_bias, int64_t num_heads, double eps, bool save,
+                                         bool tf32) {
   arguments::cls_cross_attention(taken(), cls, patches, norm_weight, norm_bias, q_weight, q_bias, k_weight, v_weight,
                                  v_bias, num_heads, eps);
-  const DeviceGuard guard(patches.device());
-  const Stream stream = stream_of(patches);
+  const Call call(patches, tf32);
   const int64_t batch = patches.size(0), tokens = 1 + patches.size(1), width = patches.size(2);
   const int64_t kept = save ? batch : 0;
   const DenseTokens dense(cls, patches, num_heads);
   const ProjectionWeights weights(q_weight, k_weight, v_weight);
 
-  ClsQuery query = query_of(dense, norm_weight, norm_bias, q_bias, weights, weights.aligned(), eps);
+  ClsQuery query = query_of(call, dense, norm_weight, norm_bias, q_bias, weights, weights.aligned(), eps);
   const Tensor queries = empty_f32({kept, width}, patches);
   const Tensor key_query = empty_f32({batch, num_heads, width}, patches);
   if (save) query.query = queries.mutable_data_ptr<float>();
   query.key_query = key_query.mutable_data_ptr<float>();
-  check(cls_query(query, stream), "cls_query");
+  check(cls_query(query, call.stream), "cls_query");
 
   const Tensor mean = empty_f32({kept, tokens}, patches), rstd = empty_f32({kept, tokens}, patches);
   const Tensor probs = empty_f32({kept, num_heads, tokens}, patches);
@@ -44,7 +42,7 @@ CrossAttentionResult cls_cross_attention(const Tensor& cls, const Tensor& patche
     pass.scores = probs.mutable_data_ptr<float>();
   }
   const int64_t splits = pass.plan.splits;
-  check(token_pass(pass, stream), "token_pass");
+  check(token_pass(pass, call.stream), "token_pass");
 
   const Tensor context = !save         ? empty_f32({0, num_heads, width}, patches)
                          : splits == 1 ? of_splits.context.view({batch, num_heads, width})
@@ -66,7 +64,7 @@ CrossAttentionResult cls_cross_attention(const Tensor& cls, const Tensor& patche
   value.tf32 = query.tf32;
   value.aligned = query.aligned;
   value.out = out.mutable_data_ptr();
-  check(cls_value(value, stream), "cls_value");
+  check(cls_value(value, call.stream), "cls_value");
   return {out, mean, rstd, probs, context, queries, save ? key_query : empty_f32({0, num_heads, width}, patches)};
 }
 
@@ -85,9 +83,9 @@ struct Saved {
 // the step's names; one that is not needed is not defined.
 class Backward {
  public:
-  Backward(const Tensor& grad_out, const Tensor& cls, const Tensor& patches, const Tensor& norm_weight,
-           const OptionalTensor& norm_bias, const ProjectionWeights& weights, const Saved& saved, int64_t num_heads,
-           const ClsCrossAttentionNeeds& needs)
+  Backward(const Call& call, const Tensor& grad_out, const Tensor& cls, const Tensor& patches,
+           const Tensor& norm_weight, const OptionalTensor& norm_bias, const ProjectionWeights& weights,
+           const Saved& saved, int64_t num_heads, const ClsCrossAttentionNeeds& needs)
       : dense_(cls, patches, num_heads),
         weights_(weights),
         grad_out_(grad_out.to(weights.q.scalar_type()).contiguous()),
@@ -95,12 +93,12 @@ class Backward {
         needs_(needs),
         norm_weight_(vector_of(norm_weight)),
         norm_bias_(vector_of(norm_bias)),
-        stream_(stream_of(patches)),
+        stream_(call.stream),
         batch_(patches.size(0)),
         heads_(num_heads),
         width_(patches.size(2)),
         type_(dtype_of(weights.q)),
-        tf32_(allow_tf32()),
+        tf32_(call.tf32),
         aligned_(weights.aligned()),
         normalized_cls_{dense_.tokens.cls,
                         dense_.tokens.cls_dtype,
@@ -108,18 +106,18 @@ class Backward {
                         saved.mean,
                         saved.rstd,
                         static_cast<int>(1 + patches.size(1))} {
-    const auto like = [&](bool needed, at::IntArrayRef shape, at::ScalarType dtype) {
+    const auto like = [&](bool needed, Sizes shape, ScalarType dtype) {
       return needed ? empty(shape, dtype, patches) : Tensor();
     };
     const auto matrix = weights.q.scalar_type();
     grads_.cls = like(needs.cls, {batch_, width_}, cls.scalar_type());
     grads_.patches = like(needs.patches, patches.sizes(), patches.scalar_type());
     grads_.norm_weight = like(needs.norm_weight, {width_}, norm_weight.scalar_type());
-    grads_.norm_bias = like(needs.norm_bias, {width_}, norm_bias ? norm_bias->scalar_type() : at::kFloat);
+    grads_.norm_bias = like(needs.norm_bias, {width_}, norm_bias ? norm_bias->scalar_type() : kFloat32);
     grads_.q_weight = like(needs.q_weight, {width_, width_}, matrix);
     grads_.q_bias = like(needs.q_bias, {width_}, matrix);
     grads_.k_weight = like(needs.k_weight, {width_, width_}, matrix);
-    if (needs.k_bias) grads_.k_bias = at::zeros({width_}, weights.k.options());
+    if (needs.k_bias) grads_.k_bias = zeros({width_}, matrix, patches.device());
     grads_.v_weight = like(needs.v_weight, {width_, width_}, matrix);
     grads_.v_bias = like(needs.v_bias, {width_}, matrix);
     // The rows of NormParts: of value_gradient, query_gradient (the weight's alone) and query_input_gradient.
@@ -313,23 +311,22 @@ std::vector<Tensor> cls_cross_attention_backward(const Tensor& grad_out, const T
                                                  const Tensor& q_weight, const Tensor& k_weight, const Tensor& v_weight,
                                                  const Tensor& mean, const Tensor& rstd, const Tensor& probs,
                                                  const Tensor& context, const Tensor& query, const Tensor& key_query,
-                                                 int64_t num_heads, NeedsList list) {
+                                                 int64_t num_heads, NeedsList list, bool tf32) {
   const auto needs = arguments::cls_cross_attention_backward(taken(), grad_out, cls, patches, norm_weight, norm_bias,
                                                              q_weight, k_weight, v_weight, mean, rstd, probs, context,
                                                              query, key_query, num_heads, list);
-  const DeviceGuard guard(patches.device());
+  const Call call(patches, tf32);
   // The saved tensors of other backends are contiguous, too.
   const auto data = [](const Tensor& t) { return t.const_data_ptr<float>(); };
   const Saved saved{data(mean), data(rstd), data(probs), data(context), data(query), data(key_query)};
-  Backward backward(grad_out, cls, patches, norm_weight, norm_bias, ProjectionWeights(q_weight, k_weight, v_weight),
-                    saved, num_heads, needs);
+  Backward backward(call, grad_out, cls, patches, norm_weight, norm_bias,
+                    ProjectionWeights(q_weight, k_weight, v_weight), saved, num_heads, needs);
   return backward.run();
 }
 
-}  // namespace crossvit::cuda
+const Library of_cls_cross_attention =
+    ops()
+        .define<cls_cross_attention>(schema::cls_cross_attention.cuda())
+        .define<cls_cross_attention_backward>(schema::cls_cross_attention_backward.cuda());
 
-TORCH_LIBRARY_FRAGMENT(crossvit_kernels_cuda, m) {
-  crossvit::cuda::define(m, crossvit::schema::cls_cross_attention, TORCH_FN(crossvit::cuda::cls_cross_attention));
-  crossvit::cuda::define(m, crossvit::schema::cls_cross_attention_backward.cuda(),
-                         TORCH_FN(crossvit::cuda::cls_cross_attention_backward));
-}
+}  // namespace crossvit::cuda

@@ -13,12 +13,11 @@ Tensor cls_fusion(const Tensor& cls, const Tensor& patches, const Tensor& proj_n
                   const OptionalTensor& q_bias, const Tensor& k_weight, const Tensor& v_weight,
                   const OptionalTensor& v_bias, const Tensor& out_weight, const OptionalTensor& out_bias,
                   const Tensor& revert_norm_weight, const OptionalTensor& revert_norm_bias, const Tensor& revert_weight,
-                  const OptionalTensor& revert_bias, int64_t num_heads, double eps) {
+                  const OptionalTensor& revert_bias, int64_t num_heads, double eps, bool tf32) {
   arguments::cls_fusion(taken(), cls, patches, proj_norm_weight, proj_norm_bias, proj_weight, proj_bias, norm_weight,
                         norm_bias, q_weight, q_bias, k_weight, v_weight, v_bias, out_weight, out_bias,
                         revert_norm_weight, revert_norm_bias, revert_weight, revert_bias, num_heads, eps);
-  const DeviceGuard guard(patches.device());
-  const Stream stream = stream_of(patches);
+  const Call call(patches, tf32);
   const int64_t batch = patches.size(0), width = patches.size(2), own_width = cls.size(1), head = width / num_heads;
   const Tensor own = dense_rows(cls);
   const ProjectionWeights projections(q_weight, k_weight, v_weight);
@@ -41,13 +40,13 @@ Tensor cls_fusion(const Tensor& cls, const Tensor& patches, const Tensor& proj_n
   query.weight = into.const_data_ptr();
   query.aligned = aligned;
   query.projected = projected.mutable_data_ptr<float>();
-  query.query = query_of(dense, norm_weight, norm_bias, q_bias, projections, aligned, eps);
+  query.query = query_of(call, dense, norm_weight, norm_bias, q_bias, projections, aligned, eps);
   query.query.key_query = key_query.mutable_data_ptr<float>();
-  check(fusion_query(query, stream), "fusion_query");
+  check(fusion_query(query, call.stream), "fusion_query");
 
   const SplitResults of_splits(dense, query.query);
   const TokenPass& pass = of_splits.pass;
-  check(token_pass(pass, stream), "token_pass");
+  check(token_pass(pass, call.stream), "token_pass");
 
   const Tensor of_heads = empty_f32({batch, num_heads, width}, patches);
   FusionValue value{};
@@ -65,7 +64,7 @@ Tensor cls_fusion(const Tensor& cls, const Tensor& patches, const Tensor& proj_n
   value.aligned = aligned;
   value.heads_aligned = aligned && head * q_weight.itemsize() % 16 == 0;
   value.out = of_heads.mutable_data_ptr<float>();
-  check(fusion_value(value, stream), "fusion_value");
+  check(fusion_value(value, call.stream), "fusion_value");
 
   const Tensor out = empty({batch, own_width}, revert_weight.scalar_type(), patches);
   FusionRevert revert{};
@@ -85,12 +84,10 @@ Tensor cls_fusion(const Tensor& cls, const Tensor& patches, const Tensor& proj_n
   revert.aligned = aligned;
   revert.eps = query.query.eps;
   revert.out = out.mutable_data_ptr();
-  check(fusion_revert(revert, stream), "fusion_revert");
+  check(fusion_revert(revert, call.stream), "fusion_revert");
   return out;
 }
 
-}  // namespace crossvit::cuda
+const Library of_cls_fusion = ops().define<cls_fusion>(schema::cls_fusion.cuda());
 
-TORCH_LIBRARY_FRAGMENT(crossvit_kernels_cuda, m) {
-  crossvit::cuda::define(m, crossvit::schema::cls_fusion, TORCH_FN(crossvit::cuda::cls_fusion));
-}
+}  // namespace crossvit::cuda

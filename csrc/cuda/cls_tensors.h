@@ -21,7 +21,7 @@ struct DenseTokens {
 
   DenseTokens(const Tensor& cls_, const Tensor& patches_, std::int64_t num_heads)
       : cls(dense_rows(cls_)), patches(dense_rows(patches_)) {
-    TORCH_CHECK(patches.size(1) < (std::int64_t{1} << 31) - 32, "too many patches");
+    require(patches.size(1) < (std::int64_t{1} << 31) - 32, "too many patches");
     tokens.cls = cls.const_data_ptr();
     tokens.cls_dtype = dtype_of(cls);
     tokens.cls_stride = cls.stride(0);
@@ -49,8 +49,9 @@ struct DenseTokens {
 };
 
 // The query's arguments, but for where its results go and, of cls_fusion, the CLS tokens.
-inline ClsQuery query_of(const DenseTokens& dense, const Tensor& norm_weight, const OptionalTensor& norm_bias,
-                         const OptionalTensor& q_bias, const ProjectionWeights& weights, bool aligned, double eps) {
+inline ClsQuery query_of(const Call& call, const DenseTokens& dense, const Tensor& norm_weight,
+                         const OptionalTensor& norm_bias, const OptionalTensor& q_bias,
+                         const ProjectionWeights& weights, bool aligned, double eps) {
   ClsQuery query{};
   dense.fill(query);
   query.norm_weight = vector_of(norm_weight);
@@ -59,15 +60,15 @@ inline ClsQuery query_of(const DenseTokens& dense, const Tensor& norm_weight, co
   query.q_weight = weights.q.const_data_ptr();
   query.k_weight = weights.k.const_data_ptr();
   query.dtype = dtype_of(weights.q);
-  query.tf32 = allow_tf32();
+  query.tf32 = call.tf32;
   query.aligned = aligned;
   query.eps = static_cast<float>(eps);
   return query;
 }
 
 inline void check_width(std::int64_t shared, std::int64_t width) {
-  TORCH_CHECK(shared <= kSharedMemory, "cls_cross_attention's CUDA kernels hold tokens in shared memory; ", width,
-              " elements are too wide for it");
+  require(shared <= kSharedMemory, "cls_cross_attention's CUDA kernels hold tokens in shared memory; ", width,
+          " elements are too wide for it");
 }
 
 // What the pass over the tokens leaves for every split of an image's tokens; owns it.

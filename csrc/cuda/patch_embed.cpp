@@ -18,7 +18,7 @@ struct Images {
 
   // To be read beside the weight; images of a third type, neither float32 nor the weight's, become float32.
   Images(const Tensor& given, const Tensor& weight, std::int64_t height, std::int64_t width)
-      : Images(given.scalar_type() == weight.scalar_type() ? given : given.to(at::kFloat), weight.size(3), height,
+      : Images(given.scalar_type() == weight.scalar_type() ? given : given.to(kFloat32), weight.size(3), height,
                width) {}
 
   Images(Tensor given, std::int64_t patch, std::int64_t height, std::int64_t width) : tensor(std::move(given)) {
@@ -43,9 +43,9 @@ struct Images {
     if (move_together(4)) images.piece = 4;
     if (tensor.itemsize() == 2 && move_together(8)) images.piece = 8;
     patches = tensor.size(0) * images.per_image;
-    TORCH_CHECK(patches + tensor.size(0) < std::int64_t{1} << 31 &&
-                    std::max({tensor.size(2), tensor.size(3), height, width}) < std::int64_t{1} << 24,
-                "patch_embed's CUDA kernels count patches in 32 bits");
+    require(patches + tensor.size(0) < std::int64_t{1} << 31 &&
+                std::max({tensor.size(2), tensor.size(3), height, width}) < std::int64_t{1} << 24,
+            "patch_embed's CUDA kernels count patches in 32 bits");
   }
 
  private:
@@ -64,15 +64,14 @@ Tensor as_matrix(const Tensor& weight) { return weight.contiguous().view({weight
 }  // namespace
 
 Tensor patch_embed(const Tensor& images, const Tensor& weight, const OptionalTensor& bias, const Tensor& cls_token,
-                   const Tensor& pos_embed, int64_t height, int64_t width) {
+                   const Tensor& pos_embed, int64_t height, int64_t width, bool tf32) {
   arguments::patch_embed(taken(), images, weight, bias, cls_token, pos_embed, height, width);
-  const DeviceGuard guard(images.device());
+  const Call call(images, tf32);
   const Images cut(images, weight, height, width);
   const std::int64_t features = weight.size(0);
   const Tensor matrix = as_matrix(weight);
   const Tensor cls = cls_token.contiguous(), position = pos_embed.contiguous();
-  const auto dtype =
-      c10::promoteTypes(c10::promoteTypes(weight.scalar_type(), cls.scalar_type()), position.scalar_type());
+  const auto dtype = promoted(promoted(weight.scalar_type(), cls.scalar_type()), position.scalar_type());
   const Tensor out =
       empty({images.size(0), 1 + static_cast<std::int64_t>(cut.images.per_image), features}, dtype, images);
   PatchEmbedArgs args;
@@ -87,20 +86,20 @@ Tensor patch_embed(const Tensor& images, const Tensor& weight, const OptionalTen
   args.out_dtype = dtype_of(out);
   args.aligned =
       aligned_to_16(out.view({-1, features})) && aligned_to_16(position.view({-1, features})) && features % 8 == 0;
-  args.tf32 = allow_tf32();
-  check(launch_patch_embed(args, stream_of(images)), "patch_embed");
+  args.tf32 = call.tf32;
+  check(launch_patch_embed(args, call.stream), "patch_embed");
   return out;
 }
 
 namespace {
 
-Tensor patch_images_gradient(const RowTensor& grad, const Tensor& images, const Tensor& weight, std::int64_t height,
-                             std::int64_t width) {
+Tensor patch_images_gradient(const Call& call, const RowTensor& grad, const Tensor& images, const Tensor& weight,
+                             std::int64_t height, std::int64_t width) {
   const bool resize = images.size(2) != height || images.size(3) != width;
   const std::int64_t planes = images.size(0) * images.size(1);
   // This is the gradient of the resized images, where images are resized.
   Tensor pixels =
-      empty({images.size(0), images.size(1), height, width}, resize ? at::kFloat : images.scalar_type(), images);
+      empty({images.size(0), images.size(1), height, width}, resize ? kFloat32 : images.scalar_type(), images);
   PatchImagesGradientArgs args;
   const Images cut(pixels, weight.size(3), height, width);
   args.out = cut.images;
@@ -109,8 +108,8 @@ Tensor patch_images_gradient(const RowTensor& grad, const Tensor& images, const 
   args.grad = rows_of(grad);
   const Tensor matrix = as_matrix(weight);
   args.weight = rows_of(RowTensor(matrix));
-  args.tf32 = allow_tf32();
-  check(launch_patch_images_gradient(args, stream_of(images)), "patch_images_gradient");
+  args.tf32 = call.tf32;
+  check(launch_patch_images_gradient(args, call.stream), "patch_images_gradient");
   const auto resize_back = [&](const Tensor& out, std::int64_t outer, std::int64_t size, std::int64_t resized,
                                std::int64_t inner) {
     ResizeGradientArgs axis;
@@ -121,7 +120,7 @@ Tensor patch_images_gradient(const RowTensor& grad, const Tensor& images, const 
     axis.size = static_cast<int>(size);
     axis.resized = static_cast<int>(resized);
     axis.inner = static_cast<int>(inner);
-    check(launch_resize_gradient(axis, stream_of(images)), "resize_gradient");
+    check(launch_resize_gradient(axis, call.stream), "resize_gradient");
     pixels = out;
   };
   if (resize) {
@@ -132,8 +131,8 @@ Tensor patch_images_gradient(const RowTensor& grad, const Tensor& images, const 
   return pixels;
 }
 
-Tensor patch_weight_gradient(const RowTensor& grad, const Tensor& images, const Tensor& weight, std::int64_t height,
-                             std::int64_t width) {
+Tensor patch_weight_gradient(const Call& call, const RowTensor& grad, const Tensor& images, const Tensor& weight,
+                             std::int64_t height, std::int64_t width) {
   const Images cut(images, weight, height, width);
   PatchWeightGradientArgs args;
   args.images = cut.images;
@@ -141,13 +140,13 @@ Tensor patch_weight_gradient(const RowTensor& grad, const Tensor& images, const 
   args.features = static_cast<int>(weight.size(0));
   args.grad = rows_of(grad);
   args.dtype = dtype_of(weight);
-  args.tf32 = allow_tf32();
+  args.tf32 = call.tf32;
   args.pieces = patch_weight_gradient_pieces(args);
   const Tensor result = empty(weight.sizes(), weight.scalar_type(), weight);
-  const bool whole = args.pieces == 1 && weight.scalar_type() == at::kFloat;  // nothing is left to add or to round
+  const bool whole = args.pieces == 1 && weight.scalar_type() == kFloat32;  // nothing is left to add or to round
   const Tensor partial = whole ? result : empty_f32({args.pieces, weight.numel()}, weight);
   args.partial = static_cast<float*>(partial.mutable_data_ptr());
-  check(launch_patch_weight_gradient(args, stream_of(images)), "patch_weight_gradient");
+  check(launch_patch_weight_gradient(args, call.stream), "patch_weight_gradient");
   if (whole) return result;
   MatrixSumArgs sum;
   sum.matrices = vector_of(partial);
@@ -156,13 +155,13 @@ Tensor patch_weight_gradient(const RowTensor& grad, const Tensor& images, const 
   sum.stride = sum.width = weight.numel();
   sum.all = result.mutable_data_ptr();
   sum.all_dtype = dtype_of(result);
-  check(matrix_sum(sum, stream_of(images)), "matrix_sum");
+  check(matrix_sum(sum, call.stream), "matrix_sum");
   return result;
 }
 
 // The gradients of bias, cls_token and pos_embed, those that are needed: sums over the batch, and for the bias over patches.
-void append_sums(const Tensor& grad_out, const OptionalTensor& bias, const Tensor& weight, const Tensor& cls_token,
-                 const Tensor& pos_embed, bool needs_bias, bool needs_cls, bool needs_position,
+void append_sums(const Call& call, const Tensor& grad_out, const OptionalTensor& bias, const Tensor& weight,
+                 const Tensor& cls_token, const Tensor& pos_embed, bool needs_bias, bool needs_cls, bool needs_position,
                  std::vector<Tensor>& result) {
   const std::int64_t tokens = grad_out.size(1), features = grad_out.size(2);
   const auto four_together = [&](std::int64_t elements) { return elements % 4 == 0; };
@@ -192,7 +191,7 @@ void append_sums(const Tensor& grad_out, const OptionalTensor& bias, const Tenso
     args.all = result.back().mutable_data_ptr();
     args.all_dtype = dtype_of(pos_embed);
   }
-  check(matrix_sum(args, stream_of(grad_out)), "matrix_sum");
+  check(matrix_sum(args, call.stream), "matrix_sum");
   if (!needs_bias) return;
   MatrixSumArgs over;
   over.matrices = {args.sums + features, DType::float32};
@@ -201,37 +200,35 @@ void append_sums(const Tensor& grad_out, const OptionalTensor& bias, const Tenso
   over.stride = over.width = features;
   over.all = grad_bias.mutable_data_ptr();
   over.all_dtype = dtype_of(grad_bias);
-  check(matrix_sum(over, stream_of(grad_out)), "matrix_sum");
+  check(matrix_sum(over, call.stream), "matrix_sum");
 }
 
 }  // namespace
 
 std::vector<Tensor> patch_embed_backward(const Tensor& grad_out, const Tensor& images, const Tensor& weight,
                                          const OptionalTensor& bias, const Tensor& cls_token, const Tensor& pos_embed,
-                                         int64_t height, int64_t width, NeedsList list) {
+                                         int64_t height, int64_t width, NeedsList list, bool tf32) {
   const auto needs = arguments::patch_embed_backward(taken(), grad_out, images, weight, bias, cls_token, pos_embed,
                                                      height, width, list);
-  const DeviceGuard guard(images.device());
+  const Call call(images, tf32);
   const Tensor dense = dense_rows(grad_out);
   std::vector<Tensor> result;
   if (needs.images || needs.weight) {
     // A matrix operand: of the weight's type, or float32.
     const Tensor patches = dense.narrow(1, 1, dense.size(1) - 1);
-    const bool fits = patches.scalar_type() == weight.scalar_type() || patches.scalar_type() == at::kFloat;
-    const RowTensor grad(fits ? patches : patches.to(at::kFloat));
-    if (needs.images) result.push_back(patch_images_gradient(grad, images, weight, height, width));
-    if (needs.weight) result.push_back(patch_weight_gradient(grad, images, weight, height, width));
+    const bool fits = patches.scalar_type() == weight.scalar_type() || patches.scalar_type() == kFloat32;
+    const RowTensor grad(fits ? patches : patches.to(kFloat32));
+    if (needs.images) result.push_back(patch_images_gradient(call, grad, images, weight, height, width));
+    if (needs.weight) result.push_back(patch_weight_gradient(call, grad, images, weight, height, width));
   }
   if (needs.bias || needs.cls_token || needs.pos_embed) {
-    append_sums(dense, bias, weight, cls_token, pos_embed, needs.bias, needs.cls_token, needs.pos_embed, result);
+    append_sums(call, dense, bias, weight, cls_token, pos_embed, needs.bias, needs.cls_token, needs.pos_embed, result);
   }
   return result;
 }
 
-}  // namespace crossvit::cuda
+const Library of_patch_embed = ops()
+                                   .define<patch_embed>(schema::patch_embed.cuda())
+                                   .define<patch_embed_backward>(schema::patch_embed_backward.cuda());
 
-TORCH_LIBRARY_FRAGMENT(crossvit_kernels_cuda, m) {
-  using namespace crossvit;
-  cuda::define(m, schema::patch_embed, TORCH_FN(cuda::patch_embed));
-  cuda::define(m, schema::patch_embed_backward.cuda(), TORCH_FN(cuda::patch_embed_backward));
-}
+}  // namespace crossvit::cuda

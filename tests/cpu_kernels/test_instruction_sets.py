@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
+import torch
 
 import available
 import crossvit_kernels
@@ -15,7 +16,6 @@ from numerics import BFLOAT16, FLOAT32, Precision, check
 
 if not backends.available("cpu"):
     pytest.skip(str(backends.reason("cpu")), allow_module_level=True)
-from crossvit_kernels import _C
 
 # One shape that no vector, tile or panel divides, and that of a branch.
 CASES = {
@@ -36,7 +36,7 @@ CASES = {
 }
 
 
-@pytest.fixture(params=_C.build_info()["instruction_sets"])
+@pytest.fixture(params=available.built_instruction_sets())
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each in turn, and afterwards the one that was in force."""
     with ExitStack() as stack:
@@ -51,7 +51,7 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.mark.parametrize("precision", [FLOAT32, BFLOAT16], ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_rule(instruction_set: str, case: str, precision: Precision, rng: Random) -> None:
-    assert _C.cpu_instruction_set() == instruction_set
+    assert torch.ops.crossvit_kernels_cpu.instruction_set() == instruction_set
     name = case.partition(" ")[0]
     assert backends.serves("cpu", name)
     given: dict[str, Any] = CASES[case](rng)
@@ -61,4 +61,4 @@ def test_rule(instruction_set: str, case: str, precision: Precision, rng: Random
 
 def test_one_that_was_not_built_is_named() -> None:
     with pytest.raises(ValueError, match=r"'sse9' was not compiled in.*generic"):
-        _C.set_instruction_set("sse9")
+        torch.ops.crossvit_kernels_cpu.set_instruction_set("sse9")

@@ -31,24 +31,47 @@ def computes(backend: str, precision: object) -> bool:
 def instruction_set(name: str) -> Iterator[None]:
     """Has the CPU kernels use this one within; the one in force before comes back. Raises ValueError where this CPU
     lacks it, or it was not compiled in."""
-    from crossvit_kernels import _C
-
-    before = _C.cpu_instruction_set()
-    _C.set_instruction_set(name)
+    cpu = torch.ops.crossvit_kernels_cpu
+    before = cpu.instruction_set()
+    cpu.set_instruction_set(name)
     try:
         yield
     finally:
-        _C.set_instruction_set(before)
+        cpu.set_instruction_set(before)
+
+
+def built_instruction_sets() -> list[str]:
+    """Those compiled into the CPU kernels, which have to be there."""
+    return torch.ops.crossvit_kernels_cpu.instruction_sets().split()
+
+
+def fill_empty_memory_with_nan(fill: bool = True) -> None:
+    """Whether memory that PyTorch and the native kernels hand out uninitialised holds NaN."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(fill, warn_only=True)
+    for name in NATIVE:
+        if name != "triton":
+            getattr(torch.ops, f"crossvit_kernels_{name}").fill_empty_with_nan(fill)
+
+
+@contextmanager
+def empty_memory_filled_with_nan() -> Iterator[None]:
+    """Such memory holds NaN within; afterwards all is as it was."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill_empty_memory_with_nan()
+    try:
+        yield
+    finally:
+        fill_empty_memory_with_nan(False)
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def instruction_sets() -> list[str]:
     """Those compiled into the CPU kernels that this CPU has; none without CPU kernels."""
     if not backends.available("cpu"):
         return []
-    from crossvit_kernels import _C
-
     found = []
-    for name in _C.build_info()["instruction_sets"]:
+    for name in built_instruction_sets():
         with suppress(ValueError), instruction_set(name):
             found.append(name)
     return found

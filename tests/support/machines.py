@@ -85,9 +85,7 @@ def not_set(name: str) -> Callable[[], str | None]:
     """Why there is no run with this instruction set of the kernels: it is not to be had, or is taken anyway."""
 
     def lacking() -> str | None:
-        from crossvit_kernels import _C
-
-        if _C.cpu_instruction_set() == name:
+        if torch.ops.crossvit_kernels_cpu.instruction_set() == name:
             return SAME
         return None if name in instruction_sets() else f"{name!r} was not compiled in, or this CPU lacks it"
 

@@ -27,14 +27,9 @@ for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(cache, "16")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin would wait for each other's cores
 
-import torch
-
-if not torch.cuda.is_available():  # as tests/conftest.py; read when the kernels are loaded
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-    os.environ.setdefault("CROSSVIT_KERNELS_EMULATE", "1")
-
 from tqdm import tqdm
 
+import available  # before the kernels are loaded: sets how they run here
 import draws
 from crossvit_kernels import backends
 from random_checks import AGAIN, MismatchError, check
@@ -55,7 +50,7 @@ def resident_bytes() -> int:
 
 def work(seed: int, indices: range, ops: tuple[str, ...], backend: str, now: Any, said: Any) -> None:
     """A process: checks its draws; says ("done", index, op, (calls, lucky)) or ("failed", index, op, why) of each."""
-    torch.use_deterministic_algorithms(True, warn_only=True)  # memory handed out uninitialised holds NaN
+    available.fill_empty_memory_with_nan()
     early = 0
     for i, index in enumerate(indices):
         now.value = index
@@ -138,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error("argument --only: expected a --backend whose draw is meant")
         draw = draws.draw(options.seed, options.only, draws.ops_of(chosen[0], ops), chosen[0])
         print(draw)
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        available.fill_empty_memory_with_nan()
         calls, lucky = check(draw)
         print(
             f"{calls} calls, all right" + (f", {lucky} only together with others in the same shapes" if lucky else "")

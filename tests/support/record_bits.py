@@ -74,18 +74,18 @@ def record(backend: str) -> dict[str, str]:
     """The digest of every draw, and of the models, by this backend in this process."""
     import torch
 
-    import available  # noqa: F401  sets up the interpreter and the emulation
+    import available  # before the kernels: sets up the interpreter and the emulation
     import draws
     from inputs import EXAMPLES
     from random_checks import evaluate
 
-    torch.use_deterministic_algorithms(True, warn_only=True)  # memory handed out uninitialised holds NaN
     ops, found = draws.ops_of(backend, tuple(EXAMPLES)), {}
-    for index in range(DRAWS[backend]):
-        draw = draws.draw(SEED, index, ops, backend)
-        torch.set_num_threads(draw.threads)
-        results, _ = evaluate(draw, backend, frozenset() if draw.op == "cls_fusion" else None)
-        found[f"{index} {draw}"] = digest(results)
+    with available.empty_memory_filled_with_nan():
+        for index in range(DRAWS[backend]):
+            draw = draws.draw(SEED, index, ops, backend)
+            torch.set_num_threads(draw.threads)
+            results, _ = evaluate(draw, backend, frozenset() if draw.op == "cls_fusion" else None)
+            found[f"{index} {draw}"] = digest(results)
     return found | (models() if backend == "cpu" else {})
 
 
