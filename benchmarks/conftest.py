@@ -42,10 +42,22 @@ def place(request: pytest.FixtureRequest) -> tuple[str, str]:
     """The device and the kernels of a key of PLACES; skipped, with the reason, where they have no times here. Takes the
     test's parameter `dtype` into account."""
     device, kernels = PLACES[request.param]
-    if (why := why_not(device, kernels, DTYPES[request.getfixturevalue("dtype")])) is not None:
+    dtype = DTYPES[request.getfixturevalue("dtype")]
+    if (why := why_not(device, kernels, dtype) or emulated(device, kernels, dtype)) is not None:
         pytest.skip(why)
     use(device)
     return device, kernels
+
+
+def emulated(device: str, kernels: str, dtype: torch.dtype) -> str | None:
+    """Why the reference has no times on this CPU, or None: PyTorch multiplies bfloat16 by loops where oneDNN does not,
+    and a call takes seconds."""
+    if (device, kernels, dtype) != ("cpu", "reference", torch.bfloat16):
+        return None
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    if supported is None or supported():
+        return None
+    return "PyTorch's products of bfloat16 take seconds on this CPU, which has no AVX-512"
 
 
 @pytest.fixture
