@@ -47,6 +47,11 @@ def native_kernel(backend: str, name: str, given: list[str], strided: Iterable[s
                 values[i] = value.contiguous()
         if asks_tf32:
             values.append(torch.backends.cuda.matmul.allow_tf32)
-        return [native(*values)] if single else native(*values)
+        try:
+            return [native(*values)] if single else native(*values)
+        except RuntimeError as error:  # PyTorch's C interface hands on what an error says, not which kind it is
+            if backend == "cuda" and "out of memory" in str(error):
+                raise torch.OutOfMemoryError(str(error)) from error
+            raise
 
     return run

@@ -208,13 +208,25 @@ bool nan_in_empty = false;
 
 }  // namespace
 
+// What keeps a new tensor from being made is nearly always memory, which Python raises as an error of its own kind
+// (crossvit_kernels/dispatch/native.py); the C interface does not say which kind an error was.
+[[noreturn, gnu::cold, gnu::noinline]] static void not_allocated(Device device) {
+  try {
+    failed();
+  } catch (const std::runtime_error& error) {
+    if (device.type != kCUDA || std::string(error.what()).find("out of memory") != std::string::npos) throw;
+    throw std::runtime_error(name_of(device) + " is out of memory: " + error.what());
+  }
+}
+
 void fill_empty_with_nan(bool fill) { nan_in_empty = fill; }
 
 Tensor empty(Sizes sizes, ScalarType dtype, Device device) {
   AtenTensorHandle handle = nullptr;
-  checked(aoti_torch_empty_strided(static_cast<std::int64_t>(sizes.size()), sizes.begin(),
-                                   ContiguousStrides(sizes).data(), static_cast<std::int32_t>(dtype),
-                                   static_cast<std::int32_t>(device.type), device.index, &handle));
+  if (aoti_torch_empty_strided(static_cast<std::int64_t>(sizes.size()), sizes.begin(), ContiguousStrides(sizes).data(),
+                               static_cast<std::int32_t>(dtype), static_cast<std::int32_t>(device.type), device.index,
+                               &handle))
+    not_allocated(device);
   Tensor result(handle, dtype, device);
   if (nan_in_empty && device.type == kCPU && result.numel())  // all bits set are a NaN in every floating-point type
     std::memset(result.data_ptr(), 0xff, static_cast<std::size_t>(result.numel() * result.itemsize()));
