@@ -1,6 +1,7 @@
 """The rule for when to fuse, as to what the children are: a child of another class, or one whose call does more than
 its class's forward, is called as a module, with the bits that plain PyTorch modules give."""
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -148,6 +149,21 @@ def test_what_sees_or_changes_a_childs_call_does(site: str, call: str, kernels: 
         check(site, child, at(child, CALLS[call]), kernels)
 
 
+@functools.cache
+def compiles_its_own_modules() -> bool:
+    """Whether this PyTorch compiles a module of its own that was told to by `compile()`; 2.11 runs it as it is."""
+    runs: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        runs.append("run")
+        return graph.forward
+
+    linear = nn.Linear(2, 2)
+    linear.compile(backend=backend)
+    linear(torch.ones(1, 2))
+    return bool(runs)
+
+
 @in_turn(site=SITES)
 def test_a_compiled_child_is_called_compiled(site: str, kernels: str) -> None:
     """`child.compile()`, by a backend that counts how often its code runs."""
@@ -166,7 +182,7 @@ def test_a_compiled_child_is_called_compiled(site: str, kernels: str) -> None:
         ours.get_submodule(child).compile(backend=backend)
         inputs = SITES[site].inputs()
         assert_close(outcome(ours, inputs), outcome(twin, inputs))
-        assert runs, f"{child} was not called"
+        assert runs or not compiles_its_own_modules(), f"{child} was not called"
 
 
 @in_turn(call=["forward hook", "backward pre-hook"], site=SITES)

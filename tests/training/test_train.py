@@ -228,10 +228,16 @@ def environment(**values: str) -> dict[str, str]:
     }
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listens on, and that no connection is given meanwhile: the system hands out those above."""
+    found = []
+    for port in range(20000 + os.getpid() % 8000, 32768):
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            break
+    return found
 
 
 def read_log(out: Path) -> list[dict[str, Any]]:
@@ -258,7 +264,8 @@ def test_two_processes_are_one(data: Path, tmp_path: Path) -> None:
         "    status, printed = train(Path(data), Path(folder) / name, *options)\n"
         "    if status: sys.exit(printed)\n"
     )
-    plan = json.dumps({name: (free_port(), options) for name, options in runs.items()})
+    ports = free_ports(len(runs))
+    plan = json.dumps({name: (port, options) for port, (name, options) in zip(ports, runs.items(), strict=True)})
     group = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
     processes = [
         subprocess.Popen(
