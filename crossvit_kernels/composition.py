@@ -88,7 +88,7 @@ def why_not(owner: nn.Module, composition: Composition) -> str | None:
         return MODULES_UNKNOWN
     if not torch.compiler.is_compiling() and (why := watched_by_all() or foreign_mode() or replaced_function()):
         return why
-    if composition.entry is not None and not _genuine(*composition.entry):
+    if composition.entry is not None and not genuine(*composition.entry):
         cls, method = composition.entry
         return f"{cls.__qualname__}.{method} was replaced"
     for path, expected in composition.parts.items():
@@ -124,10 +124,10 @@ def _disturbance(child: nn.Module) -> str | None:
     if "forward" in child.__dict__ or _INSIDE in child.__dict__:
         return "has a forward of its own"
     cls = type(child)
-    if not _genuine(cls, "forward") or not _genuine(cls, _INSIDE):
+    if not genuine(cls, "forward") or not genuine(cls, _INSIDE):
         return f"is a {cls.__qualname__}, whose forward was replaced"
     entry = cls.__dict__.get(ENTRY)
-    if entry is not None and not _genuine(*entry):
+    if entry is not None and not genuine(*entry):
         return f"is a {entry[0].__qualname__}, whose {entry[1]} was replaced"
     if torch.compiler.is_compiling():
         return None
@@ -142,7 +142,7 @@ def unseen(module: nn.Module) -> bool:
 
 
 @constant_result
-def _genuine(cls: type, method: str) -> bool:
+def genuine(cls: type, method: str) -> bool:
     """Whether the class's method is the one that stands in its source, and not one that was put there later."""
     for base in cls.__mro__:
         if method in base.__dict__:
@@ -159,4 +159,4 @@ def _genuine(cls: type, method: str) -> bool:
 
 def _called_by_torch(cls: type) -> bool:
     """Whether a call of an instance runs nn.Module's own code."""
-    return own_call(cls) is nn.Module.__dict__[_OUTSIDE] and all(_genuine(nn.Module, name) for name in CALLS)
+    return own_call(cls) is nn.Module.__dict__[_OUTSIDE] and all(genuine(nn.Module, name) for name in CALLS)

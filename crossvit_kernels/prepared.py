@@ -10,7 +10,7 @@ goes the usual way, as does everything that `Prepared` does not know.
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from operator import getitem
+from operator import attrgetter, getitem, itemgetter
 from typing import Any
 
 import torch
@@ -27,7 +27,9 @@ Source = tuple[Any, Any]
 NOTHING: Source = ({"": None}, "")
 """The source of None."""
 
-_TYPES = frozenset({Tensor, nn.Parameter, type(None), float, int})
+_TENSORS = frozenset({Tensor, nn.Parameter})
+_TYPES = _TENSORS | {type(None), float, int}
+_dtype = attrgetter("dtype")
 
 
 def weights(module: nn.Module) -> tuple[Source, Source]:
@@ -45,27 +47,39 @@ class Prepared:
 
     watch: what has to be as it was.
     name: the op. kernels: the module's choice of a backend.
-    sources: the arguments behind the first input, but for the other inputs, of which `before` of them stand in front.
+    inputs: those of that call. sources: the arguments behind the first input, but for the other inputs, of which
+        `before` of them stand in front.
     """
 
-    def __init__(self, watch: Watch, name: str, kernels: str, sources: Sequence[Source], before: int) -> None:
+    def __init__(
+        self, watch: Watch, name: str, kernels: str, inputs: Sequence[Tensor], sources: Sequence[Source], before: int
+    ) -> None:
         self.watch, self.name, self.kernels, self.before = watch, name, kernels, before
         self.native = getattr(torch.ops.crossvit_kernels_cpu, name).default
         self.homes, self.keys = zip(*sources)
+        arguments: list[Any] = [*map(getitem, self.homes, self.keys)]
+        self.types, self.shape = [*map(type, arguments)], arguments[0].shape
+        self.tensors = itemgetter(*(i for i, argument in enumerate(arguments) if isinstance(argument, Tensor)))
+        self.given = [*map(_dtype, inputs)]
+        self.dtypes = [*map(_dtype, (*inputs, *self.tensors(arguments)))]
 
-    def __call__(self, x: Tensor, *others: Tensor) -> Any:
-        """The op's result; None where the call is to go the usual way."""
-        if not self.watch.unchanged() or not x.numel():
-            return None
+    def __call__(self, *inputs: Tensor) -> Any:
+        """The op's result; None where the call is to go the usual way: other types, dtypes, a first weight of another
+        shape (which of a convolution is the patch), or what C++ refuses."""
+        x, *others = inputs
         try:
             arguments: list[Any] = [*map(getitem, self.homes, self.keys)]
-            if not _TYPES.issuperset(map(type, arguments)):
+            if [*map(type, arguments)] != self.types or arguments[0].shape != self.shape or not x.numel():
+                return None
+            if [*map(_dtype, (*inputs, *self.tensors(arguments)))] != self.dtypes:
                 return None
             if backends.resolve(self.kernels, x.device, x.dtype, self.name) != "cpu":
                 return None
             arguments[self.before : self.before] = others
             return self.native(x, *arguments)
-        except Exception:  # what C++ refuses, the usual way refuses in better words, or computes otherwise
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception:  # the usual way refuses it in better words, or computes otherwise
             return None
 
 
@@ -81,16 +95,23 @@ def again(owner: nn.Module, key: Any, *inputs: Tensor) -> Any:
     prepared = watches.prepared.get(key)
     if prepared is None or any_autocast() or foreign_mode() is not None:
         return None
-    return prepared(*inputs) if plain_call(inputs) and not observed(inputs) else None
+    if not plain_call(inputs) or observed(inputs):
+        return None
+    if not prepared.watch.unchanged(owner):
+        watches.prepared.pop(key, None)  # it keeps alive what is no longer there
+        return None
+    return prepared(*inputs)
 
 
 def preparable(owner: nn.Module) -> bool:
     """Whether a call that was just served may be kept; to be asked before `prepare`."""
-    return not torch.compiler.is_compiling() and not torch.is_grad_enabled() and not owner.training
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or owner.training:
+        return False
+    return not any_autocast()
 
 
 def prepare(
-    x: Tensor,
+    inputs: Sequence[Tensor],
     owner: nn.Module,
     key: Any,
     compositions: Sequence[Composition],
@@ -103,7 +124,7 @@ def prepare(
     """Keeps a call of a `preparable` module that was just served for `again`, where C++ served it.
 
     Args:
-        x: the first input.
+        inputs: the call's.
         owner: the module, and `key` which of its calls.
         compositions: the children that the call stood for; they and the owner have to be in evaluation.
         name: the native op.
@@ -112,14 +133,18 @@ def prepare(
         settings: what else the call depended on, and is to be as it is.
         before: how many of the sources stand before the other inputs.
     """
-    watches = watches_of(owner)
+    watches, x = watches_of(owner), inputs[0]
     if watches is None or backends.resolve(kernels, x.device, x.dtype, name) != "cpu":
         return
-    if (kept := watches.prepared.get(key)) is not None and kept.watch.unchanged():
-        return  # it is another input that C++ refuses, or a region in which nothing is to be kept
+    kept = watches.prepared.get(key)
+    if kept is not None and kept.given == [*map(_dtype, inputs)] and kept.watch.unchanged(owner):
+        return  # C++ refuses these inputs every time
     arguments = [*chain.from_iterable(sources)]
     if any(isinstance(home, dict) and key not in home for home, key in arguments):
         return  # a wrapper keeps its parameters elsewhere
+    kinds = [type(home[key]) for home, key in arguments]
+    if kinds[0] not in _TENSORS or not _TYPES.issuperset((*kinds, *map(type, inputs))):
+        return
     watch = Watch(owner, *compositions, settings=settings, evaluation=True)
     if not any(module.training for module in watch.modules):
-        watches.prepared[key] = Prepared(watch, name, kernels, arguments, before)
+        watches.prepared[key] = Prepared(watch, name, kernels, inputs, arguments, before)

@@ -17,6 +17,7 @@ from .dispatch.torch_internals import GLOBAL_HOOKS, HOOKS, OVERRIDES, foreign_mo
 
 WATCHES = "_crossvit_watches"
 _attribute: Any = getattr
+_get: Any = dict.get
 
 
 def fuses(owner: nn.Module, composition: Any, *arguments: Any) -> bool:
@@ -32,8 +33,10 @@ def fuses(owner: nn.Module, composition: Any, *arguments: Any) -> bool:
     if watches is None:
         return False
     watch = watches.get(composition)
-    if watch is not None and watch.unchanged():
-        return True
+    if watch is not None:
+        if watch.unchanged(owner):
+            return True
+        watches.pop(composition, None)  # it keeps alive what is no longer there
     if why_not(owner, composition) is not None:
         return False
     return watches.remember(owner, composition, (composition,))
@@ -47,8 +50,10 @@ def fuses_each(owner: nn.Module, compositions: tuple[Composition, ...]) -> Seque
     if watches is None:
         return [False] * len(compositions)
     watch = watches.get(compositions)
-    if watch is not None and watch.unchanged():
-        return watch.all
+    if watch is not None:
+        if watch.unchanged(owner):
+            return watch.all
+        watches.pop(compositions, None)
     each = [fuses(owner, composition) for composition in compositions]
     if all(each):
         watches.remember(owner, compositions, compositions)
@@ -73,8 +78,11 @@ def forget(owner: nn.Module) -> None:
 class Watch:
     """The children of compositions as they were when nothing stood against these.
 
+    The owner's own dictionary, in which it is kept, is none of what it holds: that would be a cycle, and a model that
+    is dropped is to free its memory at once.
+
     settings: entries of dictionaries that are looked at besides. evaluation: whether the owner's and the children's
-    `training` is.
+    `training` is, and where the children have their parameters.
     """
 
     def __init__(
@@ -88,13 +96,13 @@ class Watch:
         containers: list[dict[str, Any]] = []
         methods: list[tuple[type, str]] = []
         self.all = (True,) * len(compositions)
-        state = _State()
+        state, children = _State(owner.__dict__), {}
         for home, name, _ in FUNCTIONS:
             state.add(home, name)
         for composition in compositions:
             for parent, name in _ways(owner, composition.parts):
                 state.add(parent.__dict__, "_modules")
-                state.add(parent._modules, name)
+                children[id(parent._modules), name] = (parent._modules, name, parent._modules.get(name))
                 if parent._modules.get(name) is None:
                     state.add(parent.__dict__, name)
             for path, expected in composition.parts.items():
@@ -111,27 +119,37 @@ class Watch:
             state.add(home, name)
         for module in (owner, *modules.values()) if evaluation else ():
             state.add(module.__dict__, "training")
+            state.add(module.__dict__, "_parameters")
         classes = dict.fromkeys(map(type, modules.values()))
         methods += [(c, name) for c in classes for name in METHODS]
         methods += [c.__dict__[ENTRY] for c in classes if ENTRY in c.__dict__]
         self.homes, self.getters = state.present()
         self.values = [*map(call, self.getters, self.homes)]
         self.absent = state.absent()
+        self.own = state.own(owner.__dict__)
+        self.places = [tuple(place[i] for place in children.values()) for i in range(3)]
         self.modules, self.types = tuple(modules.values()), [*map(type, modules.values())]
+        self.dictionaries = tuple(map(vars, self.modules))
         self.containers, self.counts = tuple(containers), [*map(len, containers)]
         self.hooks = (*GLOBAL_HOOKS, *(getattr(child, name) for child in self.modules for name in HOOKS))
         self.classes, self.methods = (tuple(method[i] for method in dict.fromkeys(methods)) for i in range(2))
         self.functions = tuple(map(_attribute, self.classes, self.methods))
 
-    def unchanged(self) -> bool:
+    def unchanged(self, owner: nn.Module) -> bool:
         """Whether all of it is as it was: the same children, of the same classes, with the same settings and methods,
         and no hooks."""
+        homes, names, children = self.places
+        own, present, values, absent = self.own
         try:
             # The tuples are equal where their elements are the same objects, which is looked at first, or equal ones:
             # a dictionary of hooks that was replaced by another empty one, say. `hooks` and the next hook tell those.
             return (
-                [*map(call, self.getters, self.homes)] == self.values
+                all(map(is_, map(_get, homes, names), children))
+                and [*map(call, self.getters, self.homes)] == self.values
+                and owner.__dict__.keys().isdisjoint(absent)
+                and (not present or own(owner.__dict__) == values)
                 and not any(map(contains, *self.absent))
+                and all(map(is_, map(vars, self.modules), self.dictionaries))
                 and [*map(type, self.modules)] == self.types
                 and not any(self.hooks)
                 and [*map(len, self.containers)] == self.counts
@@ -142,10 +160,12 @@ class Watch:
 
 
 class _State:
-    """Entries of dictionaries, gathered to be read again quickly: those of one dictionary together."""
+    """Entries of dictionaries, gathered to be read again quickly: those of one dictionary together, and those of the
+    owner's apart."""
 
-    def __init__(self) -> None:
+    def __init__(self, owners: dict[str, Any]) -> None:
         self.entries: dict[int, tuple[dict[str, Any], dict[str, None]]] = {}
+        self.owners = id(owners)
 
     def add(self, home: dict[str, Any], name: str) -> None:
         """One more entry, which may be missing."""
@@ -153,14 +173,25 @@ class _State:
 
     def present(self) -> tuple[tuple[dict[str, Any], ...], tuple[Callable[[Any], Any], ...]]:
         """The dictionaries, and for each a function that reads all its entries that are there now."""
-        found = [(home, [name for name in names if name in home]) for home, names in self.entries.values()]
+        found = [(home, [name for name in names if name in home]) for home, names in self._others()]
         found = [(home, names) for home, names in found if names]
         return tuple(home for home, _ in found), tuple(itemgetter(*names) for _, names in found)
 
     def absent(self) -> tuple[tuple[dict[str, Any], ...], tuple[str, ...]]:
         """The dictionaries and the names of the entries that are missing now."""
-        missing = [(home, name) for home, names in self.entries.values() for name in names if name not in home]
+        missing = [(home, name) for home, names in self._others() for name in names if name not in home]
         return tuple(home for home, _ in missing), tuple(name for _, name in missing)
+
+    def own(self, owners: dict[str, Any]) -> tuple[Callable[[Any], Any], tuple[str, ...], Any, tuple[str, ...]]:
+        """Of the owner's dictionary: what reads the entries that are there now, their names, what it reads, and the
+        names of those that are missing."""
+        names = self.entries.get(self.owners, (owners, {}))[1]
+        present = tuple(name for name in names if name in owners)
+        getter: Callable[[Any], Any] = itemgetter(*present) if present else tuple
+        return getter, present, getter(owners) if present else (), tuple(name for name in names if name not in owners)
+
+    def _others(self) -> list[tuple[dict[str, Any], dict[str, None]]]:
+        return [entry for home, entry in self.entries.items() if home != self.owners]
 
 
 class Watches(dict):

@@ -64,18 +64,23 @@ class CrossAttentionFusion(MultiScaleBlock):
             out = compositions.fusion_direction(cls, patches, to, *attention, back, self.kernels)
             if out is not None:
                 if preparable(self):
-                    self._prepare(cls, branch, layer, to, back)
+                    self._prepare((cls, patches), branch, layer)
                 return out
         y = project(cls)
         for layer in layers:
             y = layer(y, patches)
         return revert(y)
 
-    def _prepare(self, cls: Tensor, branch: int, layer: CrossAttentionBlock, to: Any, back: Any) -> None:
+    def _prepare(self, inputs: tuple[Tensor, Tensor], branch: int, layer: CrossAttentionBlock) -> None:
+        project, revert = cast(Any, self.projs[branch]), cast(Any, self.revert_projs[branch])
+        to, back = (project.norm, project.linear), (revert.norm, revert.linear)
         sources = compositions.fusion_sources(to, layer.norm1, layer.attn, layer.linears(), back)
-        settings = [(self.__dict__, "kernels"), *((norm.__dict__, "eps") for norm in (to[0], layer.norm1, back[0]))]
+        settings = [(self.__dict__, "kernels"), (self.__dict__, "fusion_depth")]
+        settings += [(norm.__dict__, "eps") for norm in (to[0], layer.norm1, back[0])]
+        settings += [(m.__dict__, name) for m in (project, revert) for name in ("pre_activation", "activation")]
+        settings += [(layer.attn.__dict__, "drops"), (layer.attn.wk._parameters, "bias")]
         one = (fusion_composition(branch, self.fusion_depth > 0),)
-        prepare(cls, self, branch, one, "cls_fusion", self.kernels, sources, settings)
+        prepare(inputs, self, branch, one, "cls_fusion", self.kernels, sources, settings)
 
     def _is_one_op(self, branch: int, layer: CrossAttentionBlock) -> bool:
         if not fuses(self, fusion_composition, branch, self.fusion_depth > 0):

@@ -70,8 +70,9 @@ class PatchEmbed(KernelModule):
             if out is not None:
                 if preparable(self):
                     sources = [weights(self.proj), [(self.image_size, 0), (self.image_size, 1)]]
+                    inputs = images, cls_token, pos_embed
                     settings = [(self.__dict__, "kernels"), (self.__dict__, "image_size")]
-                    prepare(images, self, EMBED, (EMBED,), "patch_embed", self.kernels, sources, settings, before=2)
+                    prepare(inputs, self, EMBED, (EMBED,), "patch_embed", self.kernels, sources, settings, before=2)
                 return out
         patches = self.proj(resized(images, self.image_size, self.kernels)).flatten(2).transpose(1, 2)
         return torch.cat((cls_token.expand(patches.shape[0], -1, -1), patches), dim=1) + pos_embed

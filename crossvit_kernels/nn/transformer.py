@@ -126,5 +126,5 @@ class Block(AttentionBlock):
     def _prepare(self, x: Tensor) -> None:
         gammas = [NOTHING if scale is None else (scale._parameters, "gamma") for scale in (self.ls1, self.ls2)]
         sources = block_sources(self.norm1, self.attn, gammas[0], self.norm2, self.mlp, gammas[1])
-        settings = [(self.__dict__, "kernels")]
-        prepare(x, self, HALVES, HALVES, "transformer_block", self.kernels, sources, settings)
+        settings = [(self.__dict__, "kernels"), (self.attn.__dict__, "drops"), (self.mlp.__dict__, "drops")]
+        prepare((x,), self, HALVES, HALVES, "transformer_block", self.kernels, sources, settings)

@@ -159,8 +159,9 @@ def _direction(stage: Any, i: int, cls: Tensor, patches: Tensor, kernels: str) -
         if out is not None:
             if preparable(stage):
                 sources = blocks.fusion_sources(steps[0], layer.norm1, layer.attn, linears, steps[1])
-                settings = [(stage.__dict__, KERNELS), *((n.__dict__, "eps") for n in (norm, layer.norm1, back_norm))]
-                prepare(cls, stage, i, (direction(i, nested),), "cls_fusion", kernels, sources, settings)
+                settings = [(stage.__dict__, KERNELS), (layer.attn.wk._parameters, "bias")]
+                settings += [(n.__dict__, "eps") for n in (norm, layer.norm1, back_norm)]
+                prepare((cls, patches), stage, i, (direction(i, nested),), "cls_fusion", kernels, sources, settings)
             return out
     c = _project(stage, "projs", i, cls, whole, kernels)
     y = _attend(layer, c, patches, kernels) if attends else None

@@ -115,4 +115,4 @@ class FusedBlock(Swap, Block):
 def _prepare(block: Any, x: Tensor, kernels: str) -> None:
     scales = [(s._parameters, "gamma") if type(s) is LayerScale else NOTHING for s in (block.ls1, block.ls2)]
     sources = blocks.block_sources(block.norm1, block.attn, scales[0], block.norm2, block.mlp, scales[1])
-    prepare(x, block, HALVES, HALVES, "transformer_block", kernels, sources, [(block.__dict__, KERNELS)])
+    prepare((x,), block, HALVES, HALVES, "transformer_block", kernels, sources, [(block.__dict__, KERNELS)])

@@ -4,6 +4,8 @@ That every change of a child is seen is what test_rule_* say, whose modules have
 """
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +17,7 @@ from crossvit.models.fusion import FUSIONS
 from crossvit_kernels import accelerate, restore
 from crossvit_kernels.nn import Block, PatchEmbed
 from crossvit_kernels.prepared import Prepared
+from crossvit_kernels.watch import WATCHES
 from rule import SITES, assert_same_bits, outcome
 from weights import CPU_BACKENDS, perturb
 
@@ -79,6 +82,37 @@ def test_a_call_that_is_made_again_has_the_same_bits(site: str, dtype: torch.dty
     assert served
 
 
+def equal_to_all(linear: nn.Linear) -> nn.Linear:
+    """A Linear of another class, whose instances equal everything, and which doubles."""
+
+    class Equal(nn.Linear):
+        __hash__ = nn.Module.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            return True
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    other = Equal(linear.in_features, linear.out_features, linear.bias is not None).eval()
+    other.load_state_dict(linear.state_dict())
+    return other
+
+
+def forget(module: nn.Module) -> None:
+    """All that is remembered of calls."""
+    for child in module.modules():
+        child.__dict__.pop(WATCHES, None)
+
+
+def outcome_or_error(module: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Tensor] | str:
+    """The outputs of a call in inference, or what it raises."""
+    try:
+        return outcome(module, inputs, gradients=False)
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
 CHANGES: dict[str, Callable[[nn.Module], Any]] = {
     "other weights": lambda module: [nn.init.normal_(p, std=0.3) for p in module.parameters()],
     "other parameters": lambda module: [
@@ -99,6 +133,47 @@ CHANGES: dict[str, Callable[[nn.Module], Any]] = {
         setattr(m, "eps", 0.5) for m in [m for m in module.modules() if isinstance(m, nn.LayerNorm)][-1:]
     ],
     "the reference": lambda module: [setattr(m, "kernels", "reference") for m in module.modules()],
+    "children made anew": lambda module: [
+        m.__init__(m.in_features, m.out_features, m.bias is not None) or m.eval()
+        for m in module.modules()
+        if type(m) is nn.Linear
+    ],
+    "other dictionaries of parameters": lambda module: [
+        m.__dict__.update(_parameters={n: None if p is None else nn.Parameter(3 * p) for n, p in m._parameters.items()})
+        for m in module.modules()
+        if m._parameters
+    ],
+    "other dictionaries": lambda module: [
+        setattr(m, "__dict__", perturb(copy.deepcopy(m)).__dict__)
+        for m in module.modules()
+        if isinstance(m, nn.Linear | nn.LayerNorm | nn.Conv2d)
+    ],
+    "children that say that they are equal": lambda module: [
+        setattr(parent, name, equal_to_all(m))
+        for parent in [*module.modules()]
+        for name, m in [*parent.named_children()]
+        if type(m) is nn.Linear
+    ],
+    "weights in bfloat16": lambda module: module.bfloat16(),
+    "norms in bfloat16": lambda module: [m.bfloat16() for m in module.modules() if isinstance(m, nn.LayerNorm)],
+    "biases in bfloat16": lambda module: [
+        m.__dict__["_parameters"].update(bias=nn.Parameter(m.bias.bfloat16()))
+        for m in module.modules()
+        if isinstance(m, nn.Linear | nn.Conv2d) and m.bias is not None
+    ],
+    "keys' biases of another length": lambda module: [
+        m.register_parameter("bias", nn.Parameter(torch.zeros(7)))
+        for name, m in module.named_modules()
+        if name.endswith("wk")
+    ],
+    "smaller patches": lambda module: [
+        setattr(m, "weight", nn.Parameter(m.weight.detach()[..., :4, :4].contiguous()))
+        for m in module.modules()
+        if isinstance(m, nn.Conv2d)
+    ],
+    "dropout says that it is at work": lambda module: [
+        setattr(m, "drops", lambda: True) for m in module.modules() if hasattr(m, "drops")
+    ],
     "a hook": lambda module: [
         m.register_forward_hook(lambda m, i, y: 2 * y) for m in module.modules() if m._parameters
     ],
@@ -116,12 +191,17 @@ def test_what_changes_holds_for_the_next_call(site: str, change: str) -> None:
         CHANGES[change](changed)
     if change == "weights of another dtype":
         inputs = torch.utils._pytree.tree_map(lambda t: t.double(), inputs)
-    expected = outcome(twin, inputs, gradients=False)
+    forget(twin)
+    expected = outcome_or_error(twin, inputs)
     for _ in range(2):
-        found = outcome(module, inputs, gradients=False)
-        assert_same_bits(found, expected)
-    without_effect = {"weights that lie otherwise", "training", "the reference"}
-    if change not in without_effect and not (site == "embedding" and "eps" in change):
+        found = outcome_or_error(module, inputs)
+        if isinstance(expected, str) or isinstance(found, str):
+            assert found == expected
+        else:
+            assert_same_bits(found, expected)
+    everywhere = {"other weights", "other parameters", "no bias", "other dictionaries", "a hook"}
+    if change in everywhere:
+        assert not isinstance(found, str)
         assert not all(torch.equal(value, before[name]) for name, value in found.items())
 
 
@@ -142,6 +222,51 @@ def test_what_a_call_depends_on_besides(site: str) -> None:
         )
     for one, other in zip(torch.utils._pytree.tree_leaves(found), torch.utils._pytree.tree_leaves(expected)):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("site", [*PREPARED, "embedding"])
+def test_a_model_that_is_dropped_frees_its_memory_at_once(site: str) -> None:
+    """What is remembered of a module does not keep it alive, nor what was there before it was changed."""
+    module, inputs = made(site)
+    weight = weakref.ref(next(module.parameters()))
+    gc.collect()
+    gc.disable()
+    try:
+        del module
+        assert weight() is None
+    finally:
+        gc.enable()
+    block, inputs = made("nn.Block")
+    weight = weakref.ref(block.mlp.fc1.weight)
+    block.mlp = nn.Sequential(nn.Linear(48, 48)).eval()
+    for _ in range(2):
+        outcome(block, inputs, gradients=False)
+    gc.collect()
+    assert weight() is None
+
+
+def test_a_stage_writes_into_nothing_that_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a class's forward was replaced, its result may be somebody's."""
+    stage, (tokens,) = made("crossvit stage")
+    kept = copy.deepcopy(tokens)
+    monkeypatch.setattr(Block, "forward", lambda self, x: x)
+    with torch.no_grad():
+        stage(tokens)
+    assert all(map(torch.equal, tokens, kept))
+    monkeypatch.undo()
+    outputs: list[Tensor] = []
+    forward = nn.Sequential.forward
+
+    def recorded(self: nn.Sequential, x: Tensor) -> Tensor:
+        outputs.append(forward(self, x))
+        outputs.append(outputs[-1].clone())
+        return outputs[-2]
+
+    monkeypatch.setattr(nn.Sequential, "forward", recorded)
+    with torch.no_grad():
+        stage(tokens)
+    assert outputs
+    assert all(map(torch.equal, outputs[::2], outputs[1::2]))
 
 
 def test_wrong_inputs_are_refused_in_the_usual_words() -> None:
