@@ -11,36 +11,15 @@ value for ``-fsanitize=``, and those of ``csrc/build_cuda.py``.
 """
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import setuptools
-from setuptools.command.sdist import sdist
 
 HOW_TO_INSTALL = "type: pip install 'torch>=2.11' 'setuptools>=77' wheel && pip install --no-build-isolation ."
 if int(setuptools.__version__.partition(".")[0]) < 77:
     sys.exit(
         f"crossvit-kernels is built by setuptools 77 or newer, and this is {setuptools.__version__}: {HOW_TO_INSTALL}"
     )
-# What the tests of an unpacked sdist look at, beside the two packages.
-FOLDERS = ("csrc", "tests", "benchmarks", "examples", "docs", ".github", ".ci")
-FILES = (
-    *("CHANGELOG.md", "CITATION.cff", "CODE_OF_CONDUCT.md", "CONTRIBUTING.md", "SECURITY.md"),
-    *("Makefile", "mkdocs.yml", ".clang-format", ".gitignore"),
-)
-
-
-class Sources(sdist):
-    """With all that the kernels are compiled from, and the tests with what they read."""
-
-    def add_defaults(self) -> None:
-        super().add_defaults()
-        self.filelist.extend(name for name in FILES if Path(name).is_file())
-        for folder in FOLDERS:
-            found = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
-            self.filelist.extend(
-                str(p) for p in found if "__pycache__" not in p.parts and p.suffix not in (".so", ".log")
-            )
 
 
 def with_kernels() -> dict[str, Any]:
@@ -59,8 +38,8 @@ def with_kernels() -> dict[str, Any]:
     return {
         # An extension stands for the libraries, so that setuptools takes the package for what it is: not pure Python.
         "ext_modules": [setuptools.Extension("crossvit_kernels._cpu", [])],
-        "cmdclass": {"build_ext": BuildKernels, "bdist_wheel": Wheel, "sdist": Sources},
+        "cmdclass": {"build_ext": BuildKernels, "bdist_wheel": Wheel},
     }
 
 
-setuptools.setup(**(with_kernels() if sys.platform == "linux" else {"cmdclass": {"sdist": Sources}}))
+setuptools.setup(**(with_kernels() if sys.platform == "linux" else {}))

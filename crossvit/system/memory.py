@@ -14,8 +14,9 @@ except ModuleNotFoundError:  # as on Windows, which has no such limits
 
 @cache
 def machine_memory() -> int:
-    """Bytes that this process can have at most: the machine's, or less where a control group says so; more than any machine
-    has where the system does not tell."""
+    """Bytes that this process can have at most: the machine's, or less where a control group says so. Where the system
+    does not tell, it is more than any machine has.
+    """
     found = [sys.maxsize]
     with suppress(AttributeError, OSError, ValueError):  # Windows has no sysconf, others not these names
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

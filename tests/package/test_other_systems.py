@@ -113,10 +113,10 @@ asked = {}
 setuptools.setup = lambda **named: asked.update(named)
 sys.platform, sys.modules["torch"], sys.modules["fcntl"] = sys.argv[1], None, None
 runpy.run_path("setup.py")
-print(json.dumps([sorted(asked), sorted(asked["cmdclass"])]))
+print(json.dumps(asked))
 """
     result = subprocess.run(
         [sys.executable, "-c", code, system], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
     )
     assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout) == [["cmdclass"], ["sdist"]]
+    assert json.loads(result.stdout) == {}
