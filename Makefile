@@ -12,6 +12,7 @@ CPP := $(shell find csrc tests/cuda_emulation -name '*.cpp' -o -name '*.h' -o -n
 TOOLS := .venv/.tools
 EXTENSION := crossvit_kernels/_build.json
 PACKAGE := .venv/.package
+RELEASE := .venv/.release
 # MkDocs' theme announces on every run that it will have a successor.
 BUILD_DOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
@@ -81,12 +82,24 @@ random-calls: $(PACKAGE)  ## CALLS=200000 random calls of the ops on every backe
 test-machines: $(PACKAGE)  ## The op tests as on other machines: instruction sets, threads, MKL's and oneDNN's code, 20 seeds each (45 minutes; SEEDS=20)
 	OMP_WAIT_POLICY=passive $(PYTHON) tests/support/machines.py --seeds $(or $(SEEDS),20)
 
+wheel: $(RELEASE)  ## A wheel for every Python and every PyTorch from 2.11 on, in dist, checked; with CUDA kernels where nvcc is found
+	rm -rf dist/built dist/*.whl
+	$(PYTHON) setup.py -q bdist_wheel --dist-dir dist/built
+	PATH=$(CURDIR)/$(BIN):$$PATH .ci/repair-wheel dist/built/*.whl dist
+	PATH=$(CURDIR)/$(BIN):$$PATH .ci/check-wheel dist/*.whl
+	rm -r dist/built
+
+sdist: $(RELEASE)  ## The sources as a file in dist, with all that their tests need
+	rm -f dist/*.tar.gz
+	$(PYTHON) setup.py -q sdist
+	$(BIN)/twine check --strict dist/*.tar.gz
+
 clean:  ## Remove what was built; .venv stays
 	rm -rf build dist *.egg-info crossvit_kernels/*.so crossvit_kernels/_build.json
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-.PHONY: help bench compare demo gpu test check docs format build cuda-report sanitize random-calls test-machines clean
+.PHONY: help bench compare demo gpu test check docs format build cuda-report sanitize random-calls test-machines wheel sdist clean
 
 $(PYTHON):
 	python3 -m venv .venv
@@ -101,4 +114,8 @@ $(EXTENSION): $(TOOLS) setup.py $(wildcard csrc/*.py) $(CPP)
 
 $(PACKAGE): pyproject.toml | $(EXTENSION)
 	$(PYTHON) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[test,docs]'
+	touch $@
+
+$(RELEASE): pyproject.toml | $(PACKAGE)
+	$(PYTHON) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[release]'
 	touch $@

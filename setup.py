@@ -1,126 +1,45 @@
 """Builds the libraries of kernels, ``crossvit_kernels/_cpu.so`` and those for CUDA; the rest is in pyproject.toml.
 
 They are plain libraries, which ask of PyTorch its stable C interface alone and of Python nothing: a build serves every
-Python and every PyTorch from 2.11 on. Beside them go, in a source tree, the inspection module ``_C``, and
-``_build.json``: what was built, or why it was not. ``csrc/build_cpu.py`` and ``csrc/build_cuda.py`` say how.
+Python and every PyTorch from 2.11 on. Beside them go, in a source tree, the inspection module ``_C`` and the emulation
+of CUDA, and everywhere ``_build.json``: what was built, or why it was not. ``csrc/build_*.py`` say how.
+
+Kernels are built on Linux. On other systems the package is Python alone, and runs on its PyTorch reference.
 
 Environment: ``CXX`` the compiler, ``MAX_JOBS`` the number of compilations at once, ``CROSSVIT_KERNELS_SANITIZE`` a
 value for ``-fsanitize=``, and those of ``csrc/build_cuda.py``.
 """
 
-import fcntl
-import json
-import os
-import platform
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from typing import Any
 
 import setuptools
-from setuptools.command.bdist_wheel import bdist_wheel
-from setuptools.command.build_ext import build_ext
-from setuptools.command.sdist import sdist
 
 HOW_TO_INSTALL = "type: pip install 'torch>=2.11' 'setuptools>=77' wheel && pip install --no-build-isolation ."
 if int(setuptools.__version__.partition(".")[0]) < 77:
     sys.exit(
         f"crossvit-kernels is built by setuptools 77 or newer, and this is {setuptools.__version__}: {HOW_TO_INSTALL}"
     )
-try:
-    import torch
-except ModuleNotFoundError as error:
-    if error.name != "torch":
-        raise
-    sys.exit(f"crossvit-kernels is built where torch is installed, not in isolation from it: {HOW_TO_INSTALL}")
-if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
-    sys.exit(f"crossvit-kernels needs torch 2.11 or newer, and this is {torch.__version__}: {HOW_TO_INSTALL}")
-
-CSRC = Path("csrc")
-sys.path.insert(0, str(CSRC))
-import build_cpu  # noqa: E402
-import build_cuda  # noqa: E402
-from building import COMMON_FLAGS, write_atomically  # noqa: E402
-
-SANITIZE = os.environ.get("CROSSVIT_KERNELS_SANITIZE", "")
-PACKAGE = Path("crossvit_kernels")
-BUILT = (build_cpu.LIBRARY, build_cpu.INSPECTION, build_cuda.CUDA_LIBRARY, build_cuda.EMULATION_LIBRARY)
 
 
-class BuildKernels(build_ext):
-    """Builds into ``build``, and from there into the package."""
+def with_kernels() -> dict[str, Any]:
+    """What setuptools is told where kernels are built."""
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        sys.exit(f"crossvit-kernels is built where torch is installed, not without it: {HOW_TO_INSTALL}")
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
+        sys.exit(f"crossvit-kernels needs torch 2.11 or newer, and this is {torch.__version__}: {HOW_TO_INSTALL}")
+    sys.path.insert(0, "csrc")
+    from build_kernels import BuildKernels, Wheel
 
-    def run(self) -> None:
-        # A folder for objects that stays, also where pip would take a temporary one.
-        name = f"{platform.system()}-{platform.machine()}".lower()
-        folder = Path("build", name + (f"-{SANITIZE.replace(',', '-')}" if SANITIZE else ""))
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "lock", "w") as lock:  # two builds of one checkout take turns
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            self._build(folder, Path(self.build_lib) / PACKAGE)
-            if self.inplace:
-                self.copy_extensions_to_source()
-
-    def _build(self, folder: Path, package: Path) -> None:
-        cpu = build_cpu.Build(SANITIZE, folder, package, inspect=bool(self.inplace))
-        flags = [*COMMON_FLAGS, *build_cpu.sanitizer_flags(SANITIZE)]
-        cuda = build_cuda.Build(build_cpu.cxx(), cpu.reason, flags, SANITIZE, folder, package)
-        workers = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
-        with ThreadPoolExecutor(workers) as pool:
-            cpu.start(pool)
-            cuda.start(pool, workers)
-            of_cpu = cpu.finish()
-            of_cuda = cuda.finish()
-        if (reason := of_cpu["missing"]) is not None:
-            if "build_ext" in self.distribution.commands:  # the kernels were asked for by name, not as part of a whole
-                sys.exit(f"crossvit-kernels: {reason}")
-            print(f"crossvit-kernels: without C++ kernels, it will run on the reference: {reason}", file=sys.stderr)
-        record = {
-            "torch": str(torch.__version__),  # whose headers were there; any from 2.11 on may run it
-            "machine": platform.machine(),
-            "sanitize": SANITIZE,
-            **of_cpu,
-            **of_cuda,
-        }
-        package.mkdir(parents=True, exist_ok=True)
-        write_atomically(package / "_build.json", (json.dumps(record, indent=2) + "\n").encode())
-
-    def copy_extensions_to_source(self) -> None:
-        package = Path(self.build_lib) / PACKAGE
-        for name in BUILT:
-            if (package / name).exists():
-                write_atomically(PACKAGE / name, (package / name).read_bytes(), 0o755)
-            else:
-                (PACKAGE / name).unlink(missing_ok=True)
-        write_atomically(PACKAGE / "_build.json", (package / "_build.json").read_bytes())
-
-    def get_outputs(self) -> list[str]:
-        return [str(path) for path in sorted((Path(self.build_lib) / PACKAGE).glob("_*.*"))]
-
-    def get_output_mapping(self) -> dict[str, str]:
-        return {}
-
-    def get_source_files(self) -> list[str]:
-        return []
+    return {
+        # An extension stands for the libraries, so that setuptools takes the package for what it is: not pure Python.
+        "ext_modules": [setuptools.Extension("crossvit_kernels._cpu", [])],
+        "cmdclass": {"build_ext": BuildKernels, "bdist_wheel": Wheel},
+    }
 
 
-class Wheel(bdist_wheel):
-    """A wheel for every Python, of this platform."""
-
-    def get_tag(self) -> tuple[str, str, str]:
-        return "py3", "none", super().get_tag()[2]
-
-
-class Sources(sdist):
-    """With all that the kernels are compiled from."""
-
-    def add_defaults(self) -> None:
-        super().add_defaults()
-        for folder in (CSRC, build_cuda.EMULATION):
-            self.filelist.extend(str(p) for p in sorted(folder.rglob("*.*")) if p.suffix != ".pyc" and p.is_file())
-
-
-setuptools.setup(
-    # An extension stands for the libraries, so that setuptools takes the package for what it is: not pure Python.
-    ext_modules=[setuptools.Extension("crossvit_kernels._cpu", [])],
-    cmdclass={"build_ext": BuildKernels, "bdist_wheel": Wheel, "sdist": Sources},
-)
+setuptools.setup(**(with_kernels() if sys.platform == "linux" else {}))

@@ -107,10 +107,18 @@ class Build:
     cxx       the C++ compiler's command line, None where there is none, with the reason in `lacking`
     flags     with which C++ is compiled; `sanitize` is -fsanitize's value
     folder    for objects, `package` for the libraries
+    emulate   whether the emulation is wanted, which is for tests
     """
 
     def __init__(
-        self, cxx: list[str], lacking: str | None, flags: list[str], sanitize: str, folder: Path, package: Path
+        self,
+        cxx: list[str],
+        lacking: str | None,
+        flags: list[str],
+        sanitize: str,
+        folder: Path,
+        package: Path,
+        emulate: bool = True,
     ) -> None:
         self.cxx, self.lacking, self.sanitize = cxx, lacking, sanitize
         self.folder, self.package = folder / "cuda", package
@@ -119,6 +127,7 @@ class Build:
         self.sources = sorted(p for f in ("", "torch_c", "cuda") for p in Path("csrc", f).glob("*.cpp"))
         self.cuda: dict[str, Any] = {"nvcc": None, "architectures": [], "missing": None}
         self.emulation: dict[str, Any] = {"missing": None}
+        self.emulate = emulate
         self.started = False
         self.asked = os.environ.get("CROSSVIT_KERNELS_CUDA", "")
         if self.asked not in ("", "0", "1"):
@@ -136,6 +145,8 @@ class Build:
             self.cuda["missing"] = str(why)
         if self.lacking is not None:
             self.emulation["missing"] = self.lacking
+        elif not self.emulate:
+            self.emulation["missing"] = "only a build in the source tree has it"
         elif not EMULATION.is_dir():
             self.emulation["missing"] = f"{EMULATION} is not in the source tree"
         with_cuda, with_emulation = (record["missing"] is None for record in (self.cuda, self.emulation))
@@ -164,7 +175,7 @@ class Build:
                     record["missing"] = str(why)
             if record["missing"] is not None:
                 library.unlink(missing_ok=True)
-                if self.asked != "0" and not self.sanitize:
+                if record is self.cuda and self.asked != "0" and not self.sanitize:
                     print(f"crossvit-kernels: without {name}: {record['missing']}", file=sys.stderr)
         if self.cuda["missing"] is not None:
             self.cuda["architectures"] = []

@@ -29,7 +29,7 @@ COMPILED_OP = ("--batch", "256", "--branch", "large", "--kernels", ALL, "--peers
 
 def planned(root: Path, folder: Path, smoke: bool) -> list[Stage]:
     """All stages, the most worthwhile first; the figures' rows go to `folder`."""
-    cores = len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     environment = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1", "MAX_JOBS": str(cores)}
     stages = [_build(), *_untimed(smoke, cores), *(_smoke() if smoke else _timed())]

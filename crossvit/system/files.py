@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import IO, Any
 
 TEMPORARY = ".writing"  # suffix of what is not complete
+# Windows opens nothing that would have to be waited for.
+_WITHOUT_WAITING = getattr(os, "O_NONBLOCK", 0)
 _LONGEST = 48  # characters of a name that a temporary name takes over
 # What safetensors' writer raises instead of an OSError; the number is errno
 _WRITERS = re.compile(r"\(os error (\d+)\)|Os \{ code: (\d+)")
@@ -104,14 +106,14 @@ def read_file(path: str | PathLike[str], most: int, what: str = "a file") -> byt
     Raises ValueError, without the path, for a folder, a device, or more than `most` bytes, which is not `what` was
     expected; OSError as open() does.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    descriptor = os.open(path, os.O_RDONLY | _WITHOUT_WAITING)
     try:
         mode = os.fstat(descriptor).st_mode
         if stat.S_ISDIR(mode):
             raise ValueError("expected a file, it is a folder")
         if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
             raise ValueError("expected a file, it is a device")
-        os.set_blocking(descriptor, True)
+        _wait_again(descriptor)
         with open(descriptor, "rb", closefd=False) as file:
             content = file.read(most + 1)
     finally:
@@ -134,7 +136,8 @@ def try_to_write(path: str | PathLike[str]) -> None:
         return
     temporary = target.with_name(f".{_short(target.name)}.{os.getpid()}{TEMPORARY}")
     try:
-        if len(os.fsencode(target.name)) > os.pathconf(target.parent, "PC_NAME_MAX"):
+        longest = os.pathconf(target.parent, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+        if len(os.fsencode(target.name)) > longest:
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         temporary.touch()
         temporary.unlink()
@@ -159,9 +162,15 @@ def _is_special(path: Path) -> bool:
 
 def _without_waiting(path: str, flags: int) -> int:
     """os.open that refuses a pipe nobody reads from, ENXIO, instead of waiting for one who does."""
-    descriptor = os.open(path, flags | os.O_NONBLOCK)
-    os.set_blocking(descriptor, True)
+    descriptor = os.open(path, flags | _WITHOUT_WAITING)
+    _wait_again(descriptor)
     return descriptor
+
+
+def _wait_again(descriptor: int) -> None:
+    """Undoes `_WITHOUT_WAITING`, where there is something to undo."""
+    if _WITHOUT_WAITING:
+        os.set_blocking(descriptor, True)
 
 
 def _short(name: str) -> str:
@@ -182,7 +191,8 @@ def _raise_as_system_error(error: Exception, temporary: Path) -> None:
 
 
 def _synchronise(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    # Windows synchronises what may be written to; others refuse to open a folder for writing.
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

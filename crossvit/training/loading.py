@@ -174,7 +174,8 @@ def start_worker(worker: int) -> None:
     the parent within its step. It has a minute to save.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
+    if hasattr(signal, "alarm"):  # Windows sends no signals to a group
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
     sys.excepthook = _print_unless_the_parent_left
 
 

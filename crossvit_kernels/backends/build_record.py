@@ -1,6 +1,7 @@
 """What setup.py wrote down of the build, `_build.json`, and what of it is not there."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ INSTALL = "to build it, type `pip install --no-build-isolation .` in the source 
 
 def read_record(what: str) -> tuple[dict[str, Any], str | None]:
     """What setup.py wrote down of the build, and why `what`, a part of it, is not there."""
+    if sys.platform != "linux":
+        return {}, f"{what} is built on Linux alone, and this is {sys.platform}"
     path = Path(__file__).parent.with_name("_build.json")
     try:
         record = json.loads(path.read_text())

@@ -50,6 +50,37 @@ def test_issue_forms(path: Path) -> None:
     assert len(set(names)) == len(names)
 
 
+def test_workflows_run_what_is_here() -> None:
+    """Their jobs wait for jobs that exist; scripts, make's targets and tests that they name are in the tree."""
+    paths = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    assert paths
+    makefile = (ROOT / "Makefile").read_text()
+    for path in paths:
+        workflow = yaml.safe_load(path.read_text())
+        jobs = workflow["jobs"]
+        assert workflow["permissions"] == {"contents": "read"}
+        for job in jobs.values():
+            needs = job.get("needs", [])
+            assert {needs} <= jobs.keys() if isinstance(needs, str) else set(needs) <= jobs.keys()
+            commands = "\n".join(step.get("run", "") for step in job["steps"])
+            assert all("run" in step or "uses" in step for step in job["steps"])
+            for script in re.findall(r"(?:^|\s)(\.ci/[\w-]+|tests/[\w/]+\.py)", commands):
+                assert (ROOT / script).is_file(), f"{path.name}: {script}"
+            for targets in re.findall(r"^make (.*)$", commands, re.MULTILINE):
+                for target in targets.split():
+                    assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{path.name}: make {target}"
+
+
+def test_what_an_index_shows() -> None:
+    """Authors, keywords, addresses and classifiers; every Python that the workflows try has its classifier."""
+    project = PROJECT["project"]
+    assert all(project[name] for name in ("authors", "keywords", "urls", "description", "readme", "license"))
+    tried = yaml.safe_load((ROOT / ".github" / "workflows" / "checks.yml").read_text())["jobs"]["test"]["strategy"]
+    pythons = tried["matrix"]["python"]
+    assert f">={pythons[0]}" == project["requires-python"]
+    assert all(f"Programming Language :: Python :: {python}" in project["classifiers"] for python in pythons)
+
+
 def test_nobody_is_sent_to_an_address_that_was_made_up() -> None:
     """No e-mail address at all, and of other places the paper's, the covenant's and timm's alone."""
     papers = [
