@@ -175,7 +175,8 @@ class Build:
                     record["missing"] = str(why)
             if record["missing"] is not None:
                 library.unlink(missing_ok=True)
-                if record is self.cuda and self.asked != "0" and not self.sanitize:
+                wanted = self.asked != "0" and (record is self.cuda or self.emulate)
+                if wanted and not self.sanitize:
                     print(f"crossvit-kernels: without {name}: {record['missing']}", file=sys.stderr)
         if self.cuda["missing"] is not None:
             self.cuda["architectures"] = []
