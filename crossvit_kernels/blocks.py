@@ -30,7 +30,7 @@ from .ops import (
     self_attention,
 )
 from .ops import transformer_block as native
-from .prepared import Source, attribute, weights
+from .prepared import NOTHING, Source, attribute, weights
 from .watch import fuses
 
 
@@ -104,8 +104,13 @@ def transformer_block(
     return native.transformer_block(x, *first, *second, kernels=kernels)
 
 
-def block_sources(norm1: Any, attn: Any, scale1: Source, norm2: Any, mlp: Any, scale2: Source) -> list[list[Source]]:
-    """Where `transformer_block` reads the op's arguments."""
+def block_sources(block: Any) -> list[list[Source]]:
+    """Where `transformer_block` reads the op's arguments, of a block with timm's names."""
+    norm1, attn, norm2, mlp = block.norm1, block.attn, block.norm2, block.mlp
+    scale1, scale2 = (
+        NOTHING if scale is None or type(scale) is nn.Identity else (scale._parameters, "gamma")
+        for scale in (block.ls1, block.ls2)
+    )
     first = [*weights(norm1), attribute(norm1, "eps"), *weights(attn.qkv), attribute(attn, "num_heads")]
     second = [*weights(norm2), attribute(norm2, "eps"), *weights(mlp.fc1), *weights(mlp.fc2), scale2]
     return [first, [*weights(attn.proj), scale1], second]

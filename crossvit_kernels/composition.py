@@ -137,8 +137,10 @@ def _disturbance(child: nn.Module) -> str | None:
 
 
 def unseen(module: nn.Module) -> bool:
-    """Whether no hook, and no forward but its class's, sees what this module returns."""
-    return not returns_seen(module) and module.__dict__.keys().isdisjoint(OVERRIDES)
+    """Whether no hook or mode, and no forward but the one in its class's source, sees what this module returns."""
+    if returns_seen(module) or not module.__dict__.keys().isdisjoint(OVERRIDES):
+        return False
+    return genuine(type(module), "forward") and foreign_mode() is None
 
 
 @constant_result

@@ -32,11 +32,8 @@ def fuses(owner: nn.Module, composition: Any, *arguments: Any) -> bool:
     watches = watches_of(owner)
     if watches is None:
         return False
-    watch = watches.get(composition)
-    if watch is not None:
-        if watch.unchanged(owner):
-            return True
-        watches.pop(composition, None)  # it keeps alive what is no longer there
+    if watches.still(owner, composition) is not None:
+        return True
     if why_not(owner, composition) is not None:
         return False
     return watches.remember(owner, composition, (composition,))
@@ -49,11 +46,8 @@ def fuses_each(owner: nn.Module, compositions: tuple[Composition, ...]) -> Seque
     watches = watches_of(owner)
     if watches is None:
         return [False] * len(compositions)
-    watch = watches.get(compositions)
-    if watch is not None:
-        if watch.unchanged(owner):
-            return watch.all
-        watches.pop(compositions, None)
+    if (watch := watches.still(owner, compositions)) is not None:
+        return watch.all
     each = [fuses(owner, composition) for composition in compositions]
     if all(each):
         watches.remember(owner, compositions, compositions)
@@ -97,6 +91,7 @@ class Watch:
         methods: list[tuple[type, str]] = []
         self.all = (True,) * len(compositions)
         state, children = _State(owner.__dict__), {}
+        state.add(owner.__dict__, "_modules")
         for home, name, _ in FUNCTIONS:
             state.add(home, name)
         for composition in compositions:
@@ -139,7 +134,7 @@ class Watch:
         """Whether all of it is as it was: the same children, of the same classes, with the same settings and methods,
         and no hooks."""
         homes, names, children = self.places
-        own, present, values, absent = self.own
+        own, values, absent = self.own
         try:
             # The tuples are equal where their elements are the same objects, which is looked at first, or equal ones:
             # a dictionary of hooks that was replaced by another empty one, say. `hooks` and the next hook tell those.
@@ -147,7 +142,7 @@ class Watch:
                 all(map(is_, map(_get, homes, names), children))
                 and [*map(call, self.getters, self.homes)] == self.values
                 and owner.__dict__.keys().isdisjoint(absent)
-                and (not present or own(owner.__dict__) == values)
+                and own(owner.__dict__) == values
                 and not any(map(contains, *self.absent))
                 and all(map(is_, map(vars, self.modules), self.dictionaries))
                 and [*map(type, self.modules)] == self.types
@@ -182,13 +177,12 @@ class _State:
         missing = [(home, name) for home, names in self._others() for name in names if name not in home]
         return tuple(home for home, _ in missing), tuple(name for _, name in missing)
 
-    def own(self, owners: dict[str, Any]) -> tuple[Callable[[Any], Any], tuple[str, ...], Any, tuple[str, ...]]:
-        """Of the owner's dictionary: what reads the entries that are there now, their names, what it reads, and the
-        names of those that are missing."""
-        names = self.entries.get(self.owners, (owners, {}))[1]
-        present = tuple(name for name in names if name in owners)
-        getter: Callable[[Any], Any] = itemgetter(*present) if present else tuple
-        return getter, present, getter(owners) if present else (), tuple(name for name in names if name not in owners)
+    def own(self, owners: dict[str, Any]) -> tuple[Callable[[Any], Any], Any, tuple[str, ...]]:
+        """Of the owner's dictionary: what reads the entries that are there now, what it reads, and the names of those
+        that are missing."""
+        names = self.entries[self.owners][1]
+        getter = itemgetter(*(name for name in names if name in owners))
+        return getter, getter(owners), tuple(name for name in names if name not in owners)
 
     def _others(self) -> list[tuple[dict[str, Any], dict[str, None]]]:
         return [entry for home, entry in self.entries.items() if home != self.owners]
@@ -201,6 +195,14 @@ class Watches(dict):
         super().__init__()
         self.prepared: dict[Any, Any] = {}  # see prepared.py
         self.owner: Any = (lambda: None) if owner is None else weakref.ref(owner)
+
+    def still(self, owner: nn.Module, key: Any) -> Watch | None:
+        """What is remembered under `key`, where it is unchanged; else it is dropped, as it keeps alive what is gone."""
+        watch: Watch | None = self.get(key)
+        if watch is not None and not watch.unchanged(owner):
+            self.pop(key, None)
+            return None
+        return watch
 
     def remember(self, owner: nn.Module, key: Any, compositions: tuple[Composition, ...]) -> bool:
         """Under `key`, that nothing stood against these a moment ago; False where something does by now, since another

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from crossvit_kernels.composition import genuine, unseen
-from crossvit_kernels.dispatch.torch_internals import foreign_mode
+from crossvit_kernels.composition import unseen
 from crossvit_kernels.nn import (
     Block,
     KernelModule,
@@ -108,15 +107,9 @@ class MultiScaleBlock(KernelModule):
         return [1 + height * width for height, width in self.grids]
 
 
-_FORWARDS = (Block.forward, nn.Sequential.forward)
-_GENUINE = all(genuine(cls, "forward") for cls in (Block, nn.Sequential))  # nobody had replaced them before
-
-
 def _makes_new_tokens(branch: nn.Module) -> bool:
     """Whether what a branch's blocks return is theirs alone: the last is a `Block`, and nothing has seen its result."""
-    if type(branch) is not nn.Sequential or not branch._modules or foreign_mode() is not None:
-        return False
-    if not (_GENUINE and Block.forward is _FORWARDS[0] and nn.Sequential.forward is _FORWARDS[1]):
+    if type(branch) is not nn.Sequential or not branch._modules:
         return False
     last = next(reversed(branch._modules.values()))
     return type(last) is Block and unseen(branch) and unseen(last)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from .. import blocks
 from ..blocks import Residual, block_sources, drop_path_scale
-from ..prepared import NOTHING, again, preparable, prepare
+from ..prepared import again, preparable, prepare
 from ..watch import fuses, fuses_each
 from .compositions import ATTENTION_HALF, HALVES
 from .layers import Attention, LayerScale, Mlp
@@ -124,7 +124,5 @@ class Block(AttentionBlock):
         return self._add(x, self.mlp(self.norm2(x)), self.ls2)
 
     def _prepare(self, x: Tensor) -> None:
-        gammas = [NOTHING if scale is None else (scale._parameters, "gamma") for scale in (self.ls1, self.ls2)]
-        sources = block_sources(self.norm1, self.attn, gammas[0], self.norm2, self.mlp, gammas[1])
         settings = [(self.__dict__, "kernels"), (self.attn.__dict__, "drops"), (self.mlp.__dict__, "drops")]
-        prepare((x,), self, HALVES, HALVES, "transformer_block", self.kernels, sources, settings)
+        prepare((x,), self, HALVES, HALVES, "transformer_block", self.kernels, block_sources(self), settings)

@@ -11,7 +11,7 @@ from .. import blocks
 from ..blocks import Residual
 from ..composition import Composition
 from ..kinds import ABSENT, DROPOUT, GELU, IDENTITY, LAYER_NORM, LINEAR, Kind, kind, plain
-from ..prepared import NOTHING, again, preparable, prepare
+from ..prepared import again, preparable, prepare
 from ..watch import fuses_each
 from . import DROP_PATH, KERNELS, Swap, drop_path_rate, drops, wrong_scale
 
@@ -102,7 +102,8 @@ class FusedBlock(Swap, Block):
             out = blocks.transformer_block(x, self.norm1, self.attn, first, self.norm2, self.mlp, second, kernels)
             if out is not None:
                 if preparable(self):
-                    _prepare(self, x, kernels)
+                    sources, settings = blocks.block_sources(self), [(self.__dict__, KERNELS)]
+                    prepare((x,), self, HALVES, HALVES, "transformer_block", kernels, sources, settings)
                 return out
         if attention:
             out = blocks.attention_half(x, self.norm1, self.attn, first, kernels)
@@ -110,9 +111,3 @@ class FusedBlock(Swap, Block):
             out = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
         last = blocks.mlp_half(out, self.norm2, self.mlp, second, kernels) if mlp else None
         return out + self.drop_path2(self.ls2(self.mlp(self.norm2(out)))) if last is None else last
-
-
-def _prepare(block: Any, x: Tensor, kernels: str) -> None:
-    scales = [(s._parameters, "gamma") if type(s) is LayerScale else NOTHING for s in (block.ls1, block.ls2)]
-    sources = blocks.block_sources(block.norm1, block.attn, scales[0], block.norm2, block.mlp, scales[1])
-    prepare((x,), block, HALVES, HALVES, "transformer_block", kernels, sources, [(block.__dict__, KERNELS)])

@@ -17,7 +17,7 @@ from crossvit.models.fusion import FUSIONS
 from crossvit_kernels import accelerate, restore
 from crossvit_kernels.nn import Block, PatchEmbed
 from crossvit_kernels.prepared import Prepared
-from crossvit_kernels.watch import WATCHES
+from crossvit_kernels.watch import forget
 from rule import SITES, assert_same_bits, outcome
 from weights import CPU_BACKENDS, perturb
 
@@ -97,12 +97,6 @@ def equal_to_all(linear: nn.Linear) -> nn.Linear:
     other = Equal(linear.in_features, linear.out_features, linear.bias is not None).eval()
     other.load_state_dict(linear.state_dict())
     return other
-
-
-def forget(module: nn.Module) -> None:
-    """All that is remembered of calls."""
-    for child in module.modules():
-        child.__dict__.pop(WATCHES, None)
 
 
 def outcome_or_error(module: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Tensor] | str:
@@ -191,7 +185,8 @@ def test_what_changes_holds_for_the_next_call(site: str, change: str) -> None:
         CHANGES[change](changed)
     if change == "weights of another dtype":
         inputs = torch.utils._pytree.tree_map(lambda t: t.double(), inputs)
-    forget(twin)
+    for child in twin.modules():
+        forget(child)
     expected = outcome_or_error(twin, inputs)
     for _ in range(2):
         found = outcome_or_error(module, inputs)
