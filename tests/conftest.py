@@ -9,10 +9,16 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-# Before torch loads OpenMP, which reads it once: a waiting thread of one test process leaves its core to another.
+# Before torch loads OpenMP, which reads both once. A waiting thread of one test process leaves its core to another, and
+# several test processes share the cores, as the processes that they start do.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+SHARE_CORES = WORKERS > 1 and "OMP_NUM_THREADS" not in os.environ
+if SHARE_CORES:
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // WORKERS))
 
 import pytest
+import torch
 
 import available
 from available import NATIVE
@@ -50,6 +56,17 @@ def pytest_sessionfinish() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """One module compiles for minutes: behind all others it would keep one of two processes waiting."""
     items.sort(key=lambda item: item.module.__name__ != "test_triton_compiled")
+
+
+@pytest.fixture(autouse=True)
+def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Has the CPU's kernels share out their work among two threads at least, however few this process is left with."""
+    threads = torch.get_num_threads()
+    backend = request.node.callspec.params.get("backend") if hasattr(request.node, "callspec") else None
+    if SHARE_CORES and backend == "cpu":
+        torch.set_num_threads(max(2, threads))
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

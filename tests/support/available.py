@@ -12,7 +12,13 @@ if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
     os.environ.setdefault("CROSSVIT_KERNELS_EMULATE", "1")
 
+import interpreter
 from crossvit_kernels import backends
+
+if os.environ.get("TRITON_INTERPRET") == "1" and backends.available("triton"):
+    import triton.runtime.interpreter
+
+    interpreter.speed_up(triton.runtime.interpreter)
 
 NATIVE = [name for name in backends.BACKENDS if name != "reference" and backends.available(name)]
 
