@@ -13,11 +13,18 @@ import functools
 from types import ModuleType
 from typing import Any
 
+BEFORE: dict[str, Any] = {}  # what was changed, by its name in the interpreter's module
+
 
 def speed_up(interpreter: ModuleType) -> None:
     """Changes `triton.runtime.interpreter`; leaves it alone where it isn't made as in Triton 3.6 to 3.8."""
     if not {"GridExecutor", "_LangPatchScope", "_patch_lang", "_get_np_dtype", "tl"} <= vars(interpreter).keys():
         return
+    builder = interpreter.interpreter_builder
+    BEFORE["_patch_lang"] = interpreter._patch_lang
+    BEFORE["_get_np_dtype"] = interpreter._get_np_dtype
+    BEFORE["GridExecutor.__call__"] = interpreter.GridExecutor.__call__
+    BEFORE["interpreter_builder.options"] = builder.options
     replace_once_per_launch(interpreter)
     look_up, known = interpreter._get_np_dtype, {}
 
@@ -28,7 +35,6 @@ def speed_up(interpreter: ModuleType) -> None:
         return known[name]
 
     interpreter._get_np_dtype = dtype_of
-    builder = interpreter.interpreter_builder
     if not builder.options.debug:
         builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
