@@ -87,7 +87,7 @@ test-machines: $(PACKAGE)  ## The op tests as on other machines: instruction set
 # What fails a check stays in dist/built.
 wheel: $(RELEASE)  ## A wheel for every Python and every PyTorch from 2.11 on, in dist, checked; with CUDA kernels where nvcc is found
 	rm -rf dist/built dist/*.whl
-	$(PYTHON) setup.py -q bdist_wheel --dist-dir dist/built
+	$(PYTHON) -W 'ignore:setup.py install is deprecated' setup.py -q bdist_wheel --dist-dir dist/built
 	PATH=$(CURDIR)/$(BIN):$$PATH .ci/repair-wheel dist/built/*.whl dist/built/repaired
 	PATH=$(CURDIR)/$(BIN):$$PATH .ci/check-wheel dist/built/repaired/*.whl
 	mv dist/built/repaired/*.whl dist
