@@ -13,7 +13,7 @@ TOOLS := .venv/.tools
 EXTENSION := crossvit_kernels/_build.json
 PACKAGE := .venv/.package
 RELEASE := .venv/.release
-# Which PyTorch a new .venv gets, such as TORCH='torch==2.11.*'.
+# Which PyTorch a new .venv gets, such as TORCH='torch==2.11.* numpy<2.4'.
 TORCH := torch>=2.11
 # MkDocs' theme announces on every run that it will have a successor.
 BUILD_DOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -110,7 +110,7 @@ $(PYTHON):
 
 $(TOOLS): | $(PYTHON)
 	@echo "Installing torch and what its extensions are built with (the first time 5 GB, about two minutes)"
-	$(PYTHON) -m pip install -q --disable-pip-version-check '$(TORCH)' torchvision 'setuptools>=77' wheel pybind11
+	$(PYTHON) -m pip install -q --disable-pip-version-check $(TORCH:%='%') torchvision 'setuptools>=77' wheel pybind11
 	touch $@
 
 $(EXTENSION): $(TOOLS) setup.py $(wildcard csrc/*.py) $(CPP)
