@@ -1,5 +1,5 @@
 # Every target sets up what it needs: .venv with torch and all tools on the first call, the kernels' libraries whenever csrc changed.
-# Needs python3 (3.11 to 3.13, with venv and headers), g++ 12 or newer, make, and a network the first time; nvcc for CUDA.
+# Needs python3 (3.11 or newer, with venv and headers), g++ 12 or newer, make, and a network the first time; nvcc for CUDA.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -13,6 +13,8 @@ TOOLS := .venv/.tools
 EXTENSION := crossvit_kernels/_build.json
 PACKAGE := .venv/.package
 RELEASE := .venv/.release
+# Which PyTorch a new .venv gets, such as TORCH='torch==2.11.* numpy<2.4'.
+TORCH := torch>=2.11
 # MkDocs' theme announces on every run that it will have a successor.
 BUILD_DOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
@@ -82,11 +84,13 @@ random-calls: $(PACKAGE)  ## CALLS=200000 random calls of the ops on every backe
 test-machines: $(PACKAGE)  ## The op tests as on other machines: instruction sets, threads, MKL's and oneDNN's code, 20 seeds each (45 minutes; SEEDS=20)
 	OMP_WAIT_POLICY=passive $(PYTHON) tests/support/machines.py --seeds $(or $(SEEDS),20)
 
+# What fails a check stays in dist/built.
 wheel: $(RELEASE)  ## A wheel for every Python and every PyTorch from 2.11 on, in dist, checked; with CUDA kernels where nvcc is found
 	rm -rf dist/built dist/*.whl
-	$(PYTHON) setup.py -q bdist_wheel --dist-dir dist/built
-	PATH=$(CURDIR)/$(BIN):$$PATH .ci/repair-wheel dist/built/*.whl dist
-	PATH=$(CURDIR)/$(BIN):$$PATH .ci/check-wheel dist/*.whl
+	$(PYTHON) -W 'ignore:setup.py install is deprecated' setup.py -q bdist_wheel --dist-dir dist/built
+	PATH=$(CURDIR)/$(BIN):$$PATH .ci/repair-wheel dist/built/*.whl dist/built/repaired
+	PATH=$(CURDIR)/$(BIN):$$PATH .ci/check-wheel dist/built/repaired/*.whl
+	mv dist/built/repaired/*.whl dist
 	rm -r dist/built
 
 sdist: $(RELEASE)  ## The sources as a file in dist, with all that their tests need
@@ -106,7 +110,7 @@ $(PYTHON):
 
 $(TOOLS): | $(PYTHON)
 	@echo "Installing torch and what its extensions are built with (the first time 5 GB, about two minutes)"
-	$(PYTHON) -m pip install -q --disable-pip-version-check 'torch>=2.11' torchvision 'setuptools>=77' wheel pybind11
+	$(PYTHON) -m pip install -q --disable-pip-version-check $(TORCH:%='%') torchvision 'setuptools>=77' wheel pybind11
 	touch $@
 
 $(EXTENSION): $(TOOLS) setup.py $(wildcard csrc/*.py) $(CPP)
@@ -116,6 +120,8 @@ $(PACKAGE): pyproject.toml | $(EXTENSION)
 	$(PYTHON) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[test,docs]'
 	touch $@
 
-$(RELEASE): pyproject.toml | $(PACKAGE)
-	$(PYTHON) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[release]'
+# The tools alone: the wheel and the sdist are made of the sources, whether or not they are built here.
+$(RELEASE): pyproject.toml | $(TOOLS)
+	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("$<", "rb"))["project"]["optional-dependencies"]["release"], sep="\n")' > $@.txt
+	$(PYTHON) -m pip install -q --disable-pip-version-check -r $@.txt
 	touch $@

@@ -9,14 +9,24 @@ _C.<Python's>.so   csrc/inspection/*.cpp: what tests ask about the kernels; in a
 import os
 import shlex
 import shutil
-import subprocess
 import sysconfig
-import tempfile
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from building import COMMON_FLAGS, TORCH_FLAGS, TORCH_LIBRARIES, NotBuiltError, make, together
+from building import (
+    COMMON_FLAGS,
+    TORCH_FLAGS,
+    TORCH_LIBRARIES,
+    NotBuiltError,
+    compiler_version,
+    compiles,
+    make,
+    together,
+    write_atomically,
+    written,
+)
 
 SOURCES = Path("csrc")
 ISA_SOURCE = SOURCES / "cpu" / "isa.cpp"
@@ -60,48 +70,45 @@ def sanitizer_flags(sanitize: str) -> list[str]:
     return [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
 
 
-def compiles(source: str, flags: list[str]) -> bool:
-    """Whether the compiler turns this source into an object."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "probe.cpp")
-        path.write_text(source)
-        command = [*cxx(), "-std=c++20", *flags, "-c", str(path), "-o", str(path.with_suffix(".o"))]
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+class Compiler:
+    """The C++ compiler of CXX. `folder` keeps what was asked of it, for the next build."""
 
+    def __init__(self, folder: Path) -> None:
+        self.command, self.folder = cxx(), folder
+        self.version = compiler_version(self.command)
 
-def missing() -> str | None:
-    """What keeps C++ from being compiled, in words, or None."""
-    if shutil.which(cxx()[0]) is None:
-        return f"no C++ compiler: {cxx()[0]!r} is not on the PATH (install g++, or name one in the variable CXX)"
-    if not compiles("#include <concepts>\n#if __GNUC__ < 12 || defined(__clang__)\n#error\n#endif", []):
-        return f"the C++ compiler {shlex.join(cxx())!r} will not do: g++ 12 or newer is needed"
-    return None
+    def missing(self) -> str | None:
+        """What keeps C++ from being compiled, in words, or None."""
+        if shutil.which(self.command[0]) is None:
+            name = self.command[0]
+            return f"no C++ compiler: {name!r} is not on the PATH (install g++, or name one in the variable CXX)"
+        if not self._knows("concepts", "#include <concepts>\n#if __GNUC__ < 12 || defined(__clang__)\n#error\n#endif"):
+            return f"the C++ compiler {shlex.join(self.command)!r} will not do: g++ 12 or newer is needed"
+        return None
 
+    def instruction_sets(self) -> list[str]:
+        """Those that it can compile for, ascending; where it is not for an x86-64, the generic one alone."""
+        probe = "#if {0}\n#include <immintrin.h>\n#endif\nint main() {{ (void)({1}); }}"
+        return [
+            name
+            for name, (flags, needs) in INSTRUCTION_SETS.items()
+            if self._knows(name, probe.format(int(bool(flags)), needs), flags)
+        ]
 
-def compiler_version() -> str:
-    """The first line of what the compiler says of itself."""
-    told = subprocess.run([*cxx(), "--version"], capture_output=True, text=True, check=False)
-    return told.stdout.partition("\n")[0]
+    def inspection_missing(self) -> str | None:
+        """What keeps the inspection module from being compiled, in words, or None."""
+        try:
+            import pybind11  # noqa: F401
+        except ModuleNotFoundError:
+            return "pybind11 is not installed"
+        include = sysconfig.get_path("include")
+        if not self._knows("python", "#include <Python.h>\nint main() {}", [f"-I{include}"]):
+            return f"Python.h is not in {include} (Debian: apt-get install python3-dev)"
+        return None
 
-
-def known_instruction_sets() -> list[str]:
-    """The instruction sets that the compiler can compile for, ascending; not on an x86-64: the generic one alone."""
-    probe = "#if {0}\n#include <immintrin.h>\n#endif\nint main() {{ (void)({1}); }}"
-    return [
-        n for n, (flags, needs) in INSTRUCTION_SETS.items() if compiles(probe.format(int(bool(flags)), needs), flags)
-    ]
-
-
-def inspection_missing() -> str | None:
-    """What keeps the inspection module from being compiled, in words, or None."""
-    try:
-        import pybind11  # noqa: F401
-    except ModuleNotFoundError:
-        return "pybind11 is not installed"
-    include = sysconfig.get_path("include")
-    if not compiles("#include <Python.h>\nint main() {}", [f"-I{include}"]):
-        return f"Python.h is not in {include} (Debian: apt-get install python3-dev)"
-    return None
+    def _knows(self, name: str, source: str, flags: Sequence[str] = ()) -> bool:
+        command = [*self.command, "-std=c++20", *flags]
+        return compiles(written(self.folder / f"{name}.cpp", source), command, self.version)
 
 
 class Build:
@@ -115,8 +122,9 @@ class Build:
         self.folder, self.package, self.inspect = folder / "cpu", package, inspect
         self.flags = [*COMMON_FLAGS, *sanitizer_flags(sanitize)]
         self.link_flags = [f"-fsanitize={sanitize}"] if sanitize else []
-        self.reason = missing()
-        self.instruction_sets = [] if self.reason else known_instruction_sets()
+        self.compiler = Compiler(self.folder / "probes")
+        self.reason = self.compiler.missing()
+        self.instruction_sets = [] if self.reason else self.compiler.instruction_sets()
         self.have = [f"-DCROSSVIT_HAVE_{name.upper()}" for name in self.instruction_sets]
         self.sources = [
             *(path for folder in (SOURCES, SOURCES / "torch_c") for path in sorted(folder.glob("*.cpp"))),
@@ -148,7 +156,7 @@ class Build:
             if why is not None:
                 (self.package / name).unlink(missing_ok=True)
         return {
-            "compiler": None if self.reason else compiler_version(),
+            "compiler": None if self.reason else self.compiler.version,
             "instruction_sets": [] if self.reason else self.instruction_sets,
             "missing": self.reason,
             "inspection": {"missing": self.reason or inspection},
@@ -157,7 +165,8 @@ class Build:
     def _compile(self, source: Path, flags: list[str], name: str = "") -> Path:
         output = self.folder / f"{name or source.stem}.o"
         try:
-            return make(output, [*cxx(), *self.flags, *flags, f"-I{SOURCES}", "-c", str(source)], "")
+            command = [*self.compiler.command, *self.flags, *flags, f"-I{SOURCES}", "-c", str(source)]
+            return make(output, command, self.compiler.version)
         except NotBuiltError as why:
             raise NotBuiltError(f"{source}: {why}") from None
 
@@ -166,14 +175,14 @@ class Build:
         return self._compile(ISA_SOURCE, flags, name)
 
     def _link(self, name: str, objects: list[Path], libraries: list[str]) -> None:
-        command = [*cxx(), "-shared", *self.link_flags, *map(str, objects), *libraries]
-        built = make(self.folder / name, command, "", inputs=objects)
+        command = [*self.compiler.command, "-shared", *self.link_flags, *map(str, objects), *libraries]
+        built = make(self.folder / name, command, self.compiler.version, inputs=objects)
         self.package.mkdir(parents=True, exist_ok=True)
-        (self.package / name).write_bytes(built.read_bytes())
+        write_atomically(self.package / name, built.read_bytes(), 0o755)
 
     def _inspection(self, kernels: list[Path]) -> str | None:
         """Builds the module beside the library, or says why not."""
-        if (why := inspection_missing()) is not None:
+        if (why := self.compiler.inspection_missing()) is not None:
             return why
         import pybind11
 

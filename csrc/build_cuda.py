@@ -23,7 +23,16 @@ from typing import Any
 
 import old_glibc
 import torch
-from building import TORCH, TORCH_FLAGS, TORCH_LIBRARIES, NotBuiltError, make, together
+from building import (
+    TORCH,
+    TORCH_FLAGS,
+    TORCH_LIBRARIES,
+    NotBuiltError,
+    compiler_version,
+    make,
+    together,
+    write_atomically,
+)
 
 SOURCES = Path("csrc", "cuda")
 EMULATION = Path("tests", "cuda_emulation")
@@ -121,6 +130,7 @@ class Build:
         emulate: bool = True,
     ) -> None:
         self.cxx, self.lacking, self.sanitize = cxx, lacking, sanitize
+        self.cxx_version = compiler_version(cxx)
         self.folder, self.package = folder / "cuda", package
         self.flags = [*flags, "-fPIC", "-Icsrc", *TORCH_FLAGS]
         self.kernels = sorted(SOURCES.glob("*.cu"), key=lambda path: (path.stem not in LONGEST, path.stem))
@@ -170,7 +180,7 @@ class Build:
                     objects = [job.result() for job in (*jobs, *self.host)]
                     data = link(self.folder / name, objects).read_bytes()
                     self.package.mkdir(parents=True, exist_ok=True)
-                    library.write_bytes(data)
+                    write_atomically(library, data, 0o755)
                 except NotBuiltError as why:
                     record["missing"] = str(why)
             if record["missing"] is not None:
@@ -201,7 +211,7 @@ class Build:
             raise NotBuiltError(self.lacking)
 
     def _by_cxx(self, source: Path) -> Path:
-        return self._make(source, "host", [*self.cxx, *self.flags, "-c", str(source)])
+        return self._make(source, "host", [*self.cxx, *self.flags, "-c", str(source)], self.cxx_version)
 
     def _by_nvcc(self, source: Path) -> Path:
         threads = str(-(-self.workers // len(self.kernels)))
@@ -212,7 +222,7 @@ class Build:
             source,
             "nvcc",
             [self.nvcc, *flags, "-c", str(source)],
-            compiler=self.cuda["nvcc"],
+            self.cuda["nvcc"],
             free=["--threads", threads, "--split-compile", threads],
         )
 
@@ -221,9 +231,9 @@ class Build:
         flags += ["-g", "-O1"] if flags else []
         includes = [f"-I{EMULATION / 'include'}", f"-I{EMULATION}", "-Icsrc"]
         command = [*self.cxx, *EMULATION_FLAGS, *flags, "-fopenmp", *includes, "-x", "c++", "-c", str(source)]
-        return self._make(source, "emulated", command)
+        return self._make(source, "emulated", command, self.cxx_version)
 
-    def _make(self, source: Path, kind: str, command: list[str], compiler: str = "", free: Sequence[str] = ()) -> Path:
+    def _make(self, source: Path, kind: str, command: list[str], compiler: str, free: Sequence[str] = ()) -> Path:
         try:
             return make(self.folder / kind / f"{source.stem}.o", command, compiler, free=free)
         except NotBuiltError as why:

@@ -81,5 +81,14 @@ class BuildKernels(build_ext):
 class Wheel(bdist_wheel):
     """A wheel for every Python, of this platform."""
 
+    def run(self) -> None:
+        """Packs what an earlier build left behind only where the sources still have it, which setuptools would not
+        look after."""
+        built = Path(self.get_finalized_command("build").build_lib)
+        for path in built.rglob("*.py"):
+            if not path.relative_to(built).exists():
+                path.unlink()
+        super().run()
+
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]

@@ -42,6 +42,15 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
     os.replace(temporary, path)
 
 
+def compiler_version(command: list[str]) -> str:
+    """The first line of what a compiler says of itself; empty where there is none."""
+    try:
+        told = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return told.stdout.partition("\n")[0]
+
+
 def digest(path: str) -> str | None:
     try:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()
@@ -58,18 +67,38 @@ def files_read(depfile: Path) -> list[str]:
 def together(sources: Iterable[Path], path: Path) -> Path:
     """Writes a source that includes all of these, so that the compiler reads torch's headers once: they take it longer
     than what they are for."""
-    text = "".join(f'#include "{source.resolve()}"\n' for source in sources)
+    return written(path, "".join(f'#include "{source.resolve()}"\n' for source in sources))
+
+
+def written(path: Path, text: str) -> Path:
+    """The file, once it holds this text."""
     if not path.exists() or path.read_text() != text:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     return path
 
 
+def compiles(source: Path, command: list[str], compiler: str) -> bool:
+    """Whether the command makes an object of the source. Where it did, that is remembered beside it; where it did not,
+    what was missing may have been installed since."""
+    try:
+        make(source.with_suffix(".o"), [*command, "-c", str(source)], compiler, quiet=True)
+    except NotBuiltError:
+        return False
+    return True
+
+
 def make(
-    output: Path, command: list[str], compiler: str, inputs: Sequence[Path] = (), free: Sequence[str] = ()
+    output: Path,
+    command: list[str],
+    compiler: str,
+    inputs: Sequence[Path] = (),
+    free: Sequence[str] = (),
+    quiet: bool = False,
 ) -> Path:
     """Runs the command, to which -o output is added, unless its result is there. It reads `inputs`, or what it writes
-    down itself; the flags `free` do not change what comes out, `compiler` names who does it."""
+    down itself; the flags `free` do not change what comes out, `compiler` names who does it. What it says is printed,
+    unless `quiet`."""
     record, depfile = output.with_suffix(".json"), output.with_suffix(".d")
     key = [compiler, *command]
     try:
@@ -85,7 +114,7 @@ def make(
         [*command, *free, *written_down, "-o", str(output)], capture_output=True, text=True, check=False
     )
     said = done.stderr + done.stdout
-    if said.strip():
+    if said.strip() and not quiet:
         print(said, file=sys.stderr)
     if done.returncode:
         lines = said.strip().splitlines() or [f"{command[0]} ended with {done.returncode}"]

@@ -89,6 +89,8 @@ def cuda_missing() -> str | None:
         return why
     if not emulated():
         if not torch.cuda.is_available():
+            if read_record("crossvit_kernels/_emulation.so")[1] is not None:
+                return _NO_GPU
             return f"{_NO_GPU}; on CPU tensors the kernels run in an emulation, CROSSVIT_KERNELS_EMULATE=1"
         if (why := _gpu_unfit() or _not_built_for(record["cuda"]["architectures"])) is not None:
             return why

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 INSTALL = "to build it, type `pip install --no-build-isolation .` in the source folder"
+INSTALL_IN_PLACE = INSTALL.replace(" .`", " -e .`")
 
 
 def read_record(what: str) -> tuple[dict[str, Any], str | None]:
@@ -23,6 +24,8 @@ def read_record(what: str) -> tuple[dict[str, Any], str | None]:
     missing = (
         record.get("missing") if part is None else record.get(part, {"missing": "by an older setup.py"})["missing"]
     )
+    if missing and part == "emulation":  # which no wheel has, and no other installation
+        return record, f"{what} was not built: {missing}; {INSTALL_IN_PLACE}"
     if missing:
         return record, f"{what} was not built: {missing}; {INSTALL} once that is mended"
     return record, None

@@ -2,6 +2,8 @@
 
 import functools
 import io
+import os
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -353,6 +355,7 @@ def test_compile_of_the_whole_graph(backend: str, name: str, dynamic: bool) -> N
 
 @torch._inductor.config.patch(force_disable_caches=True)
 @pytest.mark.not_interpreted
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="inductor needs a C++ compiler")
 def test_compile_with_inductor_and_a_dynamic_batch(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The attention half of a block, forward and backward, compiled by inductor once for all batch sizes."""
     monkeypatch.setenv("CI", "true")  # there inductor checks what it falls back to

@@ -1,5 +1,6 @@
 """Which backends exist, what is said about those that do not, and which one serves a call."""
 
+import functools
 import json
 import os
 import subprocess
@@ -226,6 +227,32 @@ def test_a_library_that_was_not_built_is_not_loaded(
     assert why is not None
     assert expected in why
     assert "pip install --no-build-isolation ." in why
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_nobody_is_sent_to_an_emulation_that_was_not_built(
+    built: bool, monkeypatch: pytest.MonkeyPatch, elsewhere: Path
+) -> None:
+    """A wheel has none, and what builds one is an installation in place."""
+    missing = None if built else "only a build in the source tree has it"
+    record = RECORD | {"cuda": {"missing": None, "architectures": ["sm_80"]}, "emulation": {"missing": missing}}
+    (elsewhere / "_build.json").write_text(json.dumps(record))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(availability, "emulated", lambda: False)
+    why = availability.cuda_missing.__wrapped__()
+    assert why is not None
+    assert why.startswith("no CUDA device was found")
+    assert ("CROSSVIT_KERNELS_EMULATE=1" in why) == built
+    monkeypatch.setattr(availability, "emulated", lambda: True)
+    monkeypatch.setattr(availability, "load_library", functools.cache(lambda name: None))
+    asked = availability.cuda_missing.__wrapped__()
+    if built:
+        assert asked is None
+    else:
+        assert asked == (
+            "crossvit_kernels/_emulation.so was not built: only a build in the source tree has it; "
+            "to build it, type `pip install --no-build-isolation -e .` in the source folder"
+        )
 
 
 def test_a_library_that_fails_to_load_is_told_in_a_sentence(elsewhere: Path) -> None:

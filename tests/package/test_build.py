@@ -214,12 +214,53 @@ def test_instruction_sets_that_the_compiler_does_not_know_are_left_out(
     foreign = tmp_path / "g++"
     foreign.write_text(f'#!/bin/sh\ncase "$*" in *-mavx*) exit 1;; esac\nexec {real} "$@"\n')
     foreign.chmod(0o755)
-    known_instruction_sets = setup_py["build_cpu"].known_instruction_sets
-    known = known_instruction_sets()
+
+    def known() -> list[str]:
+        return setup_py["build_cpu"].Compiler(tmp_path / "probes").instruction_sets()
+
+    before = known()
     monkeypatch.setenv("CXX", str(old))
-    assert known_instruction_sets() == [name for name in known if name != "avx512_bf16"]
+    assert known() == [name for name in before if name != "avx512_bf16"]
     monkeypatch.setenv("CXX", str(foreign))
-    assert known_instruction_sets() == ["generic"]
+    assert known() == ["generic"]
+
+
+@source_tree
+@compiler
+def test_a_compiler_is_asked_once_what_it_knows(
+    setup_py: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until it is another one, of another version say; what it did not know it is asked again, as that may have been
+    installed since."""
+    real = shutil.which(os.environ.get("CXX", "c++"))
+    log, version, spoiled = (tmp_path / name for name in ("log", "version", "spoiled"))
+    wrapper = tmp_path / "c++"
+    wrapper.write_text(
+        f'#!/bin/sh\nif [ "$1" = --version ]; then cat {version}; exit; fi\necho "$@" >> {log}\n'
+        f'case "$*" in *-mavx512bf16*) [ -e {spoiled} ] && exit 1;; esac\nexec {real} "$@"\n'
+    )
+    wrapper.chmod(0o755)
+    version.write_text("g++ 12.2.0\n")
+    monkeypatch.setenv("CXX", str(wrapper))
+
+    def asked() -> tuple[list[str], int]:
+        log.write_text("")
+        asking = setup_py["build_cpu"].Compiler(tmp_path / "probes")
+        assert asking.missing() is None
+        return asking.instruction_sets(), len(log.read_text().splitlines())
+
+    known, times = asked()
+    sets = len(setup_py["build_cpu"].INSTRUCTION_SETS)
+    assert times == 1 + sets
+    assert asked() == (known, sets - len(known))
+    version.write_text("g++ 13.1.0\n")
+    spoiled.touch()
+    less = [name for name in known if name != "avx512_bf16"]
+    assert asked() == (less, times)
+    assert asked() == (less, sets - len(less))
+    spoiled.unlink()
+    assert asked()[0] == known
+    assert asked() == (known, sets - len(known))
 
 
 @source_tree
@@ -239,6 +280,26 @@ def test_a_wheel_is_of_this_platform_and_of_every_python(setup_py: dict[str, Any
     python_tag, abi_tag, platform_tag = command.get_tag()
     assert (python_tag, abi_tag) == ("py3", "none")
     assert platform_tag.startswith("linux_")
+
+
+@source_tree
+def test_a_wheel_has_no_module_that_the_sources_have_no_longer(
+    setup_py: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """setuptools packs all that lies in the folder of the last build."""
+    monkeypatch.chdir(tmp_path)
+    built = {"package/here.py", "package/gone.py", "package/gone/too.py", "package/_cpu.so"}
+    for name in ("package/here.py", *(f"lib/{name}" for name in built)):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+    module = setup_py["build_kernels"]
+    packed: set[str] = set()
+    files = (path for path in Path("lib").rglob("*.*"))
+    monkeypatch.setattr(module.bdist_wheel, "run", lambda _: packed.update(str(p.relative_to("lib")) for p in files))
+    distribution = setuptools.Distribution({"ext_modules": [setuptools.Extension("a", [])]})
+    distribution.get_command_obj("build").build_lib = "lib"
+    module.Wheel(distribution).run()
+    assert packed == {"package/here.py", "package/_cpu.so"}
 
 
 # The CUDA kernels, in a tree of one small kernel, with a compiler in nvcc's place that hands on to the C++ compiler

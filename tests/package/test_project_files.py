@@ -1,6 +1,9 @@
 """The files that a repository's visitors and tools look for: they are well-formed, and say what the package says."""
 
 import re
+import shlex
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -67,8 +70,21 @@ def test_workflows_run_what_is_here() -> None:
             for script in re.findall(r"(?:^|\s)(\.ci/[\w-]+|tests/[\w/]+\.py)", commands):
                 assert (ROOT / script).is_file(), f"{path.name}: {script}"
             for targets in re.findall(r"^make (.*)$", commands, re.MULTILINE):
-                for target in targets.split():
+                for target in (word for word in shlex.split(targets) if "=" not in word):
                     assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{path.name}: make {target}"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not on the PATH")
+def test_make_installs_the_pytorch_that_it_is_told(tmp_path: Path) -> None:
+    """In one command with torchvision, which would bring the newest one; the workflows say which by TORCH."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for given, expected in (((), "torch>=2.11"), (("TORCH=torch==2.11.* numpy<2.4",), "numpy<2.4")):
+        command = ["make", "--dry-run", ".venv/.tools", *given]
+        told = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+        (line,) = (line for line in told.splitlines() if "torchvision" in line)
+        assert {expected, "torchvision"} <= set(shlex.split(line))
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "checks.yml").read_text())["jobs"]["test"]
+    assert "make test TORCH='${{ matrix.torch }}'" in [step.get("run") for step in workflow["steps"]]
 
 
 def test_what_an_index_shows() -> None:

@@ -80,6 +80,16 @@ def test_what_is_missing_is_named() -> None:
     assert audit_wheel.wrong_metadata(b"Name: crossvit-kernels\n\n")
 
 
+def test_a_module_that_was_left_behind_or_forgotten_is_named(tmp_path: Path) -> None:
+    for name in ("crossvit/here.py", "crossvit_kernels/ops/forgotten.py"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    assert audit_wheel.wrong_modules({"crossvit/here.py", "crossvit/gone.py", "a.dist-info/METADATA"}, tmp_path) == [
+        "crossvit_kernels/ops/forgotten.py is missing",
+        "crossvit/gone.py is not in the source tree",
+    ]
+
+
 @pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="no source tree beside the tests")
 def test_an_sdist_has_what_its_tests_look_at(tmp_path: Path) -> None:
     """Each file that git keeps is packed."""

@@ -2,7 +2,7 @@
 
 its tag         py3-none, and manylinux_2_28 or an older one
 its files       the two packages, the CPU's library and its record, and the CUDA library where the record says so;
-                not the emulation, nor the inspection module, nor sources
+                not the emulation, nor the inspection module, nor sources; of modules, those of the source tree
 its libraries   ask for PyTorch's stable C interface and the runtimes of manylinux_2_28 alone
 its metadata    what pyproject.toml says of the package, and a README
 """
@@ -19,6 +19,7 @@ from zipfile import ZipFile
 import elf
 import symbols
 
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "crossvit_kernels"
 FILE = re.compile(r"crossvit(_kernels)?/[\w/]+\.py|crossvit(_kernels)?/py\.typed|[^/]+\.dist-info/.*")
 LIBRARIES = {f"{PACKAGE}/_cpu.so", f"{PACKAGE}/_cuda.so"}
@@ -52,6 +53,16 @@ def wrong_files(names: set[str], record: dict) -> list[str]:
     return found
 
 
+def wrong_modules(names: set[str], root: Path = ROOT) -> list[str]:
+    """Modules of the source tree that were not packed, and those that an earlier build left behind."""
+    sources = {str(p.relative_to(root)) for folder in ("crossvit", PACKAGE) for p in (root / folder).rglob("*.py")}
+    modules = {name for name in names if name.endswith(".py")}
+    return [
+        *(f"{name} is missing" for name in sorted(sources - modules)),
+        *(f"{name} is not in the source tree" for name in sorted(modules - sources)),
+    ]
+
+
 def wrong_metadata(data: bytes) -> list[str]:
     """What a package index would not show."""
     metadata = message_from_bytes(data)
@@ -77,7 +88,8 @@ def audit(path: Path) -> list[str]:
         names = {name for name in wheel.namelist() if not name.endswith("/")}
         record = json.loads(wheel.read(f"{PACKAGE}/_build.json"))
         (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
-        found = [*wrong_tag(path.name), *wrong_files(names, record), *wrong_metadata(wheel.read(metadata))]
+        found = [*wrong_tag(path.name), *wrong_files(names, record), *wrong_modules(names)]
+        found += wrong_metadata(wheel.read(metadata))
         for name in sorted(name for name in names if name.endswith(".so")):
             found += wrong_symbols(Path(wheel.extract(name, folder)), name)
     return found
