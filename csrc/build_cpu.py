@@ -16,7 +16,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from building import COMMON_FLAGS, TORCH_FLAGS, TORCH_LIBRARIES, NotBuiltError, make, together
+import target
+from building import COMMON_FLAGS, TORCH_FLAGS, NotBuiltError, make, together
 
 SOURCES = Path("csrc")
 ISA_SOURCE = SOURCES / "cpu" / "isa.cpp"
@@ -24,18 +25,27 @@ CHOICE_SOURCE = SOURCES / "cpu" / "instruction_sets.cpp"
 LIBRARY = "_cpu.so"
 INSPECTION = "_C" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so")
 
-# Compiler flags and, to see whether the compiler knows the set, an expression that needs it. Ascending, because of an
-# inline function that several sets emit the linker keeps the first: the one that every CPU which gets there can run.
+# By machine, beside the generic set: compiler flags and, to see whether the compiler knows the set, an expression that
+# needs it. Ascending, because of an inline function that several sets emit the linker keeps the first: the one that
+# every CPU which gets there can run. On an aarch64 the generic set is NEON, which all of them have.
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mavx2"]
-INSTRUCTION_SETS = {
-    "generic": ([], "0"),
-    "avx2": (
-        ["-mavx2", "-mfma", "-mf16c"],
-        "_mm256_fmadd_ps(_mm256_cvtph_ps(_mm_setzero_si128()), __m256(), __m256())",
-    ),
-    "avx512": (AVX512, "_mm512_fmadd_ps(__m512(), __m512(), __m512())"),
-    "avx512_bf16": ([*AVX512, "-mavx512bf16"], "_mm512_cvtneps_pbh(__m512())"),
+INSTRUCTION_SETS: dict[str, dict[str, tuple[list[str], str]]] = {
+    target.X86_64: {
+        "avx2": (
+            ["-mavx2", "-mfma", "-mf16c"],
+            "_mm256_fmadd_ps(_mm256_cvtph_ps(_mm_setzero_si128()), __m256(), __m256())",
+        ),
+        "avx512": (AVX512, "_mm512_fmadd_ps(__m512(), __m512(), __m512())"),
+        "avx512_bf16": ([*AVX512, "-mavx512bf16"], "_mm512_cvtneps_pbh(__m512())"),
+    },
+    target.AARCH64: {
+        "neon_bf16": (
+            ["-march=armv8.2-a+bf16"],
+            "vbfdotq_f32(float32x4_t(), vdupq_n_bf16(bfloat16_t()), vdupq_n_bf16(bfloat16_t()))",
+        ),
+    },
 }
+INTRINSICS = {target.X86_64: "immintrin.h", target.AARCH64: "arm_neon.h"}
 # Functions start at a cache line: at the 16 bytes that are the compiler's choice, the same product took up to 7 %
 # longer in one build than in the next. GCC 12 warns of its own intrinsics headers.
 ISA_FLAGS = [
@@ -75,7 +85,7 @@ def missing() -> str | None:
         return f"no C++ compiler: {cxx()[0]!r} is not on the PATH (install g++, or name one in the variable CXX)"
     if not compiles("#include <concepts>\n#if __GNUC__ < 12 || defined(__clang__)\n#error\n#endif", []):
         return f"the C++ compiler {shlex.join(cxx())!r} will not do: g++ 12 or newer is needed"
-    return None
+    return target.wrong_compiler(cxx())
 
 
 def compiler_version() -> str:
@@ -84,12 +94,20 @@ def compiler_version() -> str:
     return told.stdout.partition("\n")[0]
 
 
+def instruction_sets(machine: str) -> dict[str, tuple[list[str], str]]:
+    """The instruction sets of a machine, ascending, each with its flags and what needs it."""
+    return {"generic": ([], "0"), **INSTRUCTION_SETS.get(machine, {})}
+
+
 def known_instruction_sets() -> list[str]:
-    """The instruction sets that the compiler can compile for, ascending; not on an x86-64: the generic one alone."""
-    probe = "#if {0}\n#include <immintrin.h>\n#endif\nint main() {{ (void)({1}); }}"
-    return [
-        n for n, (flags, needs) in INSTRUCTION_SETS.items() if compiles(probe.format(int(bool(flags)), needs), flags)
-    ]
+    """Those that the compiler can compile for."""
+    machine = target.machine()
+    known = []
+    for name, (flags, needs) in instruction_sets(machine).items():
+        include = f"#include <{INTRINSICS[machine]}>\n" if flags else ""
+        if compiles(f"{include}int main() {{ (void)({needs}); }}", flags):
+            known.append(name)
+    return known
 
 
 def inspection_missing() -> str | None:
@@ -139,7 +157,8 @@ class Build:
             try:
                 kernels = [self.choice.result(), *(job.result() for job in self.sets)]
                 # Not linked to an OpenMP library: PyTorch's threads run the kernels.
-                self._link(LIBRARY, [self.host.result(), *kernels], TORCH_LIBRARIES)
+                libraries = target.torch_libraries(cxx(), self.folder / "torch")
+                self._link(LIBRARY, [self.host.result(), *kernels], libraries)
                 if self.inspect:
                     inspection = self._inspection(kernels)
             except NotBuiltError as why:
@@ -162,7 +181,7 @@ class Build:
             raise NotBuiltError(f"{source}: {why}") from None
 
     def _instruction_set(self, name: str) -> Path:
-        flags = [*ISA_FLAGS, *INSTRUCTION_SETS[name][0], f"-DCROSSVIT_ISA={name}"]
+        flags = [*ISA_FLAGS, *instruction_sets(target.machine())[name][0], f"-DCROSSVIT_ISA={name}"]
         return self._compile(ISA_SOURCE, flags, name)
 
     def _link(self, name: str, objects: list[Path], libraries: list[str]) -> None:

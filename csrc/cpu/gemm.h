@@ -45,6 +45,13 @@ struct MultiplyBf16 {
     return (HalfVec)_mm256_dpbf16_ps((__m256)c, (__m256bh)_mm256_set1_epi32(a), (__m256bh)b);
   }
 };
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+struct MultiplyBf16 {
+  using Element = int32_t;
+  static CROSSVIT_INLINE Vec fma(Vec c, int32_t a, Vec b) {
+    return (Vec)vbfdotq_f32((float32x4_t)c, (bfloat16x8_t)b, (bfloat16x8_t)vdupq_n_s32(a));
+  }
+};
 #endif
 
 // What a product asks of memory meanwhile, a line now and then: prefetches in one burst would hold up the loads of the
@@ -181,7 +188,7 @@ CROSSVIT_INLINE void multiply_rows(ARows row, int64_t depth, const Panel& b, flo
   if constexpr (NV == 1 && kHalf < VL && sizeof(V) == sizeof(Vec)) {
     if (b.half) return multiply_rows<NV, accumulate, HalfVec>(row, depth, b, c, ldc, chunk, ahead);
   }
-#if defined(__AVX512BF16__)
+#if defined(CROSSVIT_DOT_BF16)
   if (b.pairs) return tile<MultiplyBf16, NV, accumulate, V>(row, b.data, b.lanes, depth / 2, c, ldc, ahead);
 #endif
   const int64_t pieces = ceil_div(depth, chunk);
