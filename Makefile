@@ -17,7 +17,7 @@ RELEASE := .venv/.release
 BUILD_DOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 help:  ## This list
-	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 20
+	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 20
 
 bench: $(PACKAGE)  ## CrossViT-9 and 15-dagger against timm, torch.compile, ONNX Runtime and OpenVINO: table, JSON, plot (10 to 14 minutes)
 	$(PYTHON) -m benchmarks.throughput --model crossvit_9_240,crossvit_15_dagger_240 --batch 1,8 --dtype float32,bfloat16 \
@@ -83,11 +83,19 @@ test-machines: $(PACKAGE)  ## The op tests as on other machines: instruction set
 	OMP_WAIT_POLICY=passive $(PYTHON) tests/support/machines.py --seeds $(or $(SEEDS),20)
 
 wheel: $(RELEASE)  ## A wheel for every Python and every PyTorch from 2.11 on, in dist, checked; with CUDA kernels where nvcc is found
-	rm -rf dist/built dist/*.whl
-	$(PYTHON) setup.py -q bdist_wheel --dist-dir dist/built
-	PATH=$(CURDIR)/$(BIN):$$PATH .ci/repair-wheel dist/built/*.whl dist
-	PATH=$(CURDIR)/$(BIN):$$PATH .ci/check-wheel dist/*.whl
-	rm -r dist/built
+	$(call build_wheel,$(shell uname -m))
+
+wheel-aarch64: $(RELEASE)  ## The same for an aarch64, by Debian's cross compiler g++-aarch64-linux-gnu, without CUDA kernels
+	$(call build_wheel,aarch64,CXX=aarch64-linux-gnu-g++ _PYTHON_HOST_PLATFORM=linux-aarch64)
+
+# For a machine, with the variables that name another one than this to setup.py.
+define build_wheel
+	rm -rf dist/$(1) dist/*$(1).whl
+	$(2) $(PYTHON) setup.py -q bdist_wheel --dist-dir dist/$(1)
+	PATH=$(CURDIR)/$(BIN):$$PATH .ci/repair-wheel dist/$(1)/*.whl dist
+	PATH=$(CURDIR)/$(BIN):$$PATH .ci/check-wheel dist/*$(1).whl
+	rm -r dist/$(1)
+endef
 
 sdist: $(RELEASE)  ## The sources as a file in dist, with all that their tests need
 	rm -f dist/*.tar.gz
@@ -99,7 +107,7 @@ clean:  ## Remove what was built; .venv stays
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-.PHONY: help bench compare demo gpu test check docs format build cuda-report sanitize random-calls test-machines wheel sdist clean
+.PHONY: help bench compare demo gpu test check docs format build cuda-report sanitize random-calls test-machines wheel wheel-aarch64 sdist clean
 
 $(PYTHON):
 	python3 -m venv .venv
