@@ -1,6 +1,6 @@
 // Matrix products in the one form all kernels share: C[e][r] = sum_k A[e][k] B[k][r].
 //
-// B is a *panel*: up to three vectors of lanes (rows of the activations, queries, ...) for every k, which the kernel that
+// B is a *panel*: a few vectors of lanes (rows of the activations, queries, ...) for every k, which the kernel that
 // made the activations has written in this order. A is read as it lies: each element (bfloat16: each pair) is
 // broadcast, so weights need no packing and cannot be stale. 8 x 3 accumulators fill the registers and keep the FMA
 // units busy; the result is transposed only where it leaves the panel.
@@ -10,7 +10,13 @@
 
 namespace crossvit::CROSSVIT_ISA {
 
-constexpr int kPanelVectors = 3;  // vectors of lanes in a panel, at most
+// Vectors of lanes in a panel, at most. An aarch64 has 32 registers, and up to four units that each begin a multiplication in
+// every cycle and end it four cycles later: they want 16 accumulators, and a fifth vector would spill some.
+#if defined(__aarch64__)
+constexpr int kPanelVectors = 4;
+#else
+constexpr int kPanelVectors = 3;
+#endif
 #if defined(__AVX512F__)
 constexpr int kBlock = 8;  // rows of A in a register tile
 #else
