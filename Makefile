@@ -19,7 +19,7 @@ TORCH := torch>=2.11
 BUILD_DOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 help:  ## This list
-	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 20
+	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 20
 
 bench: $(PACKAGE)  ## CrossViT-9 and 15-dagger against timm, torch.compile, ONNX Runtime and OpenVINO: table, JSON, plot (10 to 14 minutes)
 	$(PYTHON) -m benchmarks.throughput --model crossvit_9_240,crossvit_15_dagger_240 --batch 1,8 --dtype float32,bfloat16 \
@@ -84,14 +84,21 @@ random-calls: $(PACKAGE)  ## CALLS=200000 random calls of the ops on every backe
 test-machines: $(PACKAGE)  ## The op tests as on other machines: instruction sets, threads, MKL's and oneDNN's code, 20 seeds each (45 minutes; SEEDS=20)
 	OMP_WAIT_POLICY=passive $(PYTHON) tests/support/machines.py --seeds $(or $(SEEDS),20)
 
-# What fails a check stays in dist/built.
 wheel: $(RELEASE)  ## A wheel for every Python and every PyTorch from 2.11 on, in dist, checked; with CUDA kernels where nvcc is found
-	rm -rf dist/built dist/*.whl
-	$(PYTHON) -W 'ignore:setup.py install is deprecated' setup.py -q bdist_wheel --dist-dir dist/built
-	PATH=$(CURDIR)/$(BIN):$$PATH .ci/repair-wheel dist/built/*.whl dist/built/repaired
-	PATH=$(CURDIR)/$(BIN):$$PATH .ci/check-wheel dist/built/repaired/*.whl
-	mv dist/built/repaired/*.whl dist
-	rm -r dist/built
+	$(call build_wheel,$(shell uname -m))
+
+wheel-aarch64: $(RELEASE)  ## The same for an aarch64, by Debian's cross compiler g++-aarch64-linux-gnu, without CUDA kernels
+	$(call build_wheel,aarch64,CXX=aarch64-linux-gnu-g++ _PYTHON_HOST_PLATFORM=linux-aarch64)
+
+# For a machine, with the variables that name another one than this to setup.py. What fails a check stays in dist/<machine>.
+define build_wheel
+	rm -rf dist/$(1) dist/*$(1).whl
+	$(2) $(PYTHON) -W 'ignore:setup.py install is deprecated' setup.py -q bdist_wheel --dist-dir dist/$(1)
+	PATH=$(CURDIR)/$(BIN):$$PATH .ci/repair-wheel dist/$(1)/*.whl dist/$(1)/repaired
+	PATH=$(CURDIR)/$(BIN):$$PATH .ci/check-wheel dist/$(1)/repaired/*.whl
+	mv dist/$(1)/repaired/*.whl dist
+	rm -r dist/$(1)
+endef
 
 sdist: $(RELEASE)  ## The sources as a file in dist, with all that their tests need
 	rm -f dist/*.tar.gz
@@ -103,7 +110,7 @@ clean:  ## Remove what was built; .venv stays
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-.PHONY: help bench compare demo gpu test check docs format build cuda-report sanitize random-calls test-machines wheel sdist clean
+.PHONY: help bench compare demo gpu test check docs format build cuda-report sanitize random-calls test-machines wheel wheel-aarch64 sdist clean
 
 $(PYTHON):
 	python3 -m venv .venv

@@ -15,10 +15,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import target
 from building import (
     COMMON_FLAGS,
     TORCH_FLAGS,
-    TORCH_LIBRARIES,
     NotBuiltError,
     compiler_version,
     compiles,
@@ -34,18 +34,27 @@ CHOICE_SOURCE = SOURCES / "cpu" / "instruction_sets.cpp"
 LIBRARY = "_cpu.so"
 INSPECTION = "_C" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so")
 
-# Compiler flags and, to see whether the compiler knows the set, an expression that needs it. Ascending, because of an
-# inline function that several sets emit the linker keeps the first: the one that every CPU which gets there can run.
+# By machine, beside the generic set: compiler flags and, to see whether the compiler knows the set, an expression that
+# needs it. Ascending, because of an inline function that several sets emit the linker keeps the first: the one that
+# every CPU which gets there can run. On an aarch64 the generic set is NEON, which all of them have.
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mavx2"]
-INSTRUCTION_SETS = {
-    "generic": ([], "0"),
-    "avx2": (
-        ["-mavx2", "-mfma", "-mf16c"],
-        "_mm256_fmadd_ps(_mm256_cvtph_ps(_mm_setzero_si128()), __m256(), __m256())",
-    ),
-    "avx512": (AVX512, "_mm512_fmadd_ps(__m512(), __m512(), __m512())"),
-    "avx512_bf16": ([*AVX512, "-mavx512bf16"], "_mm512_cvtneps_pbh(__m512())"),
+INSTRUCTION_SETS: dict[str, dict[str, tuple[list[str], str]]] = {
+    target.X86_64: {
+        "avx2": (
+            ["-mavx2", "-mfma", "-mf16c"],
+            "_mm256_fmadd_ps(_mm256_cvtph_ps(_mm_setzero_si128()), __m256(), __m256())",
+        ),
+        "avx512": (AVX512, "_mm512_fmadd_ps(__m512(), __m512(), __m512())"),
+        "avx512_bf16": ([*AVX512, "-mavx512bf16"], "_mm512_cvtneps_pbh(__m512())"),
+    },
+    target.AARCH64: {
+        "neon_bf16": (
+            ["-march=armv8.2-a+bf16"],
+            "vbfdotq_f32(float32x4_t(), vdupq_n_bf16(bfloat16_t()), vdupq_n_bf16(bfloat16_t()))",
+        ),
+    },
 }
+INTRINSICS = {target.X86_64: "immintrin.h", target.AARCH64: "arm_neon.h"}
 # Functions start at a cache line: at the 16 bytes that are the compiler's choice, the same product took up to 7 %
 # longer in one build than in the next. GCC 12 warns of its own intrinsics headers.
 ISA_FLAGS = [
@@ -61,6 +70,11 @@ ISA_FLAGS = [
 def cxx() -> list[str]:
     """The compiler's command line."""
     return shlex.split(os.environ.get("CXX") or "c++")
+
+
+def instruction_sets(machine: str) -> dict[str, tuple[list[str], str]]:
+    """The instruction sets of a machine, ascending, each with its flags and what needs it."""
+    return {"generic": ([], "0"), **INSTRUCTION_SETS.get(machine, {})}
 
 
 def sanitizer_flags(sanitize: str) -> list[str]:
@@ -84,16 +98,16 @@ class Compiler:
             return f"no C++ compiler: {name!r} is not on the PATH (install g++, or name one in the variable CXX)"
         if not self._knows("concepts", "#include <concepts>\n#if __GNUC__ < 12 || defined(__clang__)\n#error\n#endif"):
             return f"the C++ compiler {shlex.join(self.command)!r} will not do: g++ 12 or newer is needed"
-        return None
+        return target.wrong_compiler(self.command)
 
     def instruction_sets(self) -> list[str]:
-        """Those that it can compile for, ascending; where it is not for an x86-64, the generic one alone."""
-        probe = "#if {0}\n#include <immintrin.h>\n#endif\nint main() {{ (void)({1}); }}"
-        return [
-            name
-            for name, (flags, needs) in INSTRUCTION_SETS.items()
-            if self._knows(name, probe.format(int(bool(flags)), needs), flags)
-        ]
+        """Those of the machine that is built for which it can compile for, ascending."""
+        machine, known = target.machine(), []
+        for name, (flags, needs) in instruction_sets(machine).items():
+            include = f"#include <{INTRINSICS[machine]}>\n" if flags else ""
+            if self._knows(name, f"{include}int main() {{ (void)({needs}); }}", flags):
+                known.append(name)
+        return known
 
     def inspection_missing(self) -> str | None:
         """What keeps the inspection module from being compiled, in words, or None."""
@@ -147,7 +161,8 @@ class Build:
             try:
                 kernels = [self.choice.result(), *(job.result() for job in self.sets)]
                 # Not linked to an OpenMP library: PyTorch's threads run the kernels.
-                self._link(LIBRARY, [self.host.result(), *kernels], TORCH_LIBRARIES)
+                libraries = target.torch_libraries(cxx(), self.folder / "torch")
+                self._link(LIBRARY, [self.host.result(), *kernels], libraries)
                 if self.inspect:
                     inspection = self._inspection(kernels)
             except NotBuiltError as why:
@@ -171,7 +186,7 @@ class Build:
             raise NotBuiltError(f"{source}: {why}") from None
 
     def _instruction_set(self, name: str) -> Path:
-        flags = [*ISA_FLAGS, *INSTRUCTION_SETS[name][0], f"-DCROSSVIT_ISA={name}"]
+        flags = [*ISA_FLAGS, *instruction_sets(target.machine())[name][0], f"-DCROSSVIT_ISA={name}"]
         return self._compile(ISA_SOURCE, flags, name)
 
     def _link(self, name: str, objects: list[Path], libraries: list[str]) -> None:

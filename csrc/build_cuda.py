@@ -11,7 +11,6 @@ what it is compiled for, as torch's extensions take it ("8.0;9.0+PTX"); ``CUDA_H
 """
 
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import old_glibc
+import target
 import torch
 from building import (
     TORCH,
@@ -197,6 +197,8 @@ class Build:
     def _cuda_possible(self) -> None:
         if self.asked == "0":
             raise NotBuiltError("CROSSVIT_KERNELS_CUDA=0 left it out")
+        if target.cross():
+            raise NotBuiltError("CUDA kernels are not built for another machine than this one")
         if self.sanitize:
             raise NotBuiltError("sanitizers look at the emulation")
         if torch.version.cuda is None:
@@ -241,7 +243,7 @@ class Build:
 
     def _link_cuda(self, output: Path, objects: list[Path]) -> Path:
         command = [self.nvcc, "-shared", "-cudart", "static", *gencode(self.cuda["architectures"])]
-        if platform.machine() == "x86_64":
+        if target.machine() == target.X86_64:
             command += map(str, old_glibc.libraries(self.cxx, self.folder / "old_glibc"))
         command += ["-Xlinker", "--exclude-libs=ALL", *map(str, objects), *TORCH_LIBRARIES, *CUDA_LIBRARIES]
         return make(output, command, self.cuda["nvcc"], inputs=objects)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import build_cpu
 import build_cuda
+import target
 import torch
 from building import COMMON_FLAGS, write_atomically
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -24,8 +25,10 @@ class BuildKernels(build_ext):
     """Builds into ``build``, and from there into the package."""
 
     def run(self) -> None:
+        if self.inplace and target.cross():
+            sys.exit(f"crossvit-kernels: a source tree holds kernels for this machine; {target.machine()} gets a wheel")
         # A folder for objects that stays, also where pip would take a temporary one.
-        name = f"{platform.system()}-{platform.machine()}".lower()
+        name = f"{platform.system()}-{target.machine()}".lower()
         folder = Path("build", name + (f"-{SANITIZE.replace(',', '-')}" if SANITIZE else ""))
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "lock", "w") as lock:  # two builds of one checkout take turns
@@ -36,7 +39,7 @@ class BuildKernels(build_ext):
 
     def _build(self, folder: Path, package: Path) -> None:
         cpu = build_cpu.Build(SANITIZE, folder, package, inspect=bool(self.inplace))
-        for_tests = bool(self.inplace or SANITIZE)  # what is installed has no emulation
+        for_tests = bool(self.inplace or SANITIZE) and not target.cross()  # what is installed has no emulation
         flags = [*COMMON_FLAGS, *build_cpu.sanitizer_flags(SANITIZE)]
         cuda = build_cuda.Build(build_cpu.cxx(), cpu.reason, flags, SANITIZE, folder, package, for_tests)
         workers = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
@@ -51,7 +54,7 @@ class BuildKernels(build_ext):
             print(f"crossvit-kernels: without C++ kernels, it will run on the reference: {reason}", file=sys.stderr)
         record = {
             "torch": str(torch.__version__),  # whose headers were there; any from 2.11 on may run it
-            "machine": platform.machine(),
+            "machine": target.machine(),
             "sanitize": SANITIZE,
             **of_cpu,
             **of_cuda,

@@ -1,6 +1,6 @@
 // Matrix products in the one form all kernels share: C[e][r] = sum_k A[e][k] B[k][r].
 //
-// B is a *panel*: up to three vectors of lanes (rows of the activations, queries, ...) for every k, which the kernel that
+// B is a *panel*: a few vectors of lanes (rows of the activations, queries, ...) for every k, which the kernel that
 // made the activations has written in this order. A is read as it lies: each element (bfloat16: each pair) is
 // broadcast, so weights need no packing and cannot be stale. 8 x 3 accumulators fill the registers and keep the FMA
 // units busy; the result is transposed only where it leaves the panel.
@@ -10,7 +10,13 @@
 
 namespace crossvit::CROSSVIT_ISA {
 
-constexpr int kPanelVectors = 3;  // vectors of lanes in a panel, at most
+// Vectors of lanes in a panel, at most. An aarch64 has 32 registers, and up to four units that each begin a multiplication in
+// every cycle and end it four cycles later: they want 16 accumulators, and a fifth vector would spill some.
+#if defined(__aarch64__)
+constexpr int kPanelVectors = 4;
+#else
+constexpr int kPanelVectors = 3;
+#endif
 #if defined(__AVX512F__)
 constexpr int kBlock = 8;  // rows of A in a register tile
 #else
@@ -43,6 +49,13 @@ struct MultiplyBf16 {
   }
   static CROSSVIT_INLINE HalfVec fma(HalfVec c, int32_t a, HalfVec b) {
     return (HalfVec)_mm256_dpbf16_ps((__m256)c, (__m256bh)_mm256_set1_epi32(a), (__m256bh)b);
+  }
+};
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+struct MultiplyBf16 {
+  using Element = int32_t;
+  static CROSSVIT_INLINE Vec fma(Vec c, int32_t a, Vec b) {
+    return (Vec)vbfdotq_f32((float32x4_t)c, (bfloat16x8_t)b, (bfloat16x8_t)vdupq_n_s32(a));
   }
 };
 #endif
@@ -181,7 +194,7 @@ CROSSVIT_INLINE void multiply_rows(ARows row, int64_t depth, const Panel& b, flo
   if constexpr (NV == 1 && kHalf < VL && sizeof(V) == sizeof(Vec)) {
     if (b.half) return multiply_rows<NV, accumulate, HalfVec>(row, depth, b, c, ldc, chunk, ahead);
   }
-#if defined(__AVX512BF16__)
+#if defined(CROSSVIT_DOT_BF16)
   if (b.pairs) return tile<MultiplyBf16, NV, accumulate, V>(row, b.data, b.lanes, depth / 2, c, ldc, ahead);
 #endif
   const int64_t pieces = ceil_div(depth, chunk);

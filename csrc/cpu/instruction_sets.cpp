@@ -3,6 +3,10 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#ifdef CROSSVIT_HAVE_NEON_BF16
+#include <sys/auxv.h>
+#endif
+
 namespace crossvit {
 
 namespace generic {
@@ -23,6 +27,11 @@ namespace avx512_bf16 {
 extern const Kernels kernels;
 }
 #endif
+#ifdef CROSSVIT_HAVE_NEON_BF16
+namespace neon_bf16 {
+extern const Kernels kernels;
+}
+#endif
 
 const std::vector<InstructionSet>& instruction_sets() {
   static const std::vector<InstructionSet> sets = [] {
@@ -38,6 +47,10 @@ const std::vector<InstructionSet>& instruction_sets() {
 #endif
 #ifdef CROSSVIT_HAVE_AVX512_BF16
     found.push_back({&avx512_bf16::kernels, has_avx512 && has_avx2 && __builtin_cpu_supports("avx512bf16")});
+#endif
+#ifdef CROSSVIT_HAVE_NEON_BF16
+    constexpr unsigned long kBf16 = 1ul << 14;  // Linux's HWCAP2_BF16, which older headers lack
+    found.push_back({&neon_bf16::kernels, (getauxval(AT_HWCAP2) & kBf16) != 0});
 #endif
     return found;
   }();

@@ -58,7 +58,10 @@ CROSSVIT_INLINE void with_vectors(int nv, F f) {
   switch (nv) {
     case 1: return f.template operator()<1>();
     case 2: return f.template operator()<2>();
-    default: return f.template operator()<3>();
+#if defined(__aarch64__)
+    case 3: return f.template operator()<3>();
+#endif
+    default: return f.template operator()<kPanelVectors>();
   }
 }
 

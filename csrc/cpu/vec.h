@@ -10,6 +10,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#include <arm_neon.h>
 #endif
 
 #include "kernels.h"
@@ -26,8 +28,10 @@ constexpr int VL = 8;
 constexpr int VL = 4;
 #endif
 
-#if defined(__AVX512BF16__)
-constexpr bool kDotBf16 = true;  // the machine multiplies bfloat16 pairs
+// Whether the machine multiplies bfloat16 pairs.
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define CROSSVIT_DOT_BF16
+constexpr bool kDotBf16 = true;
 #else
 constexpr bool kDotBf16 = false;
 #endif
@@ -97,6 +101,9 @@ CROSSVIT_INLINE Vec load(const Bf16* p) {
 CROSSVIT_INLINE void store(Bf16* p, Vec v) {
 #if defined(__AVX512BF16__)
   const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+  __builtin_memcpy(p, &h, sizeof h);
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  const bfloat16x4_t h = vcvt_bf16_f32((float32x4_t)v);
   __builtin_memcpy(p, &h, sizeof h);
 #elif defined(__AVX512F__)
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)(round_bits(v) >> 16)));

@@ -74,7 +74,7 @@ inline void weight_grad_tile(const char* left, int64_t stride, int64_t count, co
   ScatteredRows row;
   NothingAhead nothing;
   for (int e = 0; e < kBlock; e++) row.row[e] = left + smaller(e, count - 1) * stride;
-#if defined(__AVX512BF16__)
+#if defined(CROSSVIT_DOT_BF16)
   if (pairs) {
     if (overwrite) return tile<MultiplyBf16, NV, false>(row, right, kStrip, steps, c, kStrip, nothing);
     return tile<MultiplyBf16, NV, true>(row, right, kStrip, steps, c, kStrip, nothing);
