@@ -62,20 +62,20 @@ def within(x, columns, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def row_offsets(rows, tokens, batch_stride, row_stride):
-    """Where these rows begin, see Rows."""
+def row_starts(x, rows):
+    """Where these rows of x, see `Rows`, begin."""
     rows = rows.to(tl.int64)
-    batch = rows // tokens
-    return batch * batch_stride + (rows - batch * tokens) * row_stride
+    batch = rows // x.tokens
+    return x.base + (batch * x.batch + (rows - batch * x.tokens) * x.row)
 
 
 @triton.jit
-def scaled(value, scale_ptr, row, exists, rows_per_sample, column, counts, SCALE: tl.constexpr):
-    """value (rows, columns), float32, times its factors; 1 is SAMPLE, 2 CHANNEL."""
-    if SCALE == 1:
-        value *= tl.load(scale_ptr + row // rows_per_sample, mask=exists, other=0.0).to(tl.float32)[:, None]
-    if SCALE == 2:
-        value *= tl.load(scale_ptr + column, mask=counts, other=0.0).to(tl.float32)[None, :]
+def scaled(value, scale, row, exists, column, counts):
+    """value (rows, columns), float32, times its factors, see `Scale`."""
+    if scale.sample is not None:
+        value *= tl.load(scale.sample + row // scale.rows, mask=exists, other=0.0).to(tl.float32)[:, None]
+    if scale.channel is not None:
+        value *= tl.load(scale.channel + column, mask=counts, other=0.0).to(tl.float32)[None, :]
     return value
 
 
