@@ -65,8 +65,8 @@ class Family:
         self.__doc__ = make.__doc__
 
     def __call__(self, *arguments: Any) -> Composition:
-        """The composition of these arguments, the same one every time."""
-        return self.known(*arguments)
+        """The composition of these arguments, the same one every time but in a traced function."""
+        return (self.make if torch.compiler.is_compiling() else self.known)(*arguments)
 
 
 # What the forwards of the modules call: a dictionary, a key in it, and the value there when this package was imported.

@@ -36,21 +36,6 @@ def layer_norm_mlp_reference(
     return x + (y if scale is None else scale * y)
 
 
-def _reference(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor | None,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    eps: float,
-    scale: Tensor | None,
-    per_sample: bool,
-) -> Tensor:
-    return layer_norm_mlp_reference(x, norm_weight, norm_bias, w1, b1, w2, b2, eps, scale=scale)
-
-
 def _save(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, w1: Tensor, b1: Tensor | None, eps: float
 ) -> tuple[Tensor, ...]:
@@ -104,7 +89,7 @@ _op = register(
             Argument("per_sample", "bool"),  # what `scale` is, decided once, below
         ],
         computes_in="w1",
-        reference=_reference,
+        reference=layer_norm_mlp_reference,
         shapes=_shapes,
         results=_results,
         flops=_flops,
@@ -161,6 +146,6 @@ def layer_norm_mlp(
     validate.epsilon(eps)
     per_sample = scale is not None and validate.scale(scale, x, width)
     if needs_reference(_op, (x, norm_weight, norm_bias, w1, b1, w2, b2, eps, scale, per_sample), kernels):
-        return _reference(x, norm_weight, norm_bias, w1, b1, w2, b2, eps, scale, per_sample)
+        return layer_norm_mlp_reference(x, norm_weight, norm_bias, w1, b1, w2, b2, eps, scale=scale)
     x, scale = validate.promoted(x, scale, w1)
     return call(_op, (x, norm_weight, norm_bias, w1, b1, w2, b2, eps, scale, per_sample), kernels)
