@@ -145,13 +145,7 @@ def class_attention(
 
 
 def projection(
-    x: Tensor,
-    norm: Any,
-    linear: Any,
-    kernels: str,
-    *,
-    pre_activation: str | None = None,
-    activation: str | None = None,
+    x: Tensor, norm: Any, linear: Any, kernels: str, *, pre_activation: str | None = None, activation: str | None = None
 ) -> Tensor | None:
     """act(linear(pre_act(norm(x)))), both activations None or "gelu"; x (..., D) -> (..., E)."""
     norms, weights = affine(norm), affine(linear)

@@ -32,22 +32,16 @@ class Prepared:
     """A call into C++ as it was made before, for modules in evaluation.
 
     watch: what has to be as it was.
-    name: the op. kernels: the module's choice of a backend.
+    name: the op.
     inputs: those of that call.
     sources: a dictionary and a key in it, or a tuple and a place in it, of each argument that is no input. `before` of
         them stand between the first input and the others.
     """
 
     def __init__(
-        self,
-        watch: Watch,
-        name: str,
-        kernels: str,
-        inputs: Sequence[Tensor],
-        sources: Sequence[tuple[Any, Any]],
-        before: int,
+        self, watch: Watch, name: str, inputs: Sequence[Tensor], sources: Sequence[tuple[Any, Any]], before: int
     ) -> None:
-        self.watch, self.name, self.kernels, self.before = watch, name, kernels, before
+        self.watch, self.name, self.before = watch, name, before
         self.native = getattr(torch.ops.crossvit_kernels_cpu, name).default
         self.homes, self.keys = zip(*sources)
         arguments: list[Any] = [*map(getitem, self.homes, self.keys)]
@@ -60,12 +54,12 @@ class Prepared:
         shape (which of a convolution is the patch), or what C++ refuses."""
         x, *others = inputs
         try:
+            if not x.is_cpu or not x.numel():  # which another backend serves
+                return None
             arguments: list[Any] = [*map(getitem, self.homes, self.keys)]
-            if [*map(type, arguments)] != self.types or arguments[0].shape != self.shape or not x.numel():
+            if [*map(type, arguments)] != self.types or arguments[0].shape != self.shape:
                 return None
             if [*map(_dtype, (*inputs, *self.tensors(arguments)))] != self.dtypes:
-                return None
-            if backends.resolve(self.kernels, x.device, x.dtype, self.name) != "cpu":
                 return None
             arguments[self.before : self.before] = others
             return self.native(x, *arguments)
@@ -141,4 +135,4 @@ def keep(place: Place, name: str, kernels: str, inputs: Sequence[Tensor], argume
     settings = [(home, own) for home, own in parameters if id(home[own]) not in used]
     watch = Watch(owner, *compositions, settings=settings, evaluation=True)
     if not any(module.training for module in watch.modules):
-        watches.prepared[key] = Prepared(watch, name, kernels, inputs, sources, before)
+        watches.prepared[key] = Prepared(watch, name, inputs, sources, before)

@@ -95,7 +95,7 @@ class Watch:
         for home, name, _ in FUNCTIONS:
             state.add(home, name)
         for composition in compositions:
-            for name in ("kernels", KERNELS, *composition.settings):
+            for name in (KERNELS if composition.entry else "kernels", *composition.settings):
                 state.add(owner.__dict__, name)
             for parent, name in _ways(owner, composition.parts):
                 state.add(parent.__dict__, "_modules")

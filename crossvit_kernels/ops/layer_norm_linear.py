@@ -51,8 +51,8 @@ def norm_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 def _reference(*inputs: Any) -> Tensor:
     *given, gelu_in, gelu_out = inputs
-    names = {"pre_activation": "gelu" if gelu_in else None, "activation": "gelu" if gelu_out else None}
-    return layer_norm_linear_reference(*given, **names)
+    before, behind = ("gelu" if gelu else None for gelu in (gelu_in, gelu_out))
+    return layer_norm_linear_reference(*given, pre_activation=before, activation=behind)
 
 
 def _save(*inputs: Any) -> tuple[Tensor, ...]:
@@ -146,9 +146,7 @@ def layer_norm_linear(
     width = x.shape[-1]
     validate.positive("x's width", width)
     validate.norm("norm_weight", norm_weight, "norm_bias", norm_bias, (width,), "x", x)
-    validate.matrix("weight", weight, width, "x", x)
-    if bias is not None:
-        validate.beside("bias", bias, weight.shape[:1], "x", x)
+    validate.matrix("weight", weight, "bias", bias, width, "x", x)
     validate.epsilon(eps)
     gelu_in = validate.activation("pre_activation", pre_activation)
     gelu_out = validate.activation("activation", activation)

@@ -136,13 +136,8 @@ def layer_norm_mlp(
     width = x.shape[-1]
     validate.positive("x's width", width)
     validate.norm("norm_weight", norm_weight, "norm_bias", norm_bias, (width,), "x", x)
-    validate.matrix("w1", w1, width, "x", x)
-    hidden = w1.shape[0]
-    if b1 is not None:
-        validate.beside("b1", b1, (hidden,), "x", x)
-    validate.beside("w2", w2, (width, hidden), "x", x)
-    if b2 is not None:
-        validate.beside("b2", b2, (width,), "x", x)
+    hidden = validate.matrix("w1", w1, "b1", b1, width, "x", x)
+    validate.linear("w2", w2, "b2", b2, (width, hidden), "x", x)
     validate.epsilon(eps)
     per_sample = scale is not None and validate.scale(scale, x, width)
     if needs_reference(_op, (x, norm_weight, norm_bias, w1, b1, w2, b2, eps, scale, per_sample), kernels):

@@ -101,10 +101,7 @@ def linear_residual(
     """
     validate.tensor("x", x, "(..., K)")
     validate.positive("x's width", x.shape[-1])
-    validate.matrix("weight", weight, x.shape[-1], "x", x)
-    width = weight.shape[0]
-    if bias is not None:
-        validate.beside("bias", bias, (width,), "x", x)
+    width = validate.matrix("weight", weight, "bias", bias, x.shape[-1], "x", x)
     validate.beside("residual", residual, (*x.shape[:-1], width), "x", x, any_dtype=True)
     per_sample = scale is not None and validate.scale(scale, x, width)
     if needs_reference(_op, (x, weight, bias, residual, scale, per_sample), kernels):

@@ -147,8 +147,8 @@ def patches_of(images: Tensor, height: int, width: int, patch: int) -> Cut:
     batch, _, own_height, own_width = images.shape
     lines, columns = height // patch, width // patch
     y_scale, x_scale = own_height / (lines * patch), own_width / (columns * patch)
-    strides: Any = images.stride()
-    found = Images(images, *strides, own_height, own_width, y_scale, x_scale)
+    sizes: Any = *images.stride(), own_height, own_width
+    found = Images(images, *sizes, y_scale=y_scale, x_scale=x_scale)
     return Cut(found, Layout(batch * columns, columns, lines), patch, (own_height, own_width) != (height, width))
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from ..tiling import head_block, heads_block
 from .arithmetic import product
 from .layer_norm import affine, normalize, row_statistics
-from .tiles import load_columns, load_head, load_rows, load_tile, load_vector, within
+from .tiles import load_columns, load_head, load_rows, load_tile, load_vector, store_inside, within
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def store_key_query(queries, k_weight_ptr, key_query_ptr, rows, valid, head, sca
         for i in tl.static_range(len(queries)):
             j = i * HEAD_BLOCK + tl.arange(0, HEAD_BLOCK)
             key_query = product(queries[i], load_head(k_weight_ptr, head, j, c, D, HEAD), key_query, PRECISION)
-        tl.store(to[:, None] + c[None, :], key_query * scale, mask=valid[:, None] & (c < D)[None, :])
+        store_inside(to, valid, c, c < D, key_query * scale)
 
 
 @triton.jit
@@ -58,8 +58,7 @@ def cls_query(
         query += load_vector(q.bias, head * HEAD + j, j < HEAD)[None, :]
         query = within(query, j, HEAD)
         if query_ptr is not None:
-            at = query_ptr + rows[:, None] * D + (head * HEAD + j)[None, :]
-            tl.store(at, query, mask=valid[:, None] & (j < HEAD)[None, :])
+            store_inside(query_ptr + rows * D, valid, head * HEAD + j, j < HEAD, query)
         queries = queries + (query.to(dtype),)
     store_key_query(queries, k_weight_ptr, key_query_ptr, rows, valid, head, scale, D, HEAD, PRECISION, BLOCK_K)
 
@@ -173,8 +172,7 @@ def token_pass(
     for i in tl.static_range(len(contexts)):
         c = i * BLOCK_K + tl.arange(0, BLOCK_K)
         z = contexts[i] if SPLIT else contexts[i] / total[None, :]
-        to = split_context_ptr + (at * HEADS + heads)[:, None] * D + c[None, :]
-        tl.store(to, z.T, mask=is_head[:, None] & (c < D)[None, :])
+        store_inside(split_context_ptr + (at * HEADS + heads) * D, is_head, c, c < D, z.T)
 
 
 @triton.jit
@@ -206,10 +204,9 @@ def join_splits(split_context_ptr, context_ptr, images, valid, head, shares, spl
         inside = there[:, :, None] & (c < D)[None, None, :]
         z = tl.load(split_context_ptr + rows[:, :, None] + c[None, None, :], mask=inside, other=0.0)
         contexts = contexts + (tl.sum(z * shares[:, :, None], 1),)
-    at = context_ptr + ((images * HEADS + head) * D)[:, None]
     for k in tl.static_range(0, D, BLOCK_K):
         c = k + tl.arange(0, BLOCK_K)
-        tl.store(at + c[None, :], contexts[k // BLOCK_K], mask=valid[:, None] & (c < D)[None, :])
+        store_inside(context_ptr + (images * HEADS + head) * D, valid, c, c < D, contexts[k // BLOCK_K])
 
 
 @triton.jit
@@ -258,5 +255,4 @@ def cls_value(
             y = affine(load_columns(starts, valid, c, D), norm, c, D)
             out = product(y.to(dtype), load_head(v.weight, head, j, c, D, HEAD).T, out, PRECISION)
         out += load_vector(v.bias, head * HEAD + j, j < HEAD)[None, :]
-        at = out_ptr + rows[:, None] * D + (head * HEAD + j)[None, :]
-        tl.store(at, out.to(out_ptr.dtype.element_ty), mask=valid[:, None] & (j < HEAD)[None, :])
+        store_inside(out_ptr + rows * D, valid, head * HEAD + j, j < HEAD, out)

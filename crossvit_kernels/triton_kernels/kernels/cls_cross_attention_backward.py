@@ -8,7 +8,7 @@ from ..tiling import head_block
 from .arithmetic import product
 from .cls_cross_attention import join_splits
 from .layer_norm import normalized_cls
-from .tiles import load_columns, load_head, load_tile, load_vector
+from .tiles import load_columns, load_head, load_tile, load_vector, store_inside
 
 
 @triton.jit
@@ -110,8 +110,7 @@ def query_gradient(
                 tl.store(parts.weight + part + c, tl.sum(key_query * grad_u, 0), mask=c < D)
             grad_u = grad_u * load_vector(norm_weight_ptr, c, c < D)[None, :]
             grad = product(grad_u.to(dtype), load_head(k_weight_ptr, head, j, c, D, HEAD).T, grad, PRECISION)
-        at = grad_query_ptr + rows[:, None] * D + (head * HEAD + j)[None, :]
-        tl.store(at, grad * scale, mask=valid[:, None] & (j < HEAD)[None, :])
+        store_inside(grad_query_ptr + rows * D, valid, head * HEAD + j, j < HEAD, grad * scale)
 
 
 @triton.jit
@@ -175,8 +174,7 @@ def outer_products(left_ptr, right_ptr, cls, norm, tokens, beta_ptr, out_ptr, ba
             right = load_columns(right_ptr + (b * (D // HEAD) + head) * D, valid, e, D)
         right = tl.where(valid[:, None], right * gamma + beta, 0.0)
         grad = product(left.to(dtype).T, right.to(dtype), grad, PRECISION)
-    out = out_ptr + (head * HEAD + j)[:, None] * D + e[None, :]
-    tl.store(out, grad.to(dtype), mask=(j < HEAD)[:, None] & (e < D)[None, :])
+    store_inside(out_ptr + (head * HEAD + j) * D, j < HEAD, e, e < D, grad)
 
 
 @triton.jit
@@ -252,8 +250,7 @@ def cls_gradient(cls, norm, tokens, grad_normalized_ptr, grad_query_input_ptr, o
     for i in tl.static_range(len(xs)):
         c = i * BLOCK_K + tl.arange(0, BLOCK_K)
         grad = (grads[i] - (mean_grad / D)[:, None]) - xs[i] * (mean_grad_x / D)[:, None]
-        at = out_ptr + rows[:, None] * D + c[None, :]
-        tl.store(at, (grad * rstd[:, None]).to(out_ptr.dtype.element_ty), mask=valid[:, None] & (c < D)[None, :])
+        store_inside(out_ptr + rows * D, valid, c, c < D, grad * rstd[:, None])
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from ..tiling import head_block
 from .arithmetic import gelu, product
 from .cls_cross_attention import store_key_query
 from .layer_norm import affine, normalize, row_statistics
-from .tiles import load_columns, load_head, load_rows, load_tile, load_vector, within
+from .tiles import load_columns, load_head, load_rows, load_tile, load_vector, store_inside, within
 
 
 @triton.jit
@@ -68,8 +68,7 @@ def fusion_query(
     chunks = project_cls(cls, rows, valid, proj_norm, proj, eps, OWN, D, PRECISION, BLOCK_C, BLOCK_K)
     for i in tl.static_range(len(chunks)):
         e = i * BLOCK_K + tl.arange(0, BLOCK_K)
-        at = projected_ptr + rows[:, None] * D + e[None, :]
-        tl.store(at, chunks[i], mask=valid[:, None] & (e < D)[None, :] & (head == 0))
+        store_inside(projected_ptr + rows * D, valid & (head == 0), e, e < D, chunks[i])
     normed = norm_chunks(chunks, norm, eps, D, False, dtype)
     queries = ()
     for j0 in tl.static_range(0, HEAD, HEAD_BLOCK):
@@ -136,8 +135,7 @@ def fusion_value(
             out_weights = out_weight_ptr + e[:, None] * D + (head * HEAD + j)[None, :]
             weight = load_tile(out_weights, e < D, j < HEAD, D % BLOCK_E != 0, HEAD % HEAD_BLOCK != 0)
             share = product(values[i], weight.T, share, PRECISION)
-        to = shares_ptr + ((rows * HEADS + head) * D)[:, None] + e[None, :]
-        tl.store(to, share, mask=valid[:, None] & (e < D)[None, :])
+        store_inside(shares_ptr + (rows * HEADS + head) * D, valid, e, e < D, share)
 
 
 @triton.jit
@@ -170,5 +168,4 @@ def fusion_revert(
         weight = load_tile(weight_at, e < OWN, c < D, OWN % BLOCK_E != 0, D % BLOCK_K != 0)
         acc = product(activated[i], weight.T, acc, PRECISION)
     acc += load_vector(revert.bias, e, e < OWN)[None, :]
-    at = out_ptr + rows[:, None] * OWN + e[None, :]
-    tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=valid[:, None] & (e < OWN)[None, :])
+    store_inside(out_ptr + rows * OWN, valid, e, e < OWN, acc)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import gelu, gelu_derivative
-from .tiles import load_columns, load_rows, load_vector, row_starts, within, zeros
+from .tiles import load_columns, load_inside, load_rows, load_vector, row_starts, store_inside, within, zeros
 
 
 @triton.jit
@@ -97,11 +97,7 @@ def layer_norm_rows(
         y = affine(y, norm, column, WIDTH)
         if GELU:
             y = gelu(y)
-        tl.store(
-            y_ptr + row[:, None] * WIDTH + column[None, :],
-            y.to(y_ptr.dtype.element_ty),
-            mask=exists[:, None] & (column < WIDTH)[None, :],
-        )
+        store_inside(y_ptr + row * WIDTH, exists, column, column < WIDTH, y)
 
 
 @triton.jit
@@ -166,12 +162,10 @@ def layer_norm_backward(
                 add_at = row_starts(add, row)
             for k in tl.static_range(CHUNKS):
                 column = k * BLOCK_K + chunk
-                wanted = exists[:, None] & (column < WIDTH)[None, :]
                 grad = (grads[k] - normalized[k] * along - total) * rstd
                 if add is not None:
-                    grad += tl.load(add_at[:, None] + column[None, :], mask=wanted, other=0.0).to(tl.float32)
-                at = grad_x_ptr + row[:, None] * WIDTH + column[None, :]
-                tl.store(at, grad.to(grad_x_ptr.dtype.element_ty), mask=wanted)
+                    grad += load_inside(add_at, exists, column, column < WIDTH).to(tl.float32)
+                store_inside(grad_x_ptr + row * WIDTH, exists, column, column < WIDTH, grad)
     if partial_ptr is not None:
         partial_at = partial_ptr + tl.program_id(0).to(tl.int64) * 2 * WIDTH
         for k in tl.static_range(CHUNKS):

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import gelu, gelu_derivative, product
-from .tiles import row_starts, scaled
+from .tiles import load_inside, row_starts, scaled, store_inside
 
 
 @triton.jit
@@ -66,10 +66,8 @@ def linear_weight_gradient(
         for start in tl.range(begin, end, BLOCK_K):
             row = start + tl.arange(0, BLOCK_K)
             exists = row < end
-            wanted = exists[:, None] & counts[None, :]
-            grads = tl.load(row_starts(grad, row)[:, None] + feature[None, :], mask=wanted, other=0.0)
-            wanted = exists[:, None] & inside[None, :]
-            values = tl.load(row_starts(x, row)[:, None] + column[None, :], mask=wanted, other=0.0)
+            grads = load_inside(row_starts(grad, row), exists, feature, counts)
+            values = load_inside(row_starts(x, row), exists, column, inside)
             if scale.sample is not None or scale.channel is not None:
                 grads = scaled(grads.to(tl.float32), scale, row, exists, feature, counts)
             if norm is not None:
@@ -82,15 +80,13 @@ def linear_weight_gradient(
             if GELU:
                 values = gelu(values.to(tl.float32))
             acc = product(grads.to(COMPUTE).T, values.to(COMPUTE), acc, PRECISION)
-        out_at = out_ptr + piece * piece_size + feature.to(tl.int64)[:, None] * width + column[None, :]
-        tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=counts[:, None] & inside[None, :])
+        store_inside(out_ptr + piece * piece_size + feature.to(tl.int64) * width, counts, column, inside, acc)
     elif bias_ptr is not None:
         total = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
         for start in tl.range(begin, end, BLOCK_K):
             row = start + tl.arange(0, BLOCK_K)
             exists = row < end
-            wanted = exists[:, None] & counts[None, :]
-            grads = tl.load(row_starts(grad, row)[:, None] + feature[None, :], mask=wanted, other=0.0)
+            grads = load_inside(row_starts(grad, row), exists, feature, counts)
             total += scaled(grads.to(tl.float32), scale, row, exists, feature, counts)
         bias_at = bias_ptr + piece * piece_size + feature
         tl.store(bias_at, tl.sum(total, 0).to(bias_ptr.dtype.element_ty), mask=counts)
@@ -107,8 +103,7 @@ def sum_of_partials(
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in tl.range(0, count, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
-        at = partial_ptr + row.to(tl.int64)[:, None] * size + column[None, :]
-        total += tl.load(at, mask=(row < count)[:, None] & inside[None, :], other=0.0)
+        total += load_inside(partial_ptr + row.to(tl.int64) * size, row < count, column, inside)
     result = tl.sum(total, 0)
     if leading_ptr is not None:
         tl.store(leading_ptr + column, result.to(leading_ptr.dtype.element_ty), mask=column < leading_size)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import gelu, product
-from .tiles import row_starts, scaled
+from .tiles import load_inside, row_starts, scaled, store_inside
 
 
 @triton.jit
@@ -41,10 +41,8 @@ def linear_residual_forward(
     exists, counts = row < x.count, feature < features
     acc = linear_tile(x, linear, row, exists, feature, counts, width, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
     acc = scaled(acc, scale, row, exists, feature, counts)
-    wanted = exists[:, None] & counts[None, :]
-    added = tl.load(row_starts(residual, row)[:, None] + feature[None, :], mask=wanted, other=0.0)
-    acc += added.to(tl.float32)
-    tl.store(out_ptr + row[:, None] * features + feature[None, :], acc.to(out_ptr.dtype.element_ty), mask=wanted)
+    acc += load_inside(row_starts(residual, row), exists, feature, counts).to(tl.float32)
+    store_inside(out_ptr + row * features, exists, feature, counts, acc)
 
 
 @triton.jit
@@ -60,9 +58,9 @@ def linear_scale_gradient(
     feature = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     exists, counts = row < x.count, feature < features
     acc = linear_tile(x, linear, row, exists, feature, counts, width, GELU, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
-    wanted = exists[:, None] & counts[None, :]
-    acc *= tl.load(row_starts(grad, row)[:, None] + feature[None, :], mask=wanted, other=0.0).to(tl.float32)
-    acc = tl.where(wanted, acc, 0.0)  # a row that does not exist may have met an infinite bias
+    acc *= load_inside(row_starts(grad, row), exists, feature, counts).to(tl.float32)
+    # A row that does not exist may have met an infinite bias.
+    acc = tl.where(exists[:, None] & counts[None, :], acc, 0.0)
     if PER_SAMPLE:
         tl.store(partial_ptr + row * column_tiles + column_tile, tl.sum(acc, 1), mask=exists)
     else:

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import gelu16
-from .tiles import row_starts, scaled
+from .tiles import load_inside, row_starts, scaled
 
 
 @triton.jit
@@ -41,6 +41,5 @@ def linear_tiles(
             row = first_row.to(tl.int64) + tl.arange(0, BLOCK_M)
             exists = row < rows
             acc = scaled(acc, scale, row, exists, feature, counts)
-            wanted = exists[:, None] & counts[None, :]
-            acc += tl.load(row_starts(residual, row)[:, None] + feature[None, :], mask=wanted, other=0.0).to(tl.float32)
+            acc += load_inside(row_starts(residual, row), exists, feature, counts).to(tl.float32)
         out_tiles.store([first_row, first_feature], acc.to(DTYPE))

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from .arithmetic import product
 from .patches import patch_rows, patch_tile, resize_taps, resized_pixels, resized_tile
-from .tiles import zeros
+from .tiles import load_inside, zeros
 
 
 @triton.jit
@@ -16,8 +16,7 @@ def multiply(accs, tile, weight_ptr, first_feature, pixel, inside, features, DEP
     sums = ()
     for t in tl.static_range(len(accs)):
         feature = first_feature + t * BLOCK_N + tl.arange(0, BLOCK_N)
-        wanted = (feature < features)[:, None] & inside[None, :]
-        weight = tl.load(weight_ptr + feature[:, None] * DEPTH + pixel[None, :], mask=wanted, other=0.0)
+        weight = load_inside(weight_ptr + feature * DEPTH, feature < features, pixel, inside)
         sums = sums + (product(tile, weight.T, accs[t], PRECISION),)
     return sums
 

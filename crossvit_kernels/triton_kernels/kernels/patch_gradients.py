@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .arithmetic import product
 from .patches import patch_rows, patch_tile, pixel_offsets, resize_taps, resized_pixels, resized_tile
-from .tiles import zeros
+from .tiles import load_inside, store_inside, zeros
 
 
 @triton.jit
@@ -54,8 +54,7 @@ def patch_embed_weight_gradient(
         sums = ()
         for t in tl.static_range(TILES):
             feature = first_feature + t * BLOCK_N + tl.arange(0, BLOCK_N)
-            wanted = exists[:, None] & (feature < features)[None, :]
-            grads = tl.load(grad_at[:, None] + feature[None, :], mask=wanted, other=0.0).to(COMPUTE)
+            grads = load_inside(grad_at, exists, feature, feature < features).to(COMPUTE)
             sums = sums + (product(grads.T, patches, accs[t], PRECISION),)
         accs = sums
         if RESIZE:  # the next tile, while the matrix units work on this one
@@ -63,9 +62,8 @@ def patch_embed_weight_gradient(
             patches = resized_patches(images, layout, following, chunk, PATCH, BLOCK_M, PX, PY).to(COMPUTE)
     for t in tl.static_range(TILES):
         feature = first_feature + t * BLOCK_N + tl.arange(0, BLOCK_N)
-        at = (piece.to(tl.int64) * features + feature)[:, None] * DEPTH + pixel[None, :]
-        wanted = (feature < features)[:, None] & inside[None, :]
-        tl.store(out_ptr + at, accs[t].to(out_ptr.dtype.element_ty), mask=wanted)
+        to = out_ptr + (piece.to(tl.int64) * features + feature) * DEPTH
+        store_inside(to, feature < features, pixel, inside, accs[t])
 
 
 @triton.jit
@@ -84,9 +82,8 @@ def patch_embed_images_gradient(
     for k in tl.range(0, features, BLOCK_K):
         feature = k + tl.arange(0, BLOCK_K)
         counts = feature < features
-        grads = tl.load(grad_at[:, None] + feature[None, :], mask=exists[:, None] & counts[None, :], other=0.0)
-        weight_at = weight_ptr + feature[:, None] * DEPTH + pixel[None, :]
-        weight = tl.load(weight_at, mask=counts[:, None] & inside[None, :], other=0.0)
+        grads = load_inside(grad_at, exists, feature, counts)
+        weight = load_inside(weight_ptr + feature * DEPTH, counts, pixel, inside)
         acc = product(grads.to(weight_ptr.dtype.element_ty), weight, acc, PRECISION)
     out_row = layout.columns * PATCH
     out_plane = layout.lines * PATCH * out_row

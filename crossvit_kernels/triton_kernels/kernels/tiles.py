@@ -28,6 +28,19 @@ def load_columns(starts, valid, columns, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def load_inside(starts, exists, columns, counts):
+    """These columns, of which only some count, of rows that begin at `starts`; zero elsewhere."""
+    return tl.load(starts[:, None] + columns[None, :], mask=exists[:, None] & counts[None, :], other=0.0)
+
+
+@triton.jit
+def store_inside(starts, exists, columns, counts, values):
+    """Stores values (rows, columns) to rows that begin at `starts`, as far as rows exist and columns count."""
+    at = starts[:, None] + columns[None, :]
+    tl.store(at, values.to(at.dtype.element_ty), mask=exists[:, None] & counts[None, :])
+
+
+@triton.jit
 def load_rows(starts, valid, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr):
     """The rows that begin at `starts`, as chunks of BLOCK_K columns."""
     chunks: tl.tuple = ()

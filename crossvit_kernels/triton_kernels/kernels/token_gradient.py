@@ -6,7 +6,7 @@ import triton.language as tl
 from ..tiling import heads_block, ragged
 from .arithmetic import product
 from .layer_norm import normalize
-from .tiles import load_columns, load_rows, load_tile, load_vector
+from .tiles import load_columns, load_rows, load_tile, load_vector, store_inside
 
 
 @triton.jit
@@ -148,8 +148,7 @@ def store_grad_patches(out, tokens, normalized, stacked, stacks, stacked_weights
             stack = stacks[i]
         grad = tl.dot(stacked_weights, stack, input_precision=PRECISION)
         grad = rstd[:, None] * ((grad - mean_grad[:, None]) - x.to(tl.float32) * mean_grad_x[:, None])
-        at = out[:, None] + c[None, :]
-        tl.store(at, grad.to(at.dtype.element_ty), mask=valid[:, None] & (c < D)[None, :])
+        store_inside(out, valid, c, c < D, grad)
 
 
 @triton.jit
@@ -161,7 +160,7 @@ def store_grad_u(to, context, kept, grad_u, rest, D: tl.constexpr, HEADS_FIRST: 
         total = grad_u[i] if HEADS_FIRST else grad_u[i].T
         if EXACT:
             total -= rest[:, None] * load_columns(context, kept, c, D)
-        tl.store(to[:, None] + c[None, :], total, mask=kept[:, None] & (c < D)[None, :])
+        store_inside(to, kept, c, c < D, total)
 
 
 @triton.jit

@@ -4,6 +4,7 @@ docs/design/cls_cross_attention.md.
 What is `given` are the kernels' arguments by name, to which each launch adds what it makes.
 """
 
+from collections import namedtuple
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,22 +32,9 @@ NAMES = (
 )
 
 
-class Weights(NamedTuple):
-    """The gradients of the three projections' weights that are needed."""
-
-    q: Tensor | None
-    k: Tensor | None
-    v: Tensor | None
-
-
-class Rest(NamedTuple):
-    """The gradients that `finish_gradients` fills, those that are needed."""
-
-    norm_weight: Tensor | None
-    norm_bias: Tensor | None
-    q_bias: Tensor | None
-    v_bias: Tensor | None
-    cls: Tensor | None
+# The gradients that `projection_gradients` and `finish_gradients` fill, each None where it is not needed.
+Weights = namedtuple("Weights", ("q", "k", "v"))
+Rest = namedtuple("Rest", ("norm_weight", "norm_bias", "q_bias", "v_bias", "cls"))
 
 
 class Parts(NamedTuple):

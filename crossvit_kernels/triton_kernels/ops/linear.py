@@ -94,12 +94,7 @@ def sum_partials(partial: Tensor, leading_size: int, leading: Tensor | None, tra
 
 
 def input_gradient(
-    grad: Rows,
-    scale: Scale,
-    weight: Tensor,
-    out: Tensor,
-    pre: Tensor | None = None,
-    activated: Tensor | None = None,
+    grad: Rows, scale: Scale, weight: Tensor, out: Tensor, pre: Tensor | None = None, activated: Tensor | None = None
 ) -> Tensor:
     """Fills and returns `out`, the gradient of the Linear's input x for scale * grad; where x was gelu(pre) that of
     pre, and `activated` becomes x."""
