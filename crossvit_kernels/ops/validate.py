@@ -105,7 +105,7 @@ def norm(
 def linear(
     name: str, weight: Tensor, bias_name: str, bias: Tensor | None, shape: Sequence[int], first_name: str, first: Tensor
 ) -> None:
-    """A Linear's weight, of this shape, and its bias, both in the first argument's dtype; see `beside`."""
+    """A Linear's or a convolution's weight, of this shape, and its bias, in the first argument's dtype: `beside`."""
     beside(name, weight, shape, first_name, first)
     if bias is not None:
         beside(bias_name, bias, shape[:1], first_name, first)
