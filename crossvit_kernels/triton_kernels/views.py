@@ -147,8 +147,7 @@ def patches_of(images: Tensor, height: int, width: int, patch: int) -> Cut:
     batch, _, own_height, own_width = images.shape
     lines, columns = height // patch, width // patch
     y_scale, x_scale = own_height / (lines * patch), own_width / (columns * patch)
-    sizes: Any = *images.stride(), own_height, own_width
-    found = Images(images, *sizes, y_scale=y_scale, x_scale=x_scale)
+    found = Images._make((images, *images.stride(), own_height, own_width, y_scale, x_scale))
     return Cut(found, Layout(batch * columns, columns, lines), patch, (own_height, own_width) != (height, width))
 
 
