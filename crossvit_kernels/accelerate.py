@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 from torch import nn
 
 from .backends import in_words
+from .composition import KERNELS
 from .nn import KernelModule, check_kernels
-from .swaps import KERNELS, SWAPS, Swap, original_of, outcome, stood_for, swap_of
+from .swaps import SWAPS, Swap, original_of, outcome, stood_for, swap_of
 from .watch import forget
 
 _log = logging.getLogger(__name__)

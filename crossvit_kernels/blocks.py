@@ -18,7 +18,6 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from .composition import Composition, why_not
 from .kinds import plain, takes
 from .ops import (
     cls_cross_attention,
@@ -30,8 +29,7 @@ from .ops import (
     self_attention,
 )
 from .ops import transformer_block as native
-from .prepared import NOTHING, Source, attribute, weights
-from .watch import fuses
+from .prepared import Place, keep
 
 
 def regular(*linears: tuple[Tensor, Tensor | None]) -> bool:
@@ -80,47 +78,32 @@ class Residual(NamedTuple):
         return self.gamma if self.rate <= 0 else drop_path_scale(x, self.rate, self.scale_by_keep)
 
 
-ADDED = Residual()  # the branch as it is
-
-
 def transformer_block(
-    x: Tensor,
-    norm1: Any,
-    attn: Any,
-    residual1: Residual,
-    norm2: Any,
-    mlp: Any,
-    residual2: Residual,
-    kernels: str,
+    x: Tensor, block: Any, first: Residual | None, second: Residual | None, kernels: str, place: Place
 ) -> Tensor | None:
-    """x (B, N, D) -> (B, N, D), both halves of a block in inference, in one call into C++; None where the halves are to
-    be called one by one: also where gradients are taken, under autocast and on another backend than the C++ one."""
-    if torch.is_grad_enabled() or residual1.rate > 0 or residual2.rate > 0:
+    """x (B, N, D) -> (B, N, D), both halves of a block in inference, in one call into C++, which is kept for `again`;
+    None where the halves are to be called one by one: also where gradients are taken, under autocast and on another
+    backend than the C++ one. `block` has timm's names."""
+    if first is None or second is None or torch.is_grad_enabled() or first.rate > 0 or second.rate > 0:
         return None
+    norm1, attn, norm2, mlp = block.norm1, block.attn, block.norm2, block.mlp
     if affine(norm1)[0] is None or affine(norm2)[0] is None:
         return None
-    first = (*affine(norm1), norm1.eps, *affine(attn.qkv), attn.num_heads, *affine(attn.proj), residual1.gamma)
-    second = (*affine(norm2), norm2.eps, *affine(mlp.fc1), *affine(mlp.fc2), residual2.gamma)
-    return native.transformer_block(x, *first, *second, kernels=kernels)
+    attention = (*affine(norm1), norm1.eps, *affine(attn.qkv), attn.num_heads, *affine(attn.proj), first.gamma)
+    arguments = (x, *attention, *affine(norm2), norm2.eps, *affine(mlp.fc1), *affine(mlp.fc2), second.gamma)
+    out = native.transformer_block(*arguments, kernels=kernels)
+    if out is not None:
+        keep(place, native.NAME, kernels, (x,), arguments)
+    return out
 
 
-def block_sources(block: Any) -> list[list[Source]]:
-    """Where `transformer_block` reads the op's arguments, of a block with timm's names."""
-    norm1, attn, norm2, mlp = block.norm1, block.attn, block.norm2, block.mlp
-    scale1, scale2 = (
-        NOTHING if scale is None or type(scale) is nn.Identity else (scale._parameters, "gamma")
-        for scale in (block.ls1, block.ls2)
-    )
-    first = [*weights(norm1), attribute(norm1, "eps"), *weights(attn.qkv), attribute(attn, "num_heads")]
-    second = [*weights(norm2), attribute(norm2, "eps"), *weights(mlp.fc1), *weights(mlp.fc2), scale2]
-    return [first, [*weights(attn.proj), scale1], second]
-
-
-def attention_half(x: Tensor, norm: Any, attn: Any, residual: Residual, kernels: str) -> Tensor | None:
+def attention_half(x: Tensor, norm: Any, attn: Any, residual: Residual | None, kernels: str) -> Tensor | None:
     """x + scale * proj(softmax(q k^T / sqrt(d)) v), q, k, v = qkv(norm(x)); x (B, N, D) -> (B, N, D).
 
-    `attn` has the Linears qkv and proj and its num_heads.
+    `attn` has the Linears qkv and proj and its num_heads. Without a residual, as in `mlp_half`, None.
     """
+    if residual is None:
+        return None
     norms, qkv, proj = affine(norm), affine(attn.qkv), affine(attn.proj)
     if not (takes(x, (*qkv, *proj), norms) and regular(qkv, proj) and residual.fits(x)):
         return None
@@ -130,8 +113,10 @@ def attention_half(x: Tensor, norm: Any, attn: Any, residual: Residual, kernels:
     return linear_residual(heads, *proj, x, scale=residual.scale(x), kernels=kernels)
 
 
-def mlp_half(x: Tensor, norm: Any, mlp: Any, residual: Residual, kernels: str) -> Tensor | None:
+def mlp_half(x: Tensor, norm: Any, mlp: Any, residual: Residual | None, kernels: str) -> Tensor | None:
     """x + scale * fc2(gelu(fc1(norm(x)))), x (..., D) -> (..., D)."""
+    if residual is None:
+        return None
     norms, fc1, fc2 = affine(norm), affine(mlp.fc1), affine(mlp.fc2)
     if not (takes(x, (*fc1, *fc2), norms) and regular(fc1, fc2) and residual.fits(x)):
         return None
@@ -160,13 +145,7 @@ def class_attention(
 
 
 def projection(
-    x: Tensor,
-    norm: Any,
-    linear: Any,
-    kernels: str,
-    *,
-    pre_activation: str | None = None,
-    activation: str | None = None,
+    x: Tensor, norm: Any, linear: Any, kernels: str, *, pre_activation: str | None = None, activation: str | None = None
 ) -> Tensor | None:
     """act(linear(pre_act(norm(x)))), both activations None or "gelu"; x (..., D) -> (..., E)."""
     norms, weights = affine(norm), affine(linear)
@@ -186,10 +165,11 @@ def fusion_direction(
     num_heads: int,
     revert: tuple[Any, Any],
     kernels: str,
+    place: Place,
 ) -> Tensor | None:
-    """A branch's CLS (B, D_d) after it has looked at the other branch's patches (B, N, D), in inference; None where its
-    three steps (`projection`, `class_attention`, `projection`) are to be called: also where gradients are taken, and
-    where the three LayerNorms do not share one eps.
+    """A branch's CLS (B, D_d) after it has looked at the other branch's patches (B, N, D), in inference, kept for
+    `again`; None where its three steps (`projection`, `class_attention`, `projection`) are to be called: also where
+    gradients are taken, and where the three LayerNorms do not share one eps.
 
     project, revert: the LayerNorm and the Linear to the other width, and back. norm, linears, num_heads: as in
     `class_attention`.
@@ -198,24 +178,15 @@ def fusion_direction(
         return None
     norms, attention_norms, back_norms = affine(project[0]), affine(norm), affine(revert[0])
     first, last = affine(project[1]), affine(revert[1])
-    pairs = [affine(linear) for linear in linears]
-    weights = [t for pair in pairs for t in pair]
-    if not takes(cls, (patches, *first, *weights, *last), (*norms, *attention_norms, *back_norms)):
+    (q, k, v, out) = pairs = [affine(linear) for linear in linears]
+    if not takes(cls, (patches, *first, *q, *k, *v, *out, *last), (*norms, *attention_norms, *back_norms)):
         return None
     if not regular(first, *pairs, last):
         return None
-    inputs = (*norms, *first, *attention_norms, *weights, *back_norms, *last, num_heads, norm.eps)
-    return cast(Any, cls_fusion)(cls, patches, *inputs, kernels=kernels)
-
-
-def fusion_sources(
-    project: tuple[Any, Any], norm: Any, attn: Any, linears: tuple[Any, Any, Any, Any], revert: tuple[Any, Any]
-) -> list[list[Source]]:
-    """Where `fusion_direction` reads the op's arguments; the key's bias, which changes nothing, is none of them."""
-    q, k, v, out = linears
-    to, back = ([source for module in pair for source in weights(module)] for pair in (project, revert))
-    attention = [*weights(norm), *weights(q), weights(k)[0], *weights(v), *weights(out)]
-    return [to, attention, back, [attribute(attn, "num_heads"), attribute(norm, "eps")]]
+    before, behind = (*norms, *first, *attention_norms, *q), (*v, *out, *back_norms, *last, num_heads, norm.eps)
+    fused: Tensor = cast(Any, cls_fusion)(cls, patches, *before, *k, *behind, kernels=kernels)
+    keep(place, "cls_fusion", kernels, (cls, patches), (cls, patches, *before, k[0], *behind))
+    return fused
 
 
 def pool(
@@ -253,9 +224,16 @@ def pool(
 
 
 def embed(
-    images: Tensor, proj: Any, cls_token: Tensor, pos_embed: Tensor, image_size: tuple[int, int], kernels: str
+    images: Tensor,
+    proj: Any,
+    cls_token: Tensor,
+    pos_embed: Tensor,
+    image_size: tuple[int, int],
+    kernels: str,
+    place: Place | None = None,
 ) -> Tensor | None:
-    """[cls_token || patches of the resized images, projected] + pos_embed; images (B, C, H, W) -> (B, 1 + N, D).
+    """[cls_token || patches of the resized images, projected] + pos_embed; images (B, C, H, W) -> (B, 1 + N, D). With a
+    place the call is kept for `again`.
 
     `proj`: a convolution whose stride is its kernel's size.
     """
@@ -268,26 +246,8 @@ def embed(
         return None
     if cls_token.shape != (1, 1, embed_dim) or pos_embed.shape != (1, tokens, embed_dim):
         return None
-    return patch_embed(images, *weights, cls_token, pos_embed, image_size=image_size, kernels=kernels)
-
-
-__all__ = [
-    "ADDED",
-    "Composition",
-    "Residual",
-    "affine",
-    "attention_half",
-    "block_sources",
-    "class_attention",
-    "drop_path_scale",
-    "embed",
-    "fuses",
-    "fusion_direction",
-    "fusion_sources",
-    "mlp_half",
-    "pool",
-    "projection",
-    "regular",
-    "transformer_block",
-    "why_not",
-]
+    out = patch_embed(images, *weights, cls_token, pos_embed, image_size=image_size, kernels=kernels)
+    if place is not None:
+        arguments = (images, *weights, cls_token, pos_embed, *image_size)
+        keep(place, "patch_embed", kernels, (images, cls_token, pos_embed), arguments)
+    return out

@@ -32,6 +32,7 @@ from .kinds import Kind
 
 ENTRY = "_crossvit_entry"  # of a class that stands in for another: that class and the method that is overridden
 _OUTSIDE, _INSIDE = CALLS
+KERNELS = "_crossvit_kernels"  # of an instance of such a class: what the ops are asked for; others have `kernels`
 METHODS = ("forward", "__call__", _INSIDE)  # of a class, what a call of an instance runs
 
 
@@ -42,11 +43,13 @@ class Composition:
     name: what it is, in messages.
     parts: {path below the module: what has to be there}.
     entry: for a module that stands in for another class, that class and its method that is overridden.
+    settings: the module's own attributes that it depends on.
     """
 
     name: str
     parts: Mapping[str, Kind]
     entry: tuple[type, str] | None = None
+    settings: tuple[str, ...] = ()
 
 
 class Family:
@@ -62,8 +65,8 @@ class Family:
         self.__doc__ = make.__doc__
 
     def __call__(self, *arguments: Any) -> Composition:
-        """The composition of these arguments, the same one every time."""
-        return self.known(*arguments)
+        """The composition of these arguments, the same one every time but in a traced function."""
+        return (self.make if torch.compiler.is_compiling() else self.known)(*arguments)
 
 
 # What the forwards of the modules call: a dictionary, a key in it, and the value there when this package was imported.

@@ -19,10 +19,7 @@ class GraphedModule(nn.Module):
             self._input = example.detach().clone()
             # Weights that autocast keeps between calls lie outside the graph and would be gone when it is replayed.
             with torch.autocast(
-                "cuda",
-                torch.get_autocast_dtype("cuda"),
-                enabled=torch.is_autocast_enabled("cuda"),
-                cache_enabled=False,
+                "cuda", torch.get_autocast_dtype("cuda"), enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False
             ):
                 self.graph, self._output = _captured(model, self._input, warmup)
         for leaf in tree_leaves(self._output):

@@ -19,7 +19,7 @@ class Kind:
 
     classes: (module, qualified name) of each class; by name, since timm need not be installed.
     wrong: what is wrong with an instance's settings, in words, or None.
-    settings: the attributes that `wrong` reads.
+    settings: the attributes that `wrong` reads and that a kernel takes.
     optional: whether the child may be None.
     """
 
@@ -86,7 +86,7 @@ LAYER_NORM = kind(
     "torch.nn.modules.normalization:LayerNorm",
     "timm.layers.norm:LayerNorm",
     wrong=_wrong_norm,
-    settings=("_fast_norm", "normalized_shape", *_WEIGHTS),
+    settings=("_fast_norm", "normalized_shape", "eps", *_WEIGHTS),
 )
 GELU = kind("torch.nn.modules.activation:GELU", wrong=_wrong_gelu, settings=("approximate",))
 IDENTITY = kind("torch.nn.modules.linear:Identity", optional=True)

@@ -8,8 +8,7 @@ reads the arguments there and hands them to C++, which looks at all of them befo
 goes the usual way, as does everything that `Prepared` does not know.
 """
 
-from collections.abc import Iterable, Sequence
-from itertools import chain
+from collections.abc import Sequence
 from operator import attrgetter, getitem, itemgetter
 from typing import Any
 
@@ -17,44 +16,32 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
-from .composition import Composition
+from .composition import Composition, child_at
 from .dispatch.torch_internals import any_autocast, foreign_mode, observed, plain_call
 from .watch import WATCHES, Watch, watches_of
 
-Source = tuple[Any, Any]
-"""Where an argument is read: a dictionary and a key in it, or a tuple and a place in it."""
-
-NOTHING: Source = ({"": None}, "")
-"""The source of None."""
+Place = tuple[nn.Module, Any, tuple[Composition, ...]]
+"""Which call of a module is kept: the module, a key among its calls, and the children that the call stands for."""
 
 _TENSORS = frozenset({Tensor, nn.Parameter})
 _TYPES = _TENSORS | {type(None), float, int}
 _dtype = attrgetter("dtype")
 
 
-def weights(module: nn.Module) -> tuple[Source, Source]:
-    """The sources of a Linear's or a LayerNorm's weight and bias."""
-    return (module._parameters, "weight"), (module._parameters, "bias")
-
-
-def attribute(module: nn.Module, name: str) -> Source:
-    """The source of an attribute that is a number."""
-    return module.__dict__, name
-
-
 class Prepared:
     """A call into C++ as it was made before, for modules in evaluation.
 
     watch: what has to be as it was.
-    name: the op. kernels: the module's choice of a backend.
-    inputs: those of that call. sources: the arguments behind the first input, but for the other inputs, of which
-        `before` of them stand in front.
+    name: the op.
+    inputs: those of that call.
+    sources: a dictionary and a key in it, or a tuple and a place in it, of each argument that is no input. `before` of
+        them stand between the first input and the others.
     """
 
     def __init__(
-        self, watch: Watch, name: str, kernels: str, inputs: Sequence[Tensor], sources: Sequence[Source], before: int
+        self, watch: Watch, name: str, inputs: Sequence[Tensor], sources: Sequence[tuple[Any, Any]], before: int
     ) -> None:
-        self.watch, self.name, self.kernels, self.before = watch, name, kernels, before
+        self.watch, self.name, self.before = watch, name, before
         self.native = getattr(torch.ops.crossvit_kernels_cpu, name).default
         self.homes, self.keys = zip(*sources)
         arguments: list[Any] = [*map(getitem, self.homes, self.keys)]
@@ -67,12 +54,12 @@ class Prepared:
         shape (which of a convolution is the patch), or what C++ refuses."""
         x, *others = inputs
         try:
+            if not x.is_cpu or not x.numel():  # which another backend serves
+                return None
             arguments: list[Any] = [*map(getitem, self.homes, self.keys)]
-            if [*map(type, arguments)] != self.types or arguments[0].shape != self.shape or not x.numel():
+            if [*map(type, arguments)] != self.types or arguments[0].shape != self.shape:
                 return None
             if [*map(_dtype, (*inputs, *self.tensors(arguments)))] != self.dtypes:
-                return None
-            if backends.resolve(self.kernels, x.device, x.dtype, self.name) != "cpu":
                 return None
             arguments[self.before : self.before] = others
             return self.native(x, *arguments)
@@ -83,7 +70,7 @@ class Prepared:
 
 
 def again(owner: nn.Module, key: Any, *inputs: Tensor) -> Any:
-    """The result of the call that `prepare` kept under this key; None where the call is to go the usual way: where
+    """The result of the call that `keep` kept under this key; None where the call is to go the usual way: where
     there is none, where something has changed, and where gradients, autocast or something that is to see the op are in
     force."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
@@ -102,48 +89,50 @@ def again(owner: nn.Module, key: Any, *inputs: Tensor) -> Any:
     return prepared(*inputs)
 
 
-def preparable(owner: nn.Module) -> bool:
-    """Whether a call that was just served may be kept; to be asked before `prepare`."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or owner.training:
-        return False
-    return not any_autocast()
+def keep(place: Place, name: str, kernels: str, inputs: Sequence[Tensor], arguments: Sequence[Any]) -> None:
+    """Keeps a call that was just served, for `again`, where C++ served it and the module and its children are in
+    evaluation.
 
-
-def prepare(
-    inputs: Sequence[Tensor],
-    owner: nn.Module,
-    key: Any,
-    compositions: Sequence[Composition],
-    name: str,
-    kernels: str,
-    sources: Iterable[Iterable[Source]],
-    settings: Iterable[Source] = (),
-    before: int = 0,
-) -> None:
-    """Keeps a call of a `preparable` module that was just served for `again`, where C++ served it.
+    The tensors among the arguments are found among the children's parameters, where the next call reads them. All other
+    parameters are to stay as they are, and so are the settings of the compositions, in which the numbers are.
 
     Args:
-        inputs: the call's.
-        owner: the module, and `key` which of its calls.
-        compositions: the children that the call stood for; they and the owner have to be in evaluation.
+        place: which call.
         name: the native op.
         kernels: the module's choice of a backend.
-        sources: where the arguments behind the first input are, in the op's order, but for the other inputs.
-        settings: what else the call depended on, and is to be as it is.
-        before: how many of the sources stand before the other inputs.
+        inputs: the call's. Those behind the first follow one another in the op's arguments.
+        arguments: all of the op's, the first input first.
     """
+    owner, key, compositions = place
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or owner.training or any_autocast():
+        return
     watches, x = watches_of(owner), inputs[0]
     if watches is None or backends.resolve(kernels, x.device, x.dtype, name) != "cpu":
         return
     kept = watches.prepared.get(key)
     if kept is not None and kept.dtypes[: len(inputs)] == [*map(_dtype, inputs)] and kept.watch.unchanged(owner):
         return  # C++ refuses these inputs every time
-    arguments = [*chain.from_iterable(sources)]
-    if any(isinstance(home, dict) and key not in home for home, key in arguments):
-        return  # a wrapper keeps its parameters elsewhere
-    kinds = [type(home[key]) for home, key in arguments]
+    children = {id(c): c for of in compositions for path in of.parts if (c := child_at(owner, path)) is not None}
+    parameters = [(child._parameters, own) for child in children.values() for own in child._parameters]
+    found = {id(value): (home, own) for home, own in parameters if (value := home[own]) is not None}
+    if len(found) < sum(home[own] is not None for home, own in parameters):
+        return  # two children share a parameter
+    sources: list[tuple[Any, Any]] = []
+    used, before = set(), 0
+    for argument in arguments[1:]:
+        if any(argument is given for given in inputs):
+            before = len(sources) if argument is inputs[1] else before
+        elif isinstance(argument, Tensor):
+            if id(argument) not in found:
+                return  # a wrapper keeps its parameters elsewhere
+            sources.append(found[id(argument)])
+            used.add(id(argument))
+        else:
+            sources.append(((argument,), 0))
+    kinds = [type(home[own]) for home, own in sources]
     if kinds[0] not in _TENSORS or not _TYPES.issuperset((*kinds, *map(type, inputs))):
         return
+    settings = [(home, own) for home, own in parameters if id(home[own]) not in used]
     watch = Watch(owner, *compositions, settings=settings, evaluation=True)
     if not any(module.training for module in watch.modules):
-        watches.prepared[key] = Prepared(watch, name, kernels, inputs, arguments, before)
+        watches.prepared[key] = Prepared(watch, name, inputs, sources, before)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .composition import ENTRY, FUNCTIONS, METHODS, Composition, child_at, why_not
+from .composition import ENTRY, FUNCTIONS, KERNELS, METHODS, Composition, child_at, why_not
 from .dispatch.torch_internals import GLOBAL_HOOKS, HOOKS, OVERRIDES, foreign_mode
 
 WATCHES = "_crossvit_watches"
@@ -95,6 +95,8 @@ class Watch:
         for home, name, _ in FUNCTIONS:
             state.add(home, name)
         for composition in compositions:
+            for name in (KERNELS if composition.entry else "kernels", *composition.settings):
+                state.add(owner.__dict__, name)
             for parent, name in _ways(owner, composition.parts):
                 state.add(parent.__dict__, "_modules")
                 children[id(parent._modules), name] = (parent._modules, name, parent._modules.get(name))

@@ -1,7 +1,7 @@
 """What a recorded Triton launch becomes on a GPU, without one: compiled ahead of time, and its resources read.
 
 with recording("sm_90") as launches:
-    cls_cross_attention.forward(*tensors on "meta", True)
+    REGISTERED["cls_cross_attention"].forwards["triton"](*tensors on "meta", True)
 resources = compile_launch(launches[0], "sm_90")
 """
 
@@ -63,16 +63,25 @@ class Resources:
 
 def compile_launch(launch: Launch, architecture: str) -> Resources:
     """Compiles what `launch` would run on `architecture` ("sm_80", "sm_90", "sm_100"), specialised as a run is."""
-    signature, constants, attributes = {}, {}, []
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    divisible: list[tuple[int, ...]] = []
+
+    def kind(value: Any, path: tuple[int, ...], constexpr: bool = False) -> Any:
+        """Of an argument at this place: its type, or of a tuple those of its fields."""
+        if isinstance(value, tuple):
+            return type(value)(*(kind(field, (*path, i)) for i, field in enumerate(value)))
+        found = "constexpr" if constexpr else _kind(value)
+        if found == "constexpr":
+            constants[path] = value
+        elif _divisible(value):
+            divisible.append(path)
+        return found
+
     for i, parameter in enumerate(launch.kernel.params):
         value = launch.arguments.get(parameter.name, parameter.default)
-        kind = "constexpr" if parameter.is_constexpr else _kind(value)
-        signature[parameter.name] = kind
-        if kind == "constexpr":
-            constants[parameter.name] = value
-        elif _divisible(value):
-            attributes.append(i)
-    key = (tuple(signature.items()), tuple(constants.items()), tuple(attributes))
+        signature[parameter.name] = kind(value, (i,), parameter.is_constexpr)
+    key = (tuple(signature.items()), tuple(constants.items()), tuple(divisible))
     return _compile(launch.kernel, *key, launch.num_warps, launch.num_stages, architecture)
 
 
@@ -81,7 +90,10 @@ def _compile(
     kernel: Any, signature: tuple, constants: tuple, divisible: tuple, num_warps: int, num_stages: int, target: str
 ) -> Resources:
     source = ASTSource(
-        kernel, dict(signature), constexprs=dict(constants), attrs={(i,): [["tt.divisibility", 16]] for i in divisible}
+        kernel,
+        dict(signature),
+        constexprs=dict(constants),
+        attrs={path: [["tt.divisibility", 16]] for path in divisible},
     )
     options = {"num_warps": num_warps, "num_stages": num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", int(target.removeprefix("sm_")), 32), options=options)

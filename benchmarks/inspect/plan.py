@@ -9,7 +9,6 @@ floating-point operations; and the time that a GPU which copies BANDWIDTH and mu
 """
 
 import dataclasses
-import importlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from crossvit_kernels import backends, triton_kernels
+from crossvit_kernels.dispatch.op import REGISTERED
 from crossvit_kernels.dispatch.register import OPS
 from crossvit_kernels.triton_kernels.launch import Launch, recording
 
@@ -57,7 +57,12 @@ def least_seconds(cell: Cell, moved: int, flops: int) -> float:
 
 def tensor_bytes(launch: Launch) -> dict[str, int]:
     """The bytes of every tensor among a launch's arguments, one that is given twice counted once."""
-    given = {n: v.base if isinstance(v, TensorDescriptor) else v for n, v in launch.arguments.items()}
+    given: dict[str, Any] = {}
+    for name, value in launch.arguments.items():
+        name = re.sub("_(ptr|tiles)$", "", name)
+        fields = value._asdict() if isinstance(value, tuple) else {"base": value}
+        given |= {name if field == "base" else f"{name}_{field}": v for field, v in fields.items()}
+    given = {name: v.base if isinstance(v, TensorDescriptor) else v for name, v in given.items()}
     tensors = {id(v): (n, v) for n, v in reversed(given.items()) if isinstance(v, Tensor)}
     return {n: v.numel() * v.element_size() for n, v in reversed(tensors.values())}
 
@@ -80,17 +85,18 @@ def arguments(cell: Cell, autocast: bool = False, device: str = "meta") -> list[
 
 def record(cell: Cell, architecture: str, autocast: bool = False) -> Plan:
     """The launches of the op's forward, or of its forward for training and its backward, on `architecture`."""
-    op, module = OPS[cell.op], importlib.import_module(f"crossvit_kernels.triton_kernels.ops.{cell.op}")
+    op, kernels = OPS[cell.op], REGISTERED[cell.op]
     inputs = arguments(cell, autocast)
     with recording(architecture) as launches:
-        result = module.forward(*inputs, cell.backward)
+        result = kernels.forwards["triton"](*inputs, cell.backward)
         flops = op.flops("triton", *inputs)
         if cell.backward:
             out, *saved = result if isinstance(result, tuple) else (result,)
             kept = [inputs[i] for i in op.kept]
             tensors = [op.inputs[i] for i in op.kept if i in op.tensors]
             wanted = [name in cell.differentiable() for name in tensors]
-            module.backward(torch.empty_like(out), *kept, *([out] if op.takes_out else []), *saved, wanted)
+            given = [torch.empty_like(out), *kept, *([out] if op.takes_out else []), *saved]
+            kernels.backwards["triton"](*given, wanted)
             assert op.backward_flops is not None
             flops += op.backward_flops("triton", dict(zip(tensors, wanted)), *inputs)
     return Plan(cell, launches, flops)
@@ -199,8 +205,7 @@ def _head(kernels: str, cell: Cell, architecture: str, launches: int, moved: int
 
 
 def _line(launch: Launch, resources: Resources) -> str:
-    names = {name: re.sub("_(ptr|tiles)$", "", name) for name in launch.arguments}
-    moved = ", ".join(f"{names[name]} {_size(size)}" for name, size in tensor_bytes(launch).items())
+    moved = ", ".join(f"{name} {_size(size)}" for name, size in tensor_bytes(launch).items())
     return f"{_resources(launch.name, launch.grid, resources)}\n      {moved}"
 
 

@@ -10,7 +10,7 @@ from crossvit_kernels import blocks as compositions
 from crossvit_kernels.composition import Composition, Family
 from crossvit_kernels.kinds import GELU, LAYER_NORM, LINEAR, Kind, kind
 from crossvit_kernels.nn import CLASS_ATTENTION, CrossAttentionBlock
-from crossvit_kernels.prepared import again, preparable, prepare
+from crossvit_kernels.prepared import again
 from crossvit_kernels.watch import fuses
 
 from .describe import linear_multiply_adds
@@ -61,26 +61,14 @@ class CrossAttentionFusion(MultiScaleBlock):
         if len(layers) == 1 and not torch.is_grad_enabled() and self._is_one_op(branch, layers[0]):
             layer, to, back = layers[0], (project.norm, project.linear), (revert.norm, revert.linear)
             attention = (layer.norm1, layer.linears(), layer.attn.num_heads)
-            out = compositions.fusion_direction(cls, patches, to, *attention, back, self.kernels)
+            place = (self, branch, (fusion_composition(branch, self.fusion_depth > 0),))
+            out = compositions.fusion_direction(cls, patches, to, *attention, back, self.kernels, place)
             if out is not None:
-                if preparable(self):
-                    self._prepare((cls, patches), branch, layer)
                 return out
         y = project(cls)
         for layer in layers:
             y = layer(y, patches)
         return revert(y)
-
-    def _prepare(self, inputs: tuple[Tensor, Tensor], branch: int, layer: CrossAttentionBlock) -> None:
-        project, revert = cast(Any, self.projs[branch]), cast(Any, self.revert_projs[branch])
-        to, back = (project.norm, project.linear), (revert.norm, revert.linear)
-        sources = compositions.fusion_sources(to, layer.norm1, layer.attn, layer.linears(), back)
-        settings = [(self.__dict__, "kernels"), (self.__dict__, "fusion_depth")]
-        settings += [(norm.__dict__, "eps") for norm in (to[0], layer.norm1, back[0])]
-        settings += [(m.__dict__, name) for m in (project, revert) for name in ("pre_activation", "activation")]
-        settings += [(layer.attn.__dict__, "drops"), (layer.attn.wk._parameters, "bias")]
-        one = (fusion_composition(branch, self.fusion_depth > 0),)
-        prepare(inputs, self, branch, one, "cls_fusion", self.kernels, sources, settings)
 
     def _is_one_op(self, branch: int, layer: CrossAttentionBlock) -> bool:
         if not fuses(self, fusion_composition, branch, self.fusion_depth > 0):
@@ -103,7 +91,9 @@ class CrossAttentionFusion(MultiScaleBlock):
 
 _PROJECTION: dict[str, Kind] = {
     "": kind(
-        "crossvit_kernels.nn.layers:LayerNormLinear", wrong=lambda m: None if len(m) == 3 else f"has {len(m)} steps"
+        "crossvit_kernels.nn.layers:LayerNormLinear",
+        wrong=lambda m: None if len(m) == 3 else f"has {len(m)} steps",
+        settings=("pre_activation", "activation"),
     ),
     ".0": LAYER_NORM,
     ".1": GELU,
@@ -122,4 +112,4 @@ def fusion_composition(branch: int, nested: bool) -> Composition:
     parts[layer] = kind("crossvit_kernels.nn.cross_attention:CrossAttentionBlock")
     parts |= {f"{layer}.{name}": expected for name, expected in CLASS_ATTENTION.parts.items()}
     parts |= {f"revert_projs.{branch}{name}": expected for name, expected in _PROJECTION.items()}
-    return Composition(f"fusion of branch {branch}", parts)
+    return Composition(f"fusion of branch {branch}", parts, settings=("fusion_depth",))

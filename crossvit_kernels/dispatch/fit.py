@@ -22,19 +22,16 @@ def fit(spec: OpSpec, inputs: Sequence[Any], *, symbolic: bool = False, passed: 
     dtype, device = compute.dtype, compute.device
     shapes = spec.shapes(*inputs)
     for i in spec.tensors:
-        value, shape = inputs[i], shapes[spec.inputs[i]]
+        value, name = inputs[i], spec.inputs[i] if passed is None or i != spec.passed else passed
         if value is None:
             continue
-        if value.shape != shape if not symbolic else _differ(value.shape, shape):
-            _wrong_shape(_name(spec, i, passed), value, shape)
+        _look_at_shape(name, value, shapes[spec.inputs[i]], symbolic)
         if value.device != device:
-            raise ValueError(
-                f"{_name(spec, i, passed)}: expected to be on {device} as {spec.computes_in} is, got {value.device}"
-            )
+            raise ValueError(f"{name}: expected to be on {device} as {spec.computes_in} is, got {value.device}")
         matrix = spec.arguments[i].matrix
         if value.dtype is not dtype and (matrix or value.dtype is not torch.float32):
             also = "" if matrix else " or torch.float32"
-            raise TypeError(f"{_name(spec, i, passed)}: expected {dtype}{also}, got {value.dtype}")
+            raise TypeError(f"{name}: expected {dtype}{also}, got {value.dtype}")
     if spec.promoted:
         first, second = spec.promoted
         if inputs[first].dtype is not inputs[second].dtype:
@@ -48,8 +45,7 @@ def fit_backward(spec: OpSpec, args: Sequence[Any], *, symbolic: bool = False) -
     fit(spec, inputs, symbolic=symbolic, passed="grad_out")
     compute = inputs[spec.compute]
     (shape, out_dtype), *saved = spec.results(*inputs)
-    if grad_out.shape != shape if not symbolic else _differ(grad_out.shape, shape):
-        _wrong_shape("grad_out", grad_out, shape)
+    _look_at_shape("grad_out", grad_out, shape, symbolic)
     if grad_out.device != compute.device:
         raise ValueError(f"grad_out: expected to be on {compute.device}, got {grad_out.device}")
     if grad_out.dtype is not compute.dtype and grad_out.dtype is not torch.float32:
@@ -57,8 +53,7 @@ def fit_backward(spec: OpSpec, args: Sequence[Any], *, symbolic: bool = False) -
     if spec.takes_out:
         saved = [(shape, out_dtype), *saved]
     for name, value, (shape, dtype) in zip(spec.backward_saved, found, saved):
-        if value.shape != shape if not symbolic else _differ(value.shape, shape):
-            _wrong_shape(name, value, shape)
+        _look_at_shape(name, value, shape, symbolic)
         if value.dtype is not dtype or value.device != compute.device:
             raise TypeError(
                 f"{name}: expected {dtype} on {compute.device}, as the forward saves it, got {value.dtype} on "
@@ -92,16 +87,9 @@ class Fitting:
         self.known.add(key)
 
 
-def _name(spec: OpSpec, i: int, passed: str | None) -> str:
-    return spec.inputs[i] if passed is None or i != spec.passed else passed
-
-
-def _differ(found: Sequence[Any], expected: Sequence[Any]) -> bool:
-    """Whether two shapes differ as far as is known, without asking a symbol."""
-    return len(found) != len(expected) or any(
-        type(a) is int and type(b) is int and a != b for a, b in zip(found, expected)
-    )
-
-
-def _wrong_shape(name: str, value: Tensor, shape: Sequence[int]) -> None:
-    raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(value.shape)}")
+def _look_at_shape(name: str, value: Tensor, shape: Sequence[int], symbolic: bool) -> None:
+    """Raises ValueError where two shapes differ; with symbols as far as is known without asking one."""
+    found = value.shape
+    known = [(a, b) for a, b in zip(found, shape) if type(a) is int and type(b) is int] if symbolic else []
+    if found != shape if not symbolic else len(found) != len(shape) or any(a != b for a, b in known):
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(found)}")

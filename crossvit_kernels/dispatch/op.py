@@ -29,20 +29,24 @@ class Op:
 
     def __init__(self, spec: OpSpec) -> None:
         name, strided = spec.name, [spec.inputs[i] for i in spec.activations]
+        given = [*spec.inputs, "save"]
         self.spec, self.dispatched = spec, spec.op
         self.forwards: dict[str, Callable] = {
             "reference": lambda *args: reference.forward(spec, args[:-1], args[-1]),
-            "triton": triton_kernel(name, "forward"),
-            **{b: native_kernel(b, name, [*spec.inputs, "save"], strided) for b in ("cpu", "cuda")},
+            "triton": triton_kernel(name, "forward", given),
+            **{b: native_kernel(b, name, given, strided) for b in ("cpu", "cuda")},
         }
         if spec.save is not None:
-            given = ["grad_out", *(spec.inputs[i] for i in spec.kept), *spec.backward_saved, "needs", "wide"]
+            given = ["grad_out", *(spec.inputs[i] for i in spec.kept), *spec.backward_saved, "needs"]
             self.backward_dispatched = spec.backward_op
             self.fitting = Fitting(spec)
             self.backwards: dict[str, Callable] = {
                 "reference": lambda *args: reference.backward(spec, args),
-                "triton": triton_kernel(name, "backward"),
-                **{b: native_kernel(b, f"{name}_backward", given, ["grad_out", *strided]) for b in ("cpu", "cuda")},
+                "triton": triton_kernel(name, "backward", given),
+                **{
+                    b: native_kernel(b, f"{name}_backward", [*given, "wide"], ["grad_out", *strided])
+                    for b in ("cpu", "cuda")
+                },
             }
         REGISTERED[name] = self
 

@@ -20,12 +20,13 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 NAMESPACE = "crossvit_kernels"
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 Shapes = dict[str, Sequence[int]]
 Result = tuple[Sequence[int], torch.dtype]
@@ -56,53 +57,38 @@ class NormParams:
 
     weight: str
     bias: str
+    matrix: ClassVar[bool] = False
 
     @classmethod
-    def named(cls, prefix: str) -> "NormParams":
+    def named(cls, prefix: str) -> Self:
         """The two called <prefix>_weight and <prefix>_bias."""
         return cls(f"{prefix}_weight", f"{prefix}_bias")
 
     @property
     def arguments(self) -> tuple[Argument, ...]:
         """The two as arguments."""
-        return Argument(self.weight), Argument(self.bias, "Tensor?")
+        return Argument(self.weight, matrix=self.matrix), Argument(self.bias, "Tensor?", matrix=self.matrix)
 
-    def shapes(self, width: int) -> Shapes:
-        """Their shapes."""
-        return {self.weight: (width,), self.bias: (width,)}
-
-
-@dataclass(frozen=True)
-class LinearParams:
-    """The names of a Linear's weight and bias, which may be None."""
-
-    weight: str
-    bias: str
-
-    @classmethod
-    def named(cls, prefix: str) -> "LinearParams":
-        """The two called <prefix>_weight and <prefix>_bias."""
-        return cls(f"{prefix}_weight", f"{prefix}_bias")
-
-    @property
-    def arguments(self) -> tuple[Argument, ...]:
-        """The two as arguments."""
-        return Argument(self.weight, matrix=True), Argument(self.bias, "Tensor?", matrix=True)
-
-    def shapes(self, rows: int, columns: int) -> Shapes:
-        """Their shapes."""
-        return {self.weight: (rows, columns), self.bias: (rows,)}
+    def shapes(self, *sizes: int) -> Shapes:
+        """Their shapes: of the weight these sizes, of the bias its rows."""
+        return {self.weight: sizes, self.bias: sizes[:1]}
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+class LinearParams(NormParams):
+    """The names of a Linear's, or a convolution's, weight and bias, which may be None."""
+
+    matrix = True
+
+
+@dataclass(eq=False, repr=False)
 class OpSpec:
-    """What an op is. The functions from `shapes` on name those of the op's arguments that they look at; they are called
-    with all of them, (*inputs), and handed those.
+    """What an op is. Its functions name those of the op's arguments that they look at; they are called with all of
+    them, (*inputs), and handed those.
 
     name: the op's.
     declared: its arguments, in order.
     computes_in: the argument whose dtype the op computes in.
-    reference: (*inputs) -> out, in plain PyTorch.
+    reference: -> out, in plain PyTorch.
     shapes: -> {tensor: the shape that it must have}; ValueError or TypeError where one has another rank than its shape
         is known by, or a number does not go with them.
     results: -> the shapes and dtypes of out and of what is saved.
@@ -114,7 +100,7 @@ class OpSpec:
     """
 
     name: str
-    declared: Sequence[Argument | NormParams | LinearParams]
+    declared: Sequence[Argument | NormParams]
     computes_in: str
     reference: Callable[..., Tensor]
     shapes: Callable[..., Shapes]
@@ -126,55 +112,34 @@ class OpSpec:
     takes_out: bool = False
     fits: Mapping[str, Callable[..., bool]] = field(default_factory=dict)
 
-    # What follows from it. The numbers are positions among the inputs, which are the arguments in their order.
-    arguments: tuple[Argument, ...] = field(init=False)
-    inputs: list[str] = field(init=False)  # their names
-    compute: int = field(init=False)  # the input whose dtype the op computes in
-    tensors: list[int] = field(init=False)
-    matrices: list[int] = field(init=False)
-    activations: list[int] = field(init=False)
-    parameters: list[int] = field(init=False)  # the matrices that are no activations
-    promoted: list[int] = field(init=False)
-    passed: int | None = field(init=False)
-    kept: list[int] = field(init=False)  # the inputs that the backward sees: all but the passed one
-    differentiated: list[int] = field(init=False)  # the tensors among them, in the order of `needs`
-    numbers: list[int] = field(init=False)  # the others among them
-    backward_saved: list[str] = field(init=False)  # what the backward sees of the forward's results
-
     def __post_init__(self) -> None:
         groups = [(d,) if isinstance(d, Argument) else d.arguments for d in self.declared]
-        arguments = tuple(argument for group in groups for argument in group)
-        inputs = [argument.name for argument in arguments]
+        self.arguments = tuple(argument for group in groups for argument in group)
+        self.inputs = [argument.name for argument in self.arguments]
 
         def where(wanted: Callable[[Argument], bool]) -> list[int]:
-            return [i for i, argument in enumerate(arguments) if wanted(argument)]
+            return [i for i, argument in enumerate(self.arguments) if wanted(argument)]
 
-        tensors = where(lambda a: a.type.startswith("Tensor"))
-        kept, passed = where(lambda a: not a.passed), where(lambda a: a.passed)
-        named = partial(_by_name, inputs=inputs)
-        worked_out = {
-            "arguments": arguments,
-            "inputs": inputs,
-            "compute": inputs.index(self.computes_in),
-            "tensors": tensors,
-            "matrices": where(lambda a: a.matrix),
-            "activations": where(lambda a: a.activation),
-            "parameters": where(lambda a: a.matrix and not a.activation),
-            "promoted": where(lambda a: a.promoted),
-            "passed": passed[0] if passed else None,
-            "kept": kept,
-            "differentiated": [i for i in kept if i in tensors],
-            "numbers": [i for i in kept if i not in tensors],
-            "backward_saved": [*(["out"] if self.takes_out else []), *self.saved],
-            "shapes": named(self.shapes),
-            "results": named(self.results),
-            "flops": named(self.flops, given=("backend",)),
-            "save": None if self.save is None else named(self.save),
-            "backward_flops": self.backward_flops and named(self.backward_flops, given=("backend", "needs")),
-            "fits": {backend: named(function) for backend, function in self.fits.items()},
-        }
-        for name, value in worked_out.items():
-            object.__setattr__(self, name, value)
+        # Positions among the inputs, which are the arguments in their order.
+        self.compute = self.inputs.index(self.computes_in)
+        self.tensors = where(lambda a: a.type.startswith("Tensor"))
+        self.matrices = where(lambda a: a.matrix)
+        self.activations = where(lambda a: a.activation)
+        self.parameters = where(lambda a: a.matrix and not a.activation)
+        self.promoted = where(lambda a: a.promoted)
+        self.passed = next(iter(where(lambda a: a.passed)), None)
+        self.kept = where(lambda a: not a.passed)  # the inputs that the backward sees
+        self.differentiated = [i for i in self.kept if i in self.tensors]  # in the order of `needs`
+        self.numbers = [i for i in self.kept if i not in self.tensors]
+        # What the backward sees of the forward's results.
+        self.backward_saved = [*(["out"] if self.takes_out else []), *self.saved]
+
+        named = partial(_by_name, inputs=self.inputs)
+        self.reference, self.shapes, self.results = named(self.reference), named(self.shapes), named(self.results)
+        self.flops = named(self.flops, given=("backend",))
+        self.save = self.save and named(self.save)
+        self.backward_flops = self.backward_flops and named(self.backward_flops, given=("backend", "needs"))
+        self.fits = {backend: named(function) for backend, function in self.fits.items()}
 
     @property
     def schema(self) -> str:
@@ -230,14 +195,18 @@ class OpSpec:
 
 def _by_name(function: Callable, *, inputs: Sequence[str], given: Sequence[str] = ()) -> Callable:
     """`function`, to be called with the values of all of `inputs` behind those of `given`: it is handed the latter and
-    those of the former that it has parameters for."""
-    asked = list(inspect.signature(function).parameters)
-    first, names = asked[: len(given)], asked[len(given) :]
+    those of the former that it has parameters for. One with starred parameters takes all of them."""
+    parameters = inspect.signature(function).parameters
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters.values()):
+        return function
+    first, names = list(parameters)[: len(given)], list(parameters)[len(given) :]
     if first != list(given) or not set(names) <= set(inputs):
-        raise TypeError(f"{function}: expected parameters {(*given, '...')} of {inputs}, got {asked}")
-    positions = [len(given) + inputs.index(name) for name in names]
+        raise TypeError(f"{function}: expected parameters {(*given, '...')} of {inputs}, got {[*parameters]}")
+    positions = [len(given) + inputs.index(name) for name in names if parameters[name].kind is not _KEYWORD]
+    keywords = {name: len(given) + inputs.index(name) for name in names if parameters[name].kind is _KEYWORD}
 
     def call(*values: Any) -> Any:
-        return function(*values[: len(given)], *[values[i] for i in positions])
+        options = {name: values[i] for name, i in keywords.items()}
+        return function(*values[: len(given)], *[values[i] for i in positions], **options)
 
     return call

@@ -3,8 +3,8 @@
 from ..composition import Composition
 from ..kinds import GELU, LAYER_NORM, LINEAR, PATCH_CONVOLUTION, kind
 
-_ATTENTION = kind("crossvit_kernels.nn.layers:Attention")
-_CROSS_ATTENTION = kind("crossvit_kernels.nn.cross_attention:CrossAttention")
+_ATTENTION = kind("crossvit_kernels.nn.layers:Attention", settings=("num_heads", "drops"))
+_CROSS_ATTENTION = kind("crossvit_kernels.nn.cross_attention:CrossAttention", settings=("num_heads", "drops"))
 _LAYER_SCALE = kind("crossvit_kernels.nn.layers:LayerScale", optional=True)
 ATTENTION_HALF = Composition(
     "attention half",
@@ -14,7 +14,7 @@ MLP_HALF = Composition(
     "MLP half",
     {
         "norm2": LAYER_NORM,
-        "mlp": kind("crossvit_kernels.nn.layers:Mlp"),
+        "mlp": kind("crossvit_kernels.nn.layers:Mlp", settings=("drops",)),
         "mlp.fc1": LINEAR,
         "mlp.fc2": LINEAR,
         "ls2": _LAYER_SCALE,
@@ -25,7 +25,7 @@ CLASS_ATTENTION = Composition(
     "class attention",
     {"norm1": LAYER_NORM, "attn": _CROSS_ATTENTION} | {f"attn.{n}": LINEAR for n in ("wq", "wk", "wv", "proj")},
 )
-EMBED = Composition("patch embedding", {"proj": PATCH_CONVOLUTION})
+EMBED = Composition("patch embedding", {"proj": PATCH_CONVOLUTION}, settings=("image_size",))
 
 
 def _sequence(pre_activation: str | None, activation: str | None) -> Composition:

@@ -22,13 +22,7 @@ class CrossAttention(nn.Module):
     """
 
     def __init__(
-        self,
-        dim: int,
-        num_heads: int = 8,
-        qkv_bias: bool = False,
-        *,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
+        self, dim: int, num_heads: int = 8, qkv_bias: bool = False, *, attn_drop: float = 0.0, proj_drop: float = 0.0
     ) -> None:
         super().__init__()
         check_heads(dim, num_heads)

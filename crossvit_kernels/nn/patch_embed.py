@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from .. import blocks
 from ..kinds import plain
 from ..ops import bicubic_resize
-from ..prepared import again, preparable, prepare, weights
+from ..prepared import again
 from ..watch import fuses
 from .compositions import EMBED
 from .module import KernelModule
@@ -66,13 +66,9 @@ class PatchEmbed(KernelModule):
         if out is not None:
             return out
         if fuses(self, EMBED):
-            out = blocks.embed(images, self.proj, cls_token, pos_embed, self.image_size, self.kernels)
+            place = (self, EMBED, (EMBED,))
+            out = blocks.embed(images, self.proj, cls_token, pos_embed, self.image_size, self.kernels, place)
             if out is not None:
-                if preparable(self):
-                    sources = [weights(self.proj), [(self.image_size, 0), (self.image_size, 1)]]
-                    inputs = images, cls_token, pos_embed
-                    settings = [(self.__dict__, "kernels"), (self.__dict__, "image_size")]
-                    prepare(inputs, self, EMBED, (EMBED,), "patch_embed", self.kernels, sources, settings, before=2)
                 return out
         patches = self.proj(resized(images, self.image_size, self.kernels)).flatten(2).transpose(1, 2)
         return torch.cat((cls_token.expand(patches.shape[0], -1, -1), patches), dim=1) + pos_embed

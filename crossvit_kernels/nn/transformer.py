@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import blocks
-from ..blocks import Residual, block_sources, drop_path_scale
-from ..prepared import again, preparable, prepare
+from ..blocks import Residual, drop_path_scale
+from ..prepared import again
 from ..watch import fuses, fuses_each
 from .compositions import ATTENTION_HALF, HALVES
 from .layers import Attention, LayerScale, Mlp
@@ -47,11 +47,8 @@ class AttentionBlock(KernelModule):
 
     def _attention_half(self, x: Tensor, residual: Residual | None, kernels: str) -> Tensor:
         """By the ops, or without a `residual` by the modules."""
-        if residual is not None:
-            out = blocks.attention_half(x, self.norm1, self.attn, residual, kernels)
-            if out is not None:
-                return out
-        return self._add(x, self.attn(self.norm1(x)), self.ls1)
+        out = blocks.attention_half(x, self.norm1, self.attn, residual, kernels)
+        return self._add(x, self.attn(self.norm1(x)), self.ls1) if out is None else out
 
     def _residual(self, layer_scale: LayerScale | None) -> Residual:
         gamma = None if layer_scale is None else layer_scale.gamma
@@ -110,19 +107,9 @@ class Block(AttentionBlock):
         attention, mlp = fuses_each(self, HALVES)
         first = self._residual(self.ls1) if attention and not self.attn.drops() else None
         second = self._residual(self.ls2) if mlp and not self.mlp.drops() else None
-        if first is not None and second is not None:
-            out = blocks.transformer_block(x, self.norm1, self.attn, first, self.norm2, self.mlp, second, kernels)
-            if out is not None:
-                if preparable(self):
-                    self._prepare(x)
-                return out
+        out = blocks.transformer_block(x, self, first, second, kernels, (self, HALVES, HALVES))
+        if out is not None:
+            return out
         x = self._attention_half(x, first, kernels)
-        if second is not None:
-            out = blocks.mlp_half(x, self.norm2, self.mlp, second, kernels)
-            if out is not None:
-                return out
-        return self._add(x, self.mlp(self.norm2(x)), self.ls2)
-
-    def _prepare(self, x: Tensor) -> None:
-        settings = [(self.__dict__, "kernels"), (self.attn.__dict__, "drops"), (self.mlp.__dict__, "drops")]
-        prepare((x,), self, HALVES, HALVES, "transformer_block", self.kernels, block_sources(self), settings)
+        out = blocks.mlp_half(x, self.norm2, self.mlp, second, kernels)
+        return self._add(x, self.mlp(self.norm2(x)), self.ls2) if out is None else out

@@ -134,11 +134,12 @@ def _backward_flops(backend: str, needs: dict[str, bool], patches: Tensor, num_h
 CUDA_ROW_BYTES = 3072
 
 
-def _fits_cuda(cls: Tensor, patches: Tensor, q_weight: Tensor) -> bool:
-    if patches.dim() != 3:
+def fits_cuda(cls: Tensor, patches: Tensor, q_weight: Tensor) -> bool:
+    """Whether the rows of both fit."""
+    if patches.dim() != 3 or cls.dim() != 2:
         return True  # the kernels refuse it in words
     size = max(cls.element_size(), patches.element_size(), q_weight.element_size())
-    return patches.shape[2] * size <= CUDA_ROW_BYTES
+    return max(cls.shape[1], patches.shape[2]) * size <= CUDA_ROW_BYTES
 
 
 _op = register(
@@ -160,7 +161,7 @@ _op = register(
         # All float32: mean, rstd (B, 1 + N); p_h (B, H, 1 + N); z_h (B, H, D); q (B, D), unscaled; a_h (B, H, D).
         saved=("mean", "rstd", "probs", "context", "query", "key_query"),
         save=_save,
-        fits={"cuda": _fits_cuda},
+        fits={"cuda": fits_cuda},
     )
 )
 

@@ -15,8 +15,8 @@ from ..dispatch.call import call, needs_reference
 from ..dispatch.register import register
 from ..dispatch.spec import Argument, LinearParams, NormParams, OpSpec, Result, Shapes
 from . import validate
-from .cls_cross_attention import CUDA_ROW_BYTES, cls_cross_attention_reference
 from .cls_cross_attention import PARAMETERS as ATTENTION
+from .cls_cross_attention import cls_cross_attention_reference, fits_cuda
 from .cls_cross_attention import flops as attention_flops
 from .cls_cross_attention import parameter_shapes as attention_shapes
 from .layer_norm_linear import layer_norm_linear_reference
@@ -90,13 +90,6 @@ def _flops(backend: str, cls: Tensor, patches: Tensor, num_heads: int) -> int:
     return attention_flops(backend, patches, num_heads) + 2 * batch * width * (2 * own_width + width)
 
 
-def _fits_cuda(cls: Tensor, patches: Tensor, proj_weight: Tensor) -> bool:
-    if patches.dim() != 3 or cls.dim() != 2:
-        return True  # the kernels refuse it in words
-    size = max(cls.element_size(), patches.element_size(), proj_weight.element_size())
-    return max(cls.shape[1], patches.shape[2]) * size <= CUDA_ROW_BYTES
-
-
 _op = register(
     OpSpec(
         "cls_fusion",
@@ -117,7 +110,7 @@ _op = register(
         shapes=_shapes,
         results=_results,
         flops=_flops,
-        fits={"cuda": _fits_cuda},
+        fits={"cuda": fits_cuda},
     )
 )
 

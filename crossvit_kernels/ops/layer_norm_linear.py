@@ -11,6 +11,7 @@ CrossViT's projections of the CLS token pre_activation="gelu" (arXiv 2103.14899,
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,35 +49,17 @@ def norm_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return mean, (variance + eps).rsqrt()
 
 
-def _reference(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    gelu_in: bool,
-    gelu_out: bool,
-) -> Tensor:
-    names = {"pre_activation": "gelu" if gelu_in else None, "activation": "gelu" if gelu_out else None}
-    return layer_norm_linear_reference(x, norm_weight, norm_bias, weight, bias, eps, **names)
+def _reference(*inputs: Any) -> Tensor:
+    *given, gelu_in, gelu_out = inputs
+    before, behind = ("gelu" if gelu else None for gelu in (gelu_in, gelu_out))
+    return layer_norm_linear_reference(*given, pre_activation=before, activation=behind)
 
 
-def _save(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    gelu_in: bool,
-    gelu_out: bool,
-) -> tuple[Tensor, ...]:
-    statistics = norm_statistics(x, eps)
-    if not gelu_out:
-        return *statistics, weight.new_empty((0, weight.shape[0]))
-    pre = _reference(x, norm_weight, norm_bias, weight, bias, eps, gelu_in, False)
-    return *statistics, pre.reshape(-1, weight.shape[0])
+def _save(*inputs: Any) -> tuple[Tensor, ...]:
+    *others, gelu_out = inputs
+    x, _norm_weight, _norm_bias, weight, _bias, eps, _gelu_in = others
+    pre = _reference(*others, False) if gelu_out else weight.new_empty((0, weight.shape[0]))
+    return *norm_statistics(x, eps), pre.reshape(-1, weight.shape[0])
 
 
 _NORM, _LINEAR = NormParams("norm_weight", "norm_bias"), LinearParams("weight", "bias")
@@ -163,9 +146,7 @@ def layer_norm_linear(
     width = x.shape[-1]
     validate.positive("x's width", width)
     validate.norm("norm_weight", norm_weight, "norm_bias", norm_bias, (width,), "x", x)
-    validate.matrix("weight", weight, width, "x", x)
-    if bias is not None:
-        validate.beside("bias", bias, weight.shape[:1], "x", x)
+    validate.matrix("weight", weight, "bias", bias, width, "x", x)
     validate.epsilon(eps)
     gelu_in = validate.activation("pre_activation", pre_activation)
     gelu_out = validate.activation("activation", activation)

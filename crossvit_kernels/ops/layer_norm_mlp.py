@@ -36,21 +36,6 @@ def layer_norm_mlp_reference(
     return x + (y if scale is None else scale * y)
 
 
-def _reference(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor | None,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    eps: float,
-    scale: Tensor | None,
-    per_sample: bool,
-) -> Tensor:
-    return layer_norm_mlp_reference(x, norm_weight, norm_bias, w1, b1, w2, b2, eps, scale=scale)
-
-
 def _save(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, w1: Tensor, b1: Tensor | None, eps: float
 ) -> tuple[Tensor, ...]:
@@ -104,7 +89,7 @@ _op = register(
             Argument("per_sample", "bool"),  # what `scale` is, decided once, below
         ],
         computes_in="w1",
-        reference=_reference,
+        reference=layer_norm_mlp_reference,
         shapes=_shapes,
         results=_results,
         flops=_flops,
@@ -151,16 +136,11 @@ def layer_norm_mlp(
     width = x.shape[-1]
     validate.positive("x's width", width)
     validate.norm("norm_weight", norm_weight, "norm_bias", norm_bias, (width,), "x", x)
-    validate.matrix("w1", w1, width, "x", x)
-    hidden = w1.shape[0]
-    if b1 is not None:
-        validate.beside("b1", b1, (hidden,), "x", x)
-    validate.beside("w2", w2, (width, hidden), "x", x)
-    if b2 is not None:
-        validate.beside("b2", b2, (width,), "x", x)
+    hidden = validate.matrix("w1", w1, "b1", b1, width, "x", x)
+    validate.linear("w2", w2, "b2", b2, (width, hidden), "x", x)
     validate.epsilon(eps)
     per_sample = scale is not None and validate.scale(scale, x, width)
     if needs_reference(_op, (x, norm_weight, norm_bias, w1, b1, w2, b2, eps, scale, per_sample), kernels):
-        return _reference(x, norm_weight, norm_bias, w1, b1, w2, b2, eps, scale, per_sample)
+        return layer_norm_mlp_reference(x, norm_weight, norm_bias, w1, b1, w2, b2, eps, scale=scale)
     x, scale = validate.promoted(x, scale, w1)
     return call(_op, (x, norm_weight, norm_bias, w1, b1, w2, b2, eps, scale, per_sample), kernels)

@@ -23,12 +23,6 @@ def linear_residual_reference(
     return residual + (y if scale is None else scale * y)
 
 
-def _reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, scale: Tensor | None, per_sample: bool
-) -> Tensor:
-    return linear_residual_reference(x, weight, bias, residual, scale=scale)
-
-
 _LINEAR = LinearParams("weight", "bias")
 
 
@@ -69,7 +63,7 @@ _op = register(
             Argument("per_sample", "bool"),  # what `scale` is, decided once, below
         ],
         computes_in="weight",
-        reference=_reference,
+        reference=linear_residual_reference,
         shapes=_shapes,
         results=_results,
         flops=_flops,
@@ -107,13 +101,10 @@ def linear_residual(
     """
     validate.tensor("x", x, "(..., K)")
     validate.positive("x's width", x.shape[-1])
-    validate.matrix("weight", weight, x.shape[-1], "x", x)
-    width = weight.shape[0]
-    if bias is not None:
-        validate.beside("bias", bias, (width,), "x", x)
+    width = validate.matrix("weight", weight, "bias", bias, x.shape[-1], "x", x)
     validate.beside("residual", residual, (*x.shape[:-1], width), "x", x, any_dtype=True)
     per_sample = scale is not None and validate.scale(scale, x, width)
     if needs_reference(_op, (x, weight, bias, residual, scale, per_sample), kernels):
-        return _reference(x, weight, bias, residual, scale, per_sample)
+        return linear_residual_reference(x, weight, bias, residual, scale=scale)
     residual, scale = validate.promoted(residual, scale, weight)
     return call(_op, (x, weight, bias, residual, scale, per_sample), kernels)

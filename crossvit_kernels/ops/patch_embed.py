@@ -7,13 +7,15 @@
 Where image_size is another size than the images', they are first resized to it bicubically.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch.call import call, needs_reference
 from ..dispatch.register import register
-from ..dispatch.spec import Argument, OpSpec, Result, Shapes
+from ..dispatch.spec import Argument, LinearParams, OpSpec, Result, Shapes
 from . import validate
 
 
@@ -34,16 +36,9 @@ def patch_embed_reference(
     return torch.cat([cls_token.expand(images.shape[0], -1, -1), patches], dim=1) + pos_embed
 
 
-def _reference(
-    images: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    cls_token: Tensor,
-    pos_embed: Tensor,
-    height: int,
-    width: int,
-) -> Tensor:
-    return patch_embed_reference(images, weight, bias, cls_token, pos_embed, image_size=(height, width))
+def _reference(*inputs: Any) -> Tensor:
+    *given, height, width = inputs
+    return patch_embed_reference(*given, image_size=(height, width))
 
 
 def _shapes(images: Tensor, weight: Tensor, height: int, width: int) -> Shapes:
@@ -83,8 +78,7 @@ _op = register(
         "patch_embed",
         [
             Argument("images", activation=True),  # no matrix: they are resized in their own dtype first
-            Argument("weight", matrix=True),
-            Argument("bias", "Tensor?", matrix=True),
+            LinearParams("weight", "bias"),
             Argument("cls_token"),
             Argument("pos_embed"),
             Argument("height", "SymInt"),
@@ -135,10 +129,8 @@ def patch_embed(
     validate.positive("images' smallest side", min(channels, height, width))
     validate.tensor("weight", weight, "(D, C, P, P)")
     embed, _, patch, _ = weight.shape
-    validate.beside("weight", weight, (embed, channels, patch, patch), "images", images)
+    validate.linear("weight", weight, "bias", bias, (embed, channels, patch, patch), "images", images)
     validate.positive("weight's smallest side", min(embed, patch))
-    if bias is not None:
-        validate.beside("bias", bias, (embed,), "images", images)
     if image_size is not None:
         height, width = validate.size("image_size", image_size)
     if height % patch or width % patch:
@@ -150,7 +142,7 @@ def patch_embed(
     tokens = 1 + (height // patch) * (width // patch)
     validate.beside("pos_embed", pos_embed, (1, tokens, embed), "images", images, any_dtype=True)
     if needs_reference(_op, (images, weight, bias, cls_token, pos_embed, height, width), kernels):
-        return _reference(images, weight, bias, cls_token, pos_embed, height, width)
+        return patch_embed_reference(images, weight, bias, cls_token, pos_embed, image_size=(height, width))
     if not (cls_token.dtype is pos_embed.dtype is weight.dtype) and not validate.autocast(images):
         dtype = torch.promote_types(torch.promote_types(weight.dtype, cls_token.dtype), pos_embed.dtype)
         cls_token, pos_embed = cls_token.to(dtype), pos_embed.to(dtype)

@@ -105,18 +105,23 @@ def norm(
 def linear(
     name: str, weight: Tensor, bias_name: str, bias: Tensor | None, shape: Sequence[int], first_name: str, first: Tensor
 ) -> None:
-    """A Linear's weight, of this shape, and its bias, both in the first argument's dtype; see `beside`."""
+    """A Linear's or a convolution's weight, of this shape, and its bias, in the first argument's dtype: `beside`."""
     beside(name, weight, shape, first_name, first)
     if bias is not None:
         beside(bias_name, bias, shape[:1], first_name, first)
 
 
-def matrix(name: str, value: Tensor, columns: int, first_name: str, first: Tensor) -> None:
-    """A Linear's weight of any number of rows, see `beside`."""
-    tensor(name, value, "(E, D)")
-    rows = value.shape[0]
-    beside(name, value, (rows, columns), first_name, first)
+def matrix(
+    name: str, weight: Tensor, bias_name: str, bias: Tensor | None, columns: int, first_name: str, first: Tensor
+) -> int:
+    """The number of rows, which may be any, of a Linear's weight; see `linear`."""
+    tensor(name, weight, "(E, D)")
+    rows = weight.shape[0]
+    beside(name, weight, (rows, columns), first_name, first)
     positive(f"{name}'s rows", rows)
+    if bias is not None:
+        beside(bias_name, bias, (rows,), first_name, first)
+    return rows
 
 
 def heads(num_heads: int, width: int, width_name: str) -> None:

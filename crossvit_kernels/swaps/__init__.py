@@ -26,16 +26,20 @@ SWAPS = {
     ("timm.models.cait", "LayerScaleBlockClassAttn"): ("cait", "FusedLayerScaleBlockClassAttn"),
     ("timm.layers.attention_pool", "AttentionPoolLatent"): ("attention_pool", "FusedAttentionPoolLatent"),
 }
-KERNELS = "_crossvit_kernels"  # of an instance: what the ops are asked for
 
 
 class Swap:
-    """Mixed into a subclass of the class that it stands for, which comes next among its bases."""
+    """Mixed into a subclass of the class that it stands for, which comes next among its bases.
 
-    @staticmethod
-    def compositions(module: Any) -> Sequence[Composition]:
+    known: what of every instance the ops may stand for.
+    """
+
+    known: tuple[Composition, ...] = ()
+
+    @classmethod
+    def compositions(cls, module: Any) -> Sequence[Composition]:
         """What of `module`, an instance of the original class as far as its contents go, the ops may stand for."""
-        raise NotImplementedError
+        return cls.known
 
     @staticmethod
     def unusual(module: Any) -> str | None:
@@ -95,18 +99,3 @@ def wrong_scale(scale: Any, head_dim: int) -> str | None:
 def drop_path_rate(drop_path: Any) -> tuple[float, bool]:
     """The share of samples that a drop path drops now, and whether it makes up for that by the others' scale."""
     return (drop_path.drop_prob, drop_path.scale_by_keep) if drops(drop_path) else (0.0, True)
-
-
-__all__ = [
-    "DROP_PATH",
-    "KERNELS",
-    "SWAPS",
-    "Swap",
-    "drop_path_rate",
-    "drops",
-    "original_of",
-    "outcome",
-    "stood_for",
-    "swap_of",
-    "wrong_scale",
-]

@@ -1,6 +1,5 @@
 """CaiT (arXiv 2103.17239): class attention, which is cls_cross_attention, and the MLP of its other blocks."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,10 +8,10 @@ from torch import Tensor
 
 from .. import blocks
 from ..blocks import Residual
-from ..composition import Composition
+from ..composition import KERNELS, Composition
 from ..kinds import DROPOUT, LAYER_NORM, LINEAR, kind, plain
 from ..watch import fuses, fuses_each
-from . import DROP_PATH, KERNELS, Swap, drop_path_rate, drops, wrong_scale
+from . import DROP_PATH, Swap, drop_path_rate, drops, wrong_scale
 from .vision_transformer import MLP, attention_drops
 
 
@@ -40,9 +39,9 @@ CLASS_ATTENTION_HALF = Composition(
 CLASS_HALVES = (CLASS_ATTENTION_HALF, CLASS_MLP_HALF)
 
 
-def _mlp_half(block: Any, x: Tensor, kernels: str) -> Tensor:
-    """x + drop_path(gamma_2 * mlp(norm2(x))), for a block whose MLP half fuses."""
-    residual = Residual(block.gamma_2, *drop_path_rate(block.drop_path))
+def _mlp_half(block: Any, x: Tensor, fused: bool, kernels: str) -> Tensor:
+    """x + drop_path(gamma_2 * mlp(norm2(x)))."""
+    residual = Residual(block.gamma_2, *drop_path_rate(block.drop_path)) if fused else None
     out = blocks.mlp_half(x, block.norm2, block.mlp, residual, kernels)
     return x + block.drop_path(block.gamma_2 * block.mlp(block.norm2(x))) if out is None else out
 
@@ -53,28 +52,20 @@ class FusedLayerScaleBlock(Swap, LayerScaleBlock):
     Its attention mixes heads ("talking heads") and is called as it is.
     """
 
-    _crossvit_entry = (LayerScaleBlock, "forward")
-
-    @staticmethod
-    def compositions(module: Any) -> Sequence[Composition]:
-        return (MLP_HALF,)
+    _crossvit_entry, known = (LayerScaleBlock, "forward"), (MLP_HALF,)
 
     def forward(self: Any, x: Tensor) -> Tensor:
         kernels = getattr(self, KERNELS, None)  # None: restored a moment ago
         if kernels is None or not plain(x) or not fuses(self, MLP_HALF) or drops(self.mlp.drop1, self.mlp.drop2):
             return LayerScaleBlock.forward(self, x)
         x = x + self.drop_path(self.gamma_1 * self.attn(self.norm1(x)))
-        return _mlp_half(self, x, kernels)
+        return _mlp_half(self, x, True, kernels)
 
 
 class FusedLayerScaleBlockClassAttn(Swap, LayerScaleBlockClassAttn):
     """timm.models.cait.LayerScaleBlockClassAttn: patches (B, N, D), CLS (B, 1, D) -> CLS (B, 1, D)."""
 
-    _crossvit_entry = CLASS_ENTRY
-
-    @staticmethod
-    def compositions(module: Any) -> Sequence[Composition]:
-        return CLASS_HALVES
+    _crossvit_entry, known = CLASS_ENTRY, CLASS_HALVES
 
     def forward(self: Any, x: Tensor, x_cls: Tensor) -> Tensor:
         kernels: Any = getattr(self, KERNELS, None)  # None: restored a moment ago
@@ -93,6 +84,4 @@ class FusedLayerScaleBlockClassAttn(Swap, LayerScaleBlockClassAttn):
             x_cls = x_cls + self.drop_path(self.gamma_1 * self.attn(self.norm1(torch.cat((x_cls, x), dim=1))))
         else:
             x_cls = out[:, None]
-        if mlp:
-            return _mlp_half(self, x_cls, kernels)
-        return x_cls + self.drop_path(self.gamma_2 * self.mlp(self.norm2(x_cls)))
+        return _mlp_half(self, x_cls, mlp, kernels)

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from .. import blocks
 from ..blocks import Residual
-from ..composition import Composition, Family
+from ..composition import KERNELS, Composition, Family
 from ..kinds import DROPOUT, GELU, LAYER_NORM, LINEAR, PATCH_CONVOLUTION, Kind, kind, plain
 from ..ops import bicubic_resize
-from ..prepared import again, preparable, prepare
+from ..prepared import again
 from ..watch import fuses
-from . import DROP_PATH, KERNELS, Swap, drop_path_rate, wrong_scale
+from . import DROP_PATH, Swap, drop_path_rate, wrong_scale
 from .vision_transformer import attention_drops
 
 
@@ -48,11 +48,7 @@ def _linears(attn: Any) -> tuple[Any, Any, Any, Any]:
 class FusedCrossAttentionBlock(Swap, CrossAttentionBlock):
     """timm.models.crossvit.CrossAttentionBlock: x (B, 1 + N, D) -> (B, 1, D)."""
 
-    _crossvit_entry = _BLOCK_ENTRY
-
-    @staticmethod
-    def compositions(module: Any) -> Sequence[Composition]:
-        return (CLASS_ATTENTION,)
+    _crossvit_entry, known = _BLOCK_ENTRY, (CLASS_ATTENTION,)
 
     def forward(self: Any, x: Tensor) -> Tensor:
         kernels = getattr(self, KERNELS, None)  # None: restored a moment ago
@@ -117,8 +113,8 @@ class FusedMultiScaleBlock(Swap, MultiScaleBlock):
     def unusual(module: Any) -> str | None:
         return None if module.blocks is not None else "it has no blocks"
 
-    @staticmethod
-    def compositions(module: Any) -> Sequence[Composition]:
+    @classmethod
+    def compositions(cls, module: Any) -> Sequence[Composition]:
         found = []
         for i in range(len(module.projs)):
             nested = isinstance(module.fusion[i], nn.Sequential)
@@ -153,15 +149,10 @@ def _direction(stage: Any, i: int, cls: Tensor, patches: Tensor, kernels: str) -
     attends = (whole or fuses(stage, attention, i, nested)) and not attention_drops(layer.attn)
     if whole and attends and drop_path_rate(layer.drop_path)[0] == 0:
         (norm, _, linear), (back_norm, _, back) = stage.projs[i], stage.revert_projs[i]
-        heads, linears = layer.attn.num_heads, _linears(layer.attn)
-        steps = ((norm, linear), (back_norm, back))
-        out = blocks.fusion_direction(cls, patches, steps[0], layer.norm1, linears, heads, steps[1], kernels)
+        attn, place = layer.attn, (stage, i, (direction(i, nested),))
+        steps = (norm, linear), layer.norm1, _linears(attn), attn.num_heads, (back_norm, back)
+        out = blocks.fusion_direction(cls, patches, *steps, kernels, place)
         if out is not None:
-            if preparable(stage):
-                sources = blocks.fusion_sources(steps[0], layer.norm1, layer.attn, linears, steps[1])
-                settings = [(stage.__dict__, KERNELS), (layer.attn.wk._parameters, "bias")]
-                settings += [(n.__dict__, "eps") for n in (norm, layer.norm1, back_norm)]
-                prepare((cls, patches), stage, i, (direction(i, nested),), "cls_fusion", kernels, sources, settings)
             return out
     c = _project(stage, "projs", i, cls, whole, kernels)
     y = _attend(layer, c, patches, kernels) if attends else None
@@ -209,8 +200,8 @@ class FusedCrossVit(Swap, CrossVit):
             return f"it has {module.num_branches} branches"
         return "it crops instead of resizing" if module.crop_scale else None
 
-    @staticmethod
-    def compositions(module: Any) -> Sequence[Composition]:
+    @classmethod
+    def compositions(cls, module: Any) -> Sequence[Composition]:
         return [stem(i) if _has_stem(embed) else patches(i) for i, embed in enumerate(module.patch_embed)]
 
     def _embed(self: Any, x: Tensor) -> list[Tensor]:

@@ -1,6 +1,5 @@
 """timm's transformer block: ViT, DeiT and CrossViT's branches."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from timm.layers import LayerScale
@@ -9,11 +8,11 @@ from torch import Tensor
 
 from .. import blocks
 from ..blocks import Residual
-from ..composition import Composition
+from ..composition import KERNELS, Composition
 from ..kinds import ABSENT, DROPOUT, GELU, IDENTITY, LAYER_NORM, LINEAR, Kind, kind, plain
-from ..prepared import again, preparable, prepare
+from ..prepared import again
 from ..watch import fuses_each
-from . import DROP_PATH, KERNELS, Swap, drop_path_rate, drops, wrong_scale
+from . import DROP_PATH, Swap, drop_path_rate, drops, wrong_scale
 
 
 def wrong_attention(attn: Any) -> str | None:
@@ -75,11 +74,7 @@ def attention_drops(attn: Any) -> bool:
 class FusedBlock(Swap, Block):
     """timm.models.vision_transformer.Block: x (B, N, D) -> (B, N, D)."""
 
-    _crossvit_entry = _ENTRY
-
-    @staticmethod
-    def compositions(module: Any) -> Sequence[Composition]:
-        return HALVES
+    _crossvit_entry, known = _ENTRY, HALVES
 
     def forward(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         kernels: Any = getattr(self, KERNELS, None)  # None: restored a moment ago
@@ -92,22 +87,15 @@ class FusedBlock(Swap, Block):
         if out is not None:
             return out
         attention, mlp = fuses_each(self, HALVES) if known else (False, False)
-        attention = attention and not attention_drops(self.attn)
-        mlp = mlp and not drops(self.mlp.drop1, self.mlp.drop2)
-        if not (attention or mlp):
+        first = residual(self.ls1, self.drop_path1) if attention and not attention_drops(self.attn) else None
+        second = residual(self.ls2, self.drop_path2) if mlp and not drops(self.mlp.drop1, self.mlp.drop2) else None
+        if first is None and second is None:
             return Block.forward(self, x, **given)
-        first = residual(self.ls1, self.drop_path1) if attention else blocks.ADDED
-        second = residual(self.ls2, self.drop_path2) if mlp else blocks.ADDED
-        if attention and mlp:
-            out = blocks.transformer_block(x, self.norm1, self.attn, first, self.norm2, self.mlp, second, kernels)
-            if out is not None:
-                if preparable(self):
-                    sources, settings = blocks.block_sources(self), [(self.__dict__, KERNELS)]
-                    prepare((x,), self, HALVES, HALVES, "transformer_block", kernels, sources, settings)
-                return out
-        if attention:
-            out = blocks.attention_half(x, self.norm1, self.attn, first, kernels)
+        out = blocks.transformer_block(x, self, first, second, kernels, (self, HALVES, HALVES))
+        if out is not None:
+            return out
+        out = blocks.attention_half(x, self.norm1, self.attn, first, kernels)
         if out is None:
             out = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
-        last = blocks.mlp_half(out, self.norm2, self.mlp, second, kernels) if mlp else None
+        last = blocks.mlp_half(out, self.norm2, self.mlp, second, kernels)
         return out + self.drop_path2(self.ls2(self.mlp(self.norm2(out)))) if last is None else last

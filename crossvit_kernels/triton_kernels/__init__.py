@@ -1,14 +1,16 @@
-"""The Triton kernels. Each file is named after the op that it serves and holds its kernels and their launcher:
+"""The Triton kernels. Each file of `ops` is named after the op that it serves and holds its launchers:
 
-    forward(*inputs, save) -> (out, *saved)            out alone where the op saves nothing
-    backward(grad_out, *inputs, *saved, needs) -> the gradients that are needed
+    forward(call) -> (out, *saved)          out alone where the op saves nothing
+    backward(call) -> the gradients that are needed
 
-with the arguments of the op's two dispatcher ops, `kernels` apart. Triton itself is imported with the first call.
+`call` has the arguments of the op's two dispatcher ops, `kernels` apart, by their names: `call.x`, `call.save`,
+`call.grad_out`. Triton itself is imported with the first call.
 """
 
 import importlib
 import os
-from collections.abc import Callable
+from collections import namedtuple
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,9 +26,11 @@ def interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
-def triton_kernel(name: str, function: str) -> Callable:
-    """The launcher `function`, "forward" or "backward", of the op `name`, on the device of its first argument."""
+def triton_kernel(name: str, function: str, given: Sequence[str]) -> Callable:
+    """The launcher `function`, "forward" or "backward", of the op `name`, called with the arguments called `given`, on
+    the device of the first."""
     found: Callable | None = None
+    call: Any = namedtuple("call", given)  # type: ignore[misc]
 
     def run(*args: Any) -> Any:
         nonlocal found
@@ -35,7 +39,7 @@ def triton_kernel(name: str, function: str) -> Callable:
         tensor: Tensor = args[0]
         if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
             with torch.cuda.device(tensor.device):
-                return found(*args)
-        return found(*args)
+                return found(call._make(args))
+        return found(call._make(args))
 
     return run

@@ -6,14 +6,14 @@ unless `benchmarks.tune` is asked to.
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from .target import architecture
+from .target import architecture, pushed
 
 TABLE = Path(__file__).with_name("tuned.json")
 
@@ -43,32 +43,17 @@ class Config:
 
 
 _requests: list[dict[tuple[str, str], Config]] = []
-_overrides: dict[str, Config] = {}
+_overrides: list[dict[str, Config]] = [{}]
 
 
-@contextmanager
-def requests() -> Iterator[dict[tuple[str, str], Config]]:
+def requests() -> AbstractContextManager[dict[tuple[str, str], Config]]:
     """Collects, by name and "<width>/<bits>", the configurations that launches inside take."""
-    taken: dict[tuple[str, str], Config] = {}
-    _requests.append(taken)
-    try:
-        yield taken
-    finally:
-        _requests.pop()
+    return pushed(_requests, {})
 
 
-@contextmanager
-def overriding(kernel: str, config: Config) -> Iterator[None]:
+def overriding(kernel: str, config: Config) -> AbstractContextManager[dict[str, Config]]:
     """Inside, this kernel is launched with this configuration, whatever the table says."""
-    before = _overrides.get(kernel)
-    _overrides[kernel] = config
-    try:
-        yield
-    finally:
-        if before is None:
-            del _overrides[kernel]
-        else:
-            _overrides[kernel] = before
+    return pushed(_overrides, {**_overrides[-1], kernel: config})
 
 
 @functools.cache
@@ -84,7 +69,7 @@ def configuration(kernel: str, width: int, dtype: torch.dtype, default: Config) 
     architecture from sm_80 on.
     """
     bits = dtype.itemsize * 8
-    chosen = _overrides.get(kernel) or _tuned(architecture(), kernel, width, bits) or default
+    chosen = _overrides[-1].get(kernel) or _tuned(architecture(), kernel, width, bits) or default
     for taken in _requests:
         taken[kernel, f"{width}/{bits}"] = chosen
     return chosen

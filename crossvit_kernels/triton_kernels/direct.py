@@ -36,7 +36,8 @@ class _Compiled(NamedTuple):
 
 
 class _Form:
-    """Which of a kernel's arguments, by their types, are tensors, descriptors and neither; what was compiled of it."""
+    """Which of a kernel's arguments, tuples taken apart, are by their types tensors, descriptors and neither; what was
+    compiled of it."""
 
     def __init__(self, types: tuple[type, ...]) -> None:
         self.tensors = [i for i, t in enumerate(types) if issubclass(t, Tensor)]
@@ -65,7 +66,14 @@ def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], num_warps
         kernel[grid](**taken, num_warps=num_warps, num_stages=num_stages)
         return
     values = known.ordered(arguments)
-    form = known.forms.get(types := tuple(map(type, values)))
+    flat: list[Any] = []
+    for value in values:
+        if isinstance(value, tuple):  # its class behind its fields tells them from arguments of their own
+            flat += value
+            flat.append(type(value))
+        else:
+            flat.append(value)
+    form = known.forms.get(types := tuple(map(type, flat)))
     if form is None:
         form = known.forms[types] = _Form(types)
     active = driver.active
@@ -73,11 +81,11 @@ def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], num_warps
     debug, mode = knobs.runtime.debug, knobs.compilation.instrumentation_mode
     of_tensors: list[Any] = []
     for i in form.tensors:
-        tensor = values[i]
+        tensor = flat[i]
         of_tensors += tensor.dtype, tensor.data_ptr() % 16
     for i in form.descriptors:
-        of_tensors += values[i].base.dtype, *values[i].block_shape
-    key = (form.others(values), device, num_warps, num_stages, debug, mode, *of_tensors)
+        of_tensors += flat[i].base.dtype, *flat[i].block_shape
+    key = (form.others(flat), device, num_warps, num_stages, debug, mode, *of_tensors)
     found = form.compiled.get(key)
     if found is not None:
         stream = active.get_current_stream(device)

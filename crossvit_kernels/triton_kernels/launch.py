@@ -7,7 +7,7 @@ from typing import Any
 
 from . import direct
 from .configs import Config
-from .target import targeting
+from .target import pushed, targeting
 
 NOTHING: Mapping[str, Any] = {}
 
@@ -34,13 +34,8 @@ _records: list[list[Launch]] = []
 def recording(architecture: str) -> Iterator[list[Launch]]:
     """Launches inside are not run but collected, as `architecture` ("sm_90") would get them; tensors may be on
     "meta"."""
-    launches: list[Launch] = []
-    _records.append(launches)
-    try:
-        with targeting(architecture):
-            yield launches
-    finally:
-        _records.pop()
+    with targeting(architecture), pushed(_records, []) as launches:
+        yield launches
 
 
 def launch(

@@ -2,7 +2,8 @@
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import TypeVar
 
 import torch
 import triton.language as tl
@@ -14,16 +15,22 @@ DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 INTERPRETED = interprets()  # as triton.jit, which reads it where the kernels are defined
 
 _targets: list[str] = []
+_Value = TypeVar("_Value")
 
 
 @contextmanager
-def targeting(architecture: str) -> Iterator[None]:
-    """Launches inside are prepared as `architecture` ("sm_90") would get them."""
-    _targets.append(architecture)
+def pushed(stack: list[_Value], value: _Value) -> Iterator[_Value]:
+    """Inside, the value is the last of the stack."""
+    stack.append(value)
     try:
-        yield
+        yield value
     finally:
-        _targets.pop()
+        stack.pop()
+
+
+def targeting(architecture: str) -> AbstractContextManager[str]:
+    """Launches inside are prepared as `architecture` ("sm_90") would get them."""
+    return pushed(_targets, architecture)
 
 
 def architecture() -> str:

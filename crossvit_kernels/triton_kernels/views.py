@@ -1,5 +1,4 @@
-"""Tensors as kernels take them: rows of activations that may be strided views, a residual branch's factor, images as
-patches."""
+"""What kernels take: tensors and their strides as named tuples, whose fields kernels read by name."""
 
 import functools
 from dataclasses import replace
@@ -16,36 +15,20 @@ Arguments = dict[str, Any]  # of several kernels, by name; each takes those that
 
 
 class Rows(NamedTuple):
-    """The rows (..., D) of a tensor: row r begins at r // tokens * batch_stride + r % tokens * row_stride."""
+    """The rows (..., D) of a tensor: row r begins at r // tokens * batch + r % tokens * row, in elements."""
 
-    tensor: Tensor
+    base: Tensor
     count: int
     tokens: int
-    batch_stride: int
-    row_stride: int
+    batch: int
+    row: int
 
     @property
     def distance(self) -> int | None:
         """From a row to the next, in elements, where it is the same everywhere."""
         if self.tokens == 1:
-            return self.batch_stride
-        return self.row_stride if self.batch_stride == self.tokens * self.row_stride else None
-
-    def arguments(self, name: str) -> dict[str, Tensor | int]:
-        """A kernel's arguments <name>_ptr, <name>_tokens, <name>_batch and <name>_row."""
-        return {
-            f"{name}_ptr": self.tensor,
-            f"{name}_tokens": self.tokens,
-            f"{name}_batch": self.batch_stride,
-            f"{name}_row": self.row_stride,
-        }
-
-
-def optional_arguments(rows: Rows | None, name: str) -> dict[str, Tensor | int | None]:
-    """`rows.arguments(name)`; of no rows a null pointer."""
-    if rows is None:
-        return {f"{name}_ptr": None, f"{name}_tokens": 1, f"{name}_batch": 0, f"{name}_row": 0}
-    return {**rows.arguments(name)}
+            return self.batch
+        return self.row if self.batch == self.tokens * self.row else None
 
 
 def rows_of(tensor: Tensor) -> Rows:
@@ -61,22 +44,38 @@ def rows_of(tensor: Tensor) -> Rows:
     return Rows(tensor, count, 1, width, 0)
 
 
-NONE, SAMPLE, CHANNEL = 0, 1, 2
+def tokens_of(tensor: Tensor) -> Rows:
+    """The rows of (B, N, D), `tokens` of them in an image."""
+    tensor = tensor if tensor.stride(2) == 1 else tensor.contiguous()
+    batch, tokens, _ = tensor.shape
+    return Rows(tensor, batch * tokens, tokens, tensor.stride(0), tensor.stride(1))
+
+
+class Norm(NamedTuple):
+    """A LayerNorm's parameters and, for every row, mean and rstd, float32; all but the weight may be None."""
+
+    weight: Tensor
+    bias: Tensor | None
+    mean: Tensor | None = None
+    rstd: Tensor | None = None
+
+
+class Linear(NamedTuple):
+    """A Linear's weight (E, D) and its bias, which may be None."""
+
+    weight: Tensor
+    bias: Tensor | None
 
 
 class Scale(NamedTuple):
-    """The factor as a kernel takes it; `rows_per_sample` rows share one of its values where it is per sample."""
+    """A residual branch's factor: one value for `rows` rows of a sample, one per channel, or neither."""
 
-    values: Tensor | None
-    kind: int
-    rows_per_sample: int
-
-    def arguments(self) -> dict[str, Tensor | int | None]:
-        """A kernel's arguments scale_ptr, rows_per_sample and SCALE."""
-        return {"scale_ptr": self.values, "rows_per_sample": self.rows_per_sample, "SCALE": self.kind}
+    sample: Tensor | None = None
+    channel: Tensor | None = None
+    rows: int = 1
 
 
-UNSCALED = Scale(None, NONE, 1)
+UNSCALED = Scale()
 
 
 def scale_of(scale: Tensor | None, per_sample: bool, x: Tensor) -> Scale:
@@ -84,50 +83,53 @@ def scale_of(scale: Tensor | None, per_sample: bool, x: Tensor) -> Scale:
     if scale is None:
         return UNSCALED
     if per_sample:
-        return Scale(scale.reshape(-1).contiguous(), SAMPLE, x.numel() // (x.shape[0] * x.shape[-1]))
-    return Scale(scale.contiguous(), CHANNEL, 1)
+        return Scale(sample=scale.reshape(-1).contiguous(), rows=x.numel() // (x.shape[0] * x.shape[-1]))
+    return Scale(channel=scale.contiguous())
 
 
 class Images(NamedTuple):
-    """Images and the patches to cut from them: `columns` x `lines` of them, at the size (height, width)."""
+    """Images (B, C, height, width) and their strides; a pixel of a patch is y_scale by x_scale of theirs."""
 
-    tensor: Tensor
-    patch: int
-    lines: int
+    base: Tensor
+    batch: int
+    channel: int
+    row: int
+    column: int
+    height: int
+    width: int
+    y_scale: float
+    x_scale: float
+
+
+class Layout(NamedTuple):
+    """Patches: `columns` x `lines` of each image, `rows` at one height in all images."""
+
+    rows: int
     columns: int
+    lines: int
+
+
+class Cut(NamedTuple):
+    """Images, the patches to cut from them, a patch's side, and whether the images are resized."""
+
+    images: Images
+    layout: Layout
+    patch: int
     resize: bool
 
-    @property
-    def rows(self) -> int:
-        """Patches at one height in all images."""
-        return self.tensor.shape[0] * self.columns
-
-    def arguments(self) -> dict[str, Tensor | int | float | bool]:
+    def arguments(self) -> Arguments:
         """What a kernel takes to find the pixels."""
-        _, channels, height, width = self.tensor.shape
-        batch, channel, row, column = self.tensor.stride()
-        return {
-            "images_ptr": self.tensor,
-            "image_batch": batch,
-            "image_channel": channel,
-            "image_row": row,
-            "image_column": column,
-            "in_height": height,
-            "in_width": width,
-            "y_scale": height / (self.lines * self.patch),
-            "x_scale": width / (self.columns * self.patch),
-            "rows": self.rows,
-            "per_row": self.columns,
-            "lines": self.lines,
-            "CHANNELS": channels,
-            "PATCH": self.patch,
-            "RESIZE": self.resize,
-        }
+        options = {"CHANNELS": self.images.base.shape[1], "PATCH": self.patch, "RESIZE": self.resize}
+        return {"images": self.images, "layout": self.layout, **options}
+
+    def tiles(self, config: Config) -> int:
+        """How many tiles of rows hold the patches."""
+        return self.layout.lines * cdiv(self.layout.rows, config["BLOCK_M"])
 
     def fitted(self, config: Config) -> Config:
         """A configuration fitted to the patches: no more rows than there are, BLOCK_K split into PX and PY."""
         px, py = _pixel_block(self.patch, config["BLOCK_K"]) if self.resize else (config["BLOCK_K"], 1)
-        block_m = min(config["BLOCK_M"], max(16, power_of_two(self.rows)))
+        block_m = min(config["BLOCK_M"], max(16, power_of_two(self.layout.rows)))
         return replace(config, blocks={**config.blocks, "BLOCK_M": block_m, "BLOCK_K": px * py, "PX": px})
 
 
@@ -138,44 +140,38 @@ def _pixel_block(patch: int, largest: int) -> tuple[int, int]:
     return px, max(16 // px, min(power_of_two(patch), largest // px, 16), 1)
 
 
-def images_of(images: Tensor, height: int, width: int, patch: int) -> Images:
+def patches_of(images: Tensor, height: int, width: int, patch: int) -> Cut:
     """The patches of `images` at the size (height, width); 32 bits count along a row of pixels."""
     if images.shape[3] * images.stride(3) >= 2**31:
         images = images.contiguous()
-    resize = tuple(images.shape[2:]) != (height, width)
-    return Images(images, patch, height // patch, width // patch, resize)
+    batch, _, own_height, own_width = images.shape
+    lines, columns = height // patch, width // patch
+    y_scale, x_scale = own_height / (lines * patch), own_width / (columns * patch)
+    found = Images._make((images, *images.stride(), own_height, own_width, y_scale, x_scale))
+    return Cut(found, Layout(batch * columns, columns, lines), patch, (own_height, own_width) != (height, width))
 
 
-def row_blocks(images: Images, config: Config) -> int:
-    """How many tiles hold the patches at one height."""
-    return cdiv(images.rows, config["BLOCK_M"])
+def contiguous(tensor: Any) -> Any:
+    """The tensor, or a copy if it is not contiguous; None of None."""
+    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
 
 
-def dense_rows(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy if its last dimension is not contiguous."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def pointers(**tensors: Tensor | None) -> Arguments:
-    """A kernel's arguments <name>_ptr, made contiguous where they are not."""
-    return {f"{n}_ptr": t if t is None or t.is_contiguous() else t.contiguous() for n, t in tensors.items()}
-
-
-def attention_arguments(cls: Tensor, patches: Tensor, num_heads: int, dtype: torch.dtype) -> Arguments:
-    """What kernels of cls_cross_attention take of the tokens, dense rows, and their sizes; products are of `dtype`."""
-    batch, count, width = patches.shape
+def attention_arguments(call: Any, dtype: torch.dtype) -> Arguments:
+    """What kernels of cls_cross_attention take of a call, by name; products are of `dtype`."""
+    (batch, count, width), heads = call.patches.shape, call.num_heads
     return {
-        "cls_ptr": cls,
-        "cls_stride": cls.stride(0),
-        "patches_ptr": patches,
-        "patches_batch": patches.stride(0),
-        "patches_token": patches.stride(1),
-        "patches": count,
-        "tokens": count + 1,
+        "cls": rows_of(call.cls),
+        "patches": tokens_of(call.patches),
+        "tokens": 1 + count,
+        "norm": Norm(contiguous(call.norm_weight), contiguous(call.norm_bias)),
+        "q": Linear(contiguous(call.q_weight), contiguous(call.q_bias)),
+        "k_weight_ptr": contiguous(call.k_weight),
+        "v": Linear(contiguous(call.v_weight), contiguous(call.v_bias)),
+        "eps": call.eps,
         "batch": batch,
         "D": width,
-        "HEADS": num_heads,
-        "HEAD": width // num_heads,
-        "scale": (width // num_heads) ** -0.5,
+        "HEADS": heads,
+        "HEAD": width // heads,
+        "scale": (width // heads) ** -0.5,
         "PRECISION": dot_precision(dtype),
     }

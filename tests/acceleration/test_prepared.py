@@ -264,6 +264,19 @@ def test_a_stage_writes_into_nothing_that_is_seen(monkeypatch: pytest.MonkeyPatc
     assert all(map(torch.equal, outputs[::2], outputs[1::2]))
 
 
+def test_children_that_share_a_parameter_are_each_read() -> None:
+    """Once one of them has another, the other's is not read in its place."""
+    module, x = Block(12, 2).eval(), torch.randn(1, 3, 12)
+    module.norm2.weight = module.norm1.weight
+    with torch.no_grad():
+        for norm in (module.norm2, module.norm1):
+            for _ in range(2):
+                assert torch.equal(module(x), fresh(module)(x))
+            norm.weight = nn.Parameter(torch.randn(12))
+        for _ in range(2):
+            assert torch.equal(module(x), fresh(module)(x))
+
+
 def test_wrong_inputs_are_refused_in_the_usual_words() -> None:
     module = Block(12, 2).eval()
     with torch.no_grad():

@@ -8,7 +8,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -214,6 +214,44 @@ def test_a_launch_is_compiled_anew_where_triton_does(device: Driver, change: str
     kernel, (changed, anew) = JITFunction(add), CHANGES[change]
     first, second = GIVEN | OPTIONS, GIVEN | OPTIONS | changed
     numbers = [launch_as_triton(device, kernel, (2, 3), **given) for given in (first, second, first, second)]
+    assert numbers[:2] == numbers[2:]
+    assert (numbers[0] != numbers[1]) == anew
+
+
+class Pair(NamedTuple):
+    """What belongs together, as kernels take it."""
+
+    base: Tensor | None
+    stride: int
+
+
+def add_pairs(x, y, out_ptr, BLOCK: tl.constexpr):
+    """A kernel to launch."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x.base + index * x.stride)
+    if y is not None:
+        value += tl.load(y.base + index * y.stride)
+    tl.store(out_ptr + index, value)
+
+
+# Another second pair than (X, 3), and whether Triton compiles anew for it.
+PAIRS: dict[str, tuple[Any, bool]] = {
+    "the same": (Pair(X, 3), False),
+    "another tensor": (Pair(torch.ones(64), 5), False),
+    "an unaligned pointer": (Pair(X[1:], 3), True),
+    "another dtype": (Pair(X.double(), 3), True),
+    "a stride of one": (Pair(X, 1), True),
+    "a stride of 16": (Pair(X, 16), True),
+    "no tensor": (Pair(None, 3), True),
+    "no pair": (None, True),
+}
+
+
+@pytest.mark.parametrize("change", PAIRS)
+def test_fields_of_a_tuple_are_looked_at_as_arguments_are(device: Driver, change: str) -> None:
+    kernel, (second, anew) = JITFunction(add_pairs), PAIRS[change]
+    given = {"x": Pair(X, 3), "out_ptr": X, "BLOCK": 16, **OPTIONS}
+    numbers = [launch_as_triton(device, kernel, (2,), **given, y=y) for y in (Pair(X, 3), second, Pair(X, 3), second)]
     assert numbers[:2] == numbers[2:]
     assert (numbers[0] != numbers[1]) == anew
 

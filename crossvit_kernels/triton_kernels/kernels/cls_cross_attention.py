@@ -11,7 +11,7 @@ import triton.language as tl
 from ..tiling import head_block, heads_block
 from .arithmetic import product
 from .layer_norm import affine, normalize, row_statistics
-from .tiles import load_columns, load_head, load_rows, load_tile, load_vector, within
+from .tiles import load_columns, load_head, load_rows, load_tile, load_vector, store_inside, within
 
 
 @triton.jit
@@ -26,14 +26,12 @@ def store_key_query(queries, k_weight_ptr, key_query_ptr, rows, valid, head, sca
         for i in tl.static_range(len(queries)):
             j = i * HEAD_BLOCK + tl.arange(0, HEAD_BLOCK)
             key_query = product(queries[i], load_head(k_weight_ptr, head, j, c, D, HEAD), key_query, PRECISION)
-        tl.store(to[:, None] + c[None, :], key_query * scale, mask=valid[:, None] & (c < D)[None, :])
+        store_inside(to, valid, c, c < D, key_query * scale)
 
 
 @triton.jit
 def cls_query(
-    cls_ptr, norm_weight_ptr, norm_bias_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr,
-    query_ptr, key_query_ptr,
-    batch, cls_stride, scale, eps,
+    cls, norm, q, k_weight_ptr, query_ptr, key_query_ptr, batch, scale, eps,
     D: tl.constexpr, HEAD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """For 16 images and one head: the query from the normalized CLS token, and W_k^T query / sqrt(d).
@@ -43,8 +41,8 @@ def cls_query(
     head = tl.program_id(1)
     rows = tl.program_id(0).to(tl.int64) * 16 + tl.arange(0, 16)
     valid = rows < batch
-    starts = cls_ptr + rows * cls_stride
-    dtype: tl.constexpr = q_weight_ptr.dtype.element_ty
+    starts = cls.base + rows * cls.batch
+    dtype: tl.constexpr = q.weight.dtype.element_ty
     HEAD_BLOCK: tl.constexpr = head_block(HEAD)
     chunks = load_rows(starts, valid, D, BLOCK_K)
     origin, shift, rstd = row_statistics(chunks, starts, valid, eps, D, BLOCK_K)
@@ -55,13 +53,12 @@ def cls_query(
         for k in tl.range(0, D, BLOCK_K):
             c = k + tl.arange(0, BLOCK_K)
             x = normalize(load_columns(starts, valid, c, D), origin, shift, rstd, c, D)
-            y = affine(x, norm_weight_ptr, norm_bias_ptr, c, D)
-            query = product(y.to(dtype), load_head(q_weight_ptr, head, j, c, D, HEAD).T, query, PRECISION)
-        query += load_vector(q_bias_ptr, head * HEAD + j, j < HEAD)[None, :]
+            y = affine(x, norm, c, D)
+            query = product(y.to(dtype), load_head(q.weight, head, j, c, D, HEAD).T, query, PRECISION)
+        query += load_vector(q.bias, head * HEAD + j, j < HEAD)[None, :]
         query = within(query, j, HEAD)
         if query_ptr is not None:
-            at = query_ptr + rows[:, None] * D + (head * HEAD + j)[None, :]
-            tl.store(at, query, mask=valid[:, None] & (j < HEAD)[None, :])
+            store_inside(query_ptr + rows * D, valid, head * HEAD + j, j < HEAD, query)
         queries = queries + (query.to(dtype),)
     store_key_query(queries, k_weight_ptr, key_query_ptr, rows, valid, head, scale, D, HEAD, PRECISION, BLOCK_K)
 
@@ -116,9 +113,7 @@ def running_softmax(scores, highest, total):
 
 @triton.jit
 def token_pass(
-    cls_ptr, patches_ptr, norm_weight_ptr, key_query_ptr,
-    mean_ptr, rstd_ptr, scores_ptr, split_context_ptr, softmax_ptr,
-    patches, cls_stride, patches_batch, patches_token, splits, tiles, eps,
+    cls, patches, norm, key_query_ptr, scores_ptr, split_context_ptr, softmax_ptr, splits, tiles, eps,
     D: tl.constexpr, HEADS: tl.constexpr, SPLIT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -126,7 +121,7 @@ def token_pass(
 
     Every head meets a tile while it is on chip. `split_context` gets the weighted means (B, H, D); where SPLIT the
     weighted contexts (B, splits, H, D) against the split's own maximum. `softmax` gets that maximum and the sum of the
-    weights (B, splits, 2, H). mean, rstd and the scores, which the next launch finishes, may all be None.
+    weights (B, splits, 2, H). The norm's statistics and the scores, which the next launch finishes, may all be None.
     """
     image = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -135,32 +130,33 @@ def token_pass(
     is_head = heads < HEADS
     # The CLS token starts the first split's running softmax.
     u_chunks, contexts, cls_scores, cls_mean, cls_rstd = start(
-        cls_ptr + image * cls_stride, key_query_ptr + image * HEADS * D, norm_weight_ptr, eps, here,
+        cls.base + image * cls.batch, key_query_ptr + image * HEADS * D, norm.weight, eps, here,
         D, HEADS, DTYPE, BLOCK_K,
     )  # fmt: skip
     highest = tl.where(here, cls_scores, float("-inf"))
     total = tl.where(here, tl.exp(cls_scores - cls_scores), 0.0)
-    of_tokens = image * (patches + 1)
+    tokens = patches.tokens + 1
+    of_tokens = image * tokens
     of_scores = scores_ptr
-    if mean_ptr is not None:
+    if norm.mean is not None:
         one = tl.arange(0, 1)
-        tl.store(mean_ptr + of_tokens + one, cls_mean, mask=(one == 0) & here)
-        tl.store(rstd_ptr + of_tokens + one, cls_rstd, mask=(one == 0) & here)
-        of_scores = scores_ptr + (image * HEADS + heads) * (patches + 1)
+        tl.store(norm.mean + of_tokens + one, cls_mean, mask=(one == 0) & here)
+        tl.store(norm.rstd + of_tokens + one, cls_rstd, mask=(one == 0) & here)
+        of_scores = scores_ptr + (image * HEADS + heads) * tokens
         tl.store(of_scores, cls_scores, mask=is_head & here)
 
-    tokens = patches_ptr + image * patches_batch
-    for tile in tl.range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(patches, BLOCK_N))):
+    starts = patches.base + image * patches.batch
+    for tile in tl.range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(patches.tokens, BLOCK_N))):
         n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        valid = n < patches
-        chunks = load_rows(tokens + n.to(tl.int64) * patches_token, valid, D, BLOCK_K)
+        valid = n < patches.tokens
+        chunks = load_rows(starts + n.to(tl.int64) * patches.row, valid, D, BLOCK_K)
         origin, shift, rstd = row_statistics(chunks, None, None, eps, D, BLOCK_K)
-        if mean_ptr is not None:
-            tl.store(mean_ptr + of_tokens + 1 + n, origin + shift, mask=valid)
-            tl.store(rstd_ptr + of_tokens + 1 + n, rstd, mask=valid)
+        if norm.mean is not None:
+            tl.store(norm.mean + of_tokens + 1 + n, origin + shift, mask=valid)
+            tl.store(norm.rstd + of_tokens + 1 + n, rstd, mask=valid)
         rstd = tl.where(valid, rstd, 0.0)  # with eps 0 the tail's is infinite
         normalized, scores = normalized_scores(chunks, origin, shift, rstd, u_chunks, D, DTYPE, PRECISION)
-        if mean_ptr is not None:
+        if norm.mean is not None:
             tl.store(of_scores[None, :] + 1 + n[:, None], scores, mask=valid[:, None] & is_head[None, :])
         scores = tl.where(valid[:, None], scores, float("-inf"))
         weights, shrink, highest, total = running_softmax(scores, highest, total)
@@ -176,8 +172,7 @@ def token_pass(
     for i in tl.static_range(len(contexts)):
         c = i * BLOCK_K + tl.arange(0, BLOCK_K)
         z = contexts[i] if SPLIT else contexts[i] / total[None, :]
-        to = split_context_ptr + (at * HEADS + heads)[:, None] * D + c[None, :]
-        tl.store(to, z.T, mask=is_head[:, None] & (c < D)[None, :])
+        store_inside(split_context_ptr + (at * HEADS + heads) * D, is_head, c, c < D, z.T)
 
 
 @triton.jit
@@ -209,10 +204,9 @@ def join_splits(split_context_ptr, context_ptr, images, valid, head, shares, spl
         inside = there[:, :, None] & (c < D)[None, None, :]
         z = tl.load(split_context_ptr + rows[:, :, None] + c[None, None, :], mask=inside, other=0.0)
         contexts = contexts + (tl.sum(z * shares[:, :, None], 1),)
-    at = context_ptr + ((images * HEADS + head) * D)[:, None]
     for k in tl.static_range(0, D, BLOCK_K):
         c = k + tl.arange(0, BLOCK_K)
-        tl.store(at + c[None, :], contexts[k // BLOCK_K], mask=valid[:, None] & (c < D)[None, :])
+        store_inside(context_ptr + (images * HEADS + head) * D, valid, c, c < D, contexts[k // BLOCK_K])
 
 
 @triton.jit
@@ -227,9 +221,7 @@ def finish_probs(probs_ptr, highest, total, valid, tokens):
 
 @triton.jit
 def cls_value(
-    context_ptr, split_context_ptr, softmax_ptr, norm_weight_ptr, norm_bias_ptr, v_weight_ptr, v_bias_ptr,
-    probs_ptr, out_ptr,
-    batch, tokens, splits,
+    context_ptr, split_context_ptr, softmax_ptr, tokens, norm, v, probs_ptr, out_ptr, batch, splits,
     D: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr, SPLITS_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -253,15 +245,14 @@ def cls_value(
 
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, 16)
     valid = (rows < batch) & (tl.arange(0, 16) < ROWS)
-    dtype: tl.constexpr = v_weight_ptr.dtype.element_ty
+    dtype: tl.constexpr = v.weight.dtype.element_ty
     starts = context_ptr + (rows * HEADS + head) * D
     for j0 in tl.static_range(0, HEAD, HEAD_BLOCK):
         j = j0 + tl.arange(0, HEAD_BLOCK)
         out = tl.zeros((16, HEAD_BLOCK), tl.float32)
         for k in tl.range(0, D, BLOCK_K):
             c = k + tl.arange(0, BLOCK_K)
-            y = affine(load_columns(starts, valid, c, D), norm_weight_ptr, norm_bias_ptr, c, D)
-            out = product(y.to(dtype), load_head(v_weight_ptr, head, j, c, D, HEAD).T, out, PRECISION)
-        out += load_vector(v_bias_ptr, head * HEAD + j, j < HEAD)[None, :]
-        at = out_ptr + rows[:, None] * D + (head * HEAD + j)[None, :]
-        tl.store(at, out.to(out_ptr.dtype.element_ty), mask=valid[:, None] & (j < HEAD)[None, :])
+            y = affine(load_columns(starts, valid, c, D), norm, c, D)
+            out = product(y.to(dtype), load_head(v.weight, head, j, c, D, HEAD).T, out, PRECISION)
+        out += load_vector(v.bias, head * HEAD + j, j < HEAD)[None, :]
+        store_inside(out_ptr + rows * D, valid, head * HEAD + j, j < HEAD, out)

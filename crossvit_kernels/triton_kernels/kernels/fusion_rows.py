@@ -11,16 +11,15 @@ from ..tiling import head_block
 from .arithmetic import gelu, product
 from .cls_cross_attention import store_key_query
 from .layer_norm import affine, normalize, row_statistics
-from .tiles import load_columns, load_head, load_rows, load_tile, load_vector, within
+from .tiles import load_columns, load_head, load_rows, load_tile, load_vector, store_inside, within
 
 
 @triton.jit
-def project_cls(cls_ptr, cls_stride, rows, valid, norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr, eps,
-                OWN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_C: tl.constexpr,
-                BLOCK_K: tl.constexpr):  # fmt: skip
+def project_cls(cls, rows, valid, norm, linear, eps, OWN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+                BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """Linear(gelu(LayerNorm(cls))) of 16 images, from OWN to D columns, in chunks, float32."""
-    starts = cls_ptr + rows * cls_stride
-    dtype: tl.constexpr = weight_ptr.dtype.element_ty
+    starts = cls.base + rows * cls.batch
+    dtype: tl.constexpr = linear.weight.dtype.element_ty
     own = load_rows(starts, valid, OWN, BLOCK_C)
     origin, shift, rstd = row_statistics(own, starts, valid, eps, OWN, BLOCK_C)
     chunks: tl.tuple = ()
@@ -30,24 +29,23 @@ def project_cls(cls_ptr, cls_stride, rows, valid, norm_weight_ptr, norm_bias_ptr
         for k in tl.range(0, OWN, BLOCK_C):
             c = k + tl.arange(0, BLOCK_C)
             x = normalize(load_columns(starts, valid, c, OWN), origin, shift, rstd, c, OWN)
-            y = gelu(affine(x, norm_weight_ptr, norm_bias_ptr, c, OWN))
-            weight_at = weight_ptr + e[:, None] * OWN + c[None, :]
+            y = gelu(affine(x, norm, c, OWN))
+            weight_at = linear.weight + e[:, None] * OWN + c[None, :]
             weight = load_tile(weight_at, e < D, c < OWN, D % BLOCK_K != 0, OWN % BLOCK_C != 0)
             projected = product(y.to(dtype), weight.T, projected, PRECISION)
-        chunks = chunks + (projected + load_vector(bias_ptr, e, e < D)[None, :],)
+        chunks = chunks + (projected + load_vector(linear.bias, e, e < D)[None, :],)
     return chunks
 
 
 @triton.jit
-def norm_chunks(chunks, norm_weight_ptr, norm_bias_ptr, eps, D: tl.constexpr, GELU: tl.constexpr,
-                DTYPE: tl.constexpr):  # fmt: skip
+def norm_chunks(chunks, norm, eps, D: tl.constexpr, GELU: tl.constexpr, DTYPE: tl.constexpr):
     """LayerNorm of rows that lie in registers as chunks of columns, and gelu behind it."""
     BLOCK_K: tl.constexpr = chunks[0].shape[1]
     origin, shift, rstd = row_statistics(chunks, None, None, eps, D, BLOCK_K)
     normed: tl.tuple = ()
     for i in tl.static_range(len(chunks)):
         c = i * BLOCK_K + tl.arange(0, BLOCK_K)
-        y = affine(normalize(chunks[i], origin, shift, rstd, c, D), norm_weight_ptr, norm_bias_ptr, c, D)
+        y = affine(normalize(chunks[i], origin, shift, rstd, c, D), norm, c, D)
         if GELU:
             y = gelu(y)
         normed = normed + (y.to(DTYPE),)
@@ -56,10 +54,7 @@ def norm_chunks(chunks, norm_weight_ptr, norm_bias_ptr, eps, D: tl.constexpr, GE
 
 @triton.jit
 def fusion_query(
-    cls_ptr, proj_norm_weight_ptr, proj_norm_bias_ptr, proj_weight_ptr, proj_bias_ptr,
-    norm_weight_ptr, norm_bias_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr,
-    projected_ptr, key_query_ptr,
-    batch, cls_stride, scale, eps,
+    cls, proj_norm, proj, norm, q, k_weight_ptr, projected_ptr, key_query_ptr, batch, scale, eps,
     OWN: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -68,34 +63,28 @@ def fusion_query(
     head = tl.program_id(1)
     rows = tl.program_id(0).to(tl.int64) * 16 + tl.arange(0, 16)
     valid = rows < batch
-    dtype: tl.constexpr = q_weight_ptr.dtype.element_ty
+    dtype: tl.constexpr = q.weight.dtype.element_ty
     HEAD_BLOCK: tl.constexpr = head_block(HEAD)
-    chunks = project_cls(
-        cls_ptr, cls_stride, rows, valid, proj_norm_weight_ptr, proj_norm_bias_ptr, proj_weight_ptr, proj_bias_ptr, eps,
-        OWN, D, PRECISION, BLOCK_C, BLOCK_K,
-    )  # fmt: skip
+    chunks = project_cls(cls, rows, valid, proj_norm, proj, eps, OWN, D, PRECISION, BLOCK_C, BLOCK_K)
     for i in tl.static_range(len(chunks)):
         e = i * BLOCK_K + tl.arange(0, BLOCK_K)
-        at = projected_ptr + rows[:, None] * D + e[None, :]
-        tl.store(at, chunks[i], mask=valid[:, None] & (e < D)[None, :] & (head == 0))
-    normed = norm_chunks(chunks, norm_weight_ptr, norm_bias_ptr, eps, D, False, dtype)
+        store_inside(projected_ptr + rows * D, valid & (head == 0), e, e < D, chunks[i])
+    normed = norm_chunks(chunks, norm, eps, D, False, dtype)
     queries = ()
     for j0 in tl.static_range(0, HEAD, HEAD_BLOCK):
         j = j0 + tl.arange(0, HEAD_BLOCK)
         query = tl.zeros((16, HEAD_BLOCK), tl.float32)
         for i in tl.static_range(len(normed)):
             c = i * BLOCK_K + tl.arange(0, BLOCK_K)
-            query = product(normed[i], load_head(q_weight_ptr, head, j, c, D, HEAD).T, query, PRECISION)
-        query += load_vector(q_bias_ptr, head * HEAD + j, j < HEAD)[None, :]
+            query = product(normed[i], load_head(q.weight, head, j, c, D, HEAD).T, query, PRECISION)
+        query += load_vector(q.bias, head * HEAD + j, j < HEAD)[None, :]
         queries = queries + (within(query, j, HEAD).to(dtype),)
     store_key_query(queries, k_weight_ptr, key_query_ptr, rows, valid, head, scale, D, HEAD, PRECISION, BLOCK_K)
 
 
 @triton.jit
 def fusion_value(
-    split_context_ptr, softmax_ptr, norm_weight_ptr, norm_bias_ptr, v_weight_ptr, v_bias_ptr, out_weight_ptr,
-    shares_ptr,
-    batch, splits,
+    split_context_ptr, softmax_ptr, norm, v, out_weight_ptr, shares_ptr, batch, splits,
     D: tl.constexpr, HEAD: tl.constexpr, SPLITS_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -120,7 +109,7 @@ def fusion_value(
     else:
         rows = tl.program_id(0).to(tl.int64) * 16 + tl.arange(0, 16)
         valid = rows < batch
-    dtype: tl.constexpr = v_weight_ptr.dtype.element_ty
+    dtype: tl.constexpr = v.weight.dtype.element_ty
     values: tl.tuple = ()
     for j0 in tl.static_range(0, HEAD, HEAD_BLOCK):
         j = j0 + tl.arange(0, HEAD_BLOCK)
@@ -133,9 +122,9 @@ def fusion_value(
                 z = tl.broadcast_to(z[None, :], (16, BLOCK_K))
             else:
                 z = load_columns(split_context_ptr + (rows * HEADS + head) * D, valid, c, D)
-            y = affine(z, norm_weight_ptr, norm_bias_ptr, c, D)
-            value = product(y.to(dtype), load_head(v_weight_ptr, head, j, c, D, HEAD).T, value, PRECISION)
-        value += load_vector(v_bias_ptr, head * HEAD + j, j < HEAD)[None, :]
+            y = affine(z, norm, c, D)
+            value = product(y.to(dtype), load_head(v.weight, head, j, c, D, HEAD).T, value, PRECISION)
+        value += load_vector(v.bias, head * HEAD + j, j < HEAD)[None, :]
         values = values + (value.to(dtype),)
 
     for e0 in tl.range(0, D, BLOCK_E):
@@ -146,16 +135,12 @@ def fusion_value(
             out_weights = out_weight_ptr + e[:, None] * D + (head * HEAD + j)[None, :]
             weight = load_tile(out_weights, e < D, j < HEAD, D % BLOCK_E != 0, HEAD % HEAD_BLOCK != 0)
             share = product(values[i], weight.T, share, PRECISION)
-        to = shares_ptr + ((rows * HEADS + head) * D)[:, None] + e[None, :]
-        tl.store(to, share, mask=valid[:, None] & (e < D)[None, :])
+        store_inside(shares_ptr + (rows * HEADS + head) * D, valid, e, e < D, share)
 
 
 @triton.jit
 def fusion_revert(
-    shares_ptr, projected_ptr, out_bias_ptr,
-    revert_norm_weight_ptr, revert_norm_bias_ptr, revert_weight_ptr, revert_bias_ptr,
-    out_ptr,
-    batch, eps,
+    shares_ptr, projected_ptr, out_bias_ptr, revert_norm, revert, out_ptr, batch, eps,
     OWN: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -174,14 +159,13 @@ def fusion_revert(
         chunks = chunks + (fused + load_columns(projected_ptr + rows * D, valid, c, D),)
     # All of it before the products: erf branches, and behind a branch the compiler would put off products of float32
     # numbers to the very end, with all their operands in registers until then.
-    dtype: tl.constexpr = revert_weight_ptr.dtype.element_ty
-    activated = norm_chunks(chunks, revert_norm_weight_ptr, revert_norm_bias_ptr, eps, D, True, dtype)
-    out = tl.zeros((16, BLOCK_E), tl.float32)
+    dtype: tl.constexpr = revert.weight.dtype.element_ty
+    activated = norm_chunks(chunks, revert_norm, eps, D, True, dtype)
+    acc = tl.zeros((16, BLOCK_E), tl.float32)
     for i in tl.static_range(len(activated)):
         c = i * BLOCK_K + tl.arange(0, BLOCK_K)
-        weight_at = revert_weight_ptr + e[:, None] * D + c[None, :]
+        weight_at = revert.weight + e[:, None] * D + c[None, :]
         weight = load_tile(weight_at, e < OWN, c < D, OWN % BLOCK_E != 0, D % BLOCK_K != 0)
-        out = product(activated[i], weight.T, out, PRECISION)
-    out += load_vector(revert_bias_ptr, e, e < OWN)[None, :]
-    at = out_ptr + rows[:, None] * OWN + e[None, :]
-    tl.store(at, out.to(out_ptr.dtype.element_ty), mask=valid[:, None] & (e < OWN)[None, :])
+        acc = product(activated[i], weight.T, acc, PRECISION)
+    acc += load_vector(revert.bias, e, e < OWN)[None, :]
+    store_inside(out_ptr + rows * OWN, valid, e, e < OWN, acc)

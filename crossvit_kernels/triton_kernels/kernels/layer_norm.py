@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import gelu, gelu_derivative
-from .tiles import load_columns, load_rows, load_vector, row_offsets, within, zeros
+from .tiles import load_columns, load_inside, load_rows, load_vector, row_starts, store_inside, within, zeros
 
 
 @triton.jit
@@ -62,69 +62,61 @@ def normalize(x, origin, shift, rstd, columns, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def affine(x, norm_weight_ptr, norm_bias_ptr, columns, WIDTH: tl.constexpr):
-    """gamma x + beta, zero beyond WIDTH, where x has to be zero; norm_bias_ptr may be None."""
-    y = x * load_vector(norm_weight_ptr, columns, columns < WIDTH)[None, :]
-    if norm_bias_ptr is not None:
-        y += load_vector(norm_bias_ptr, columns, columns < WIDTH)[None, :]
+def affine(x, norm, columns, WIDTH: tl.constexpr):
+    """gamma x + beta, zero beyond WIDTH, where x has to be zero."""
+    y = x * load_vector(norm.weight, columns, columns < WIDTH)[None, :]
+    if norm.bias is not None:
+        y += load_vector(norm.bias, columns, columns < WIDTH)[None, :]
     return y
 
 
 @triton.jit
-def normalized_cls(cls, rows, valid, c, D: tl.constexpr):
-    """The normalized CLS tokens of these images, in some columns, and their rstd; cls is (cls_ptr, mean_ptr, rstd_ptr,
-    cls_stride, tokens)."""
-    cls_ptr, mean_ptr, rstd_ptr, cls_stride, tokens = cls
-    mean = tl.load(mean_ptr + rows * tokens, mask=valid, other=0.0)
-    rstd = tl.load(rstd_ptr + rows * tokens, mask=valid, other=0.0)
-    return normalize(load_columns(cls_ptr + rows * cls_stride, valid, c, D), mean, None, rstd, c, D), rstd
+def normalized_cls(cls, norm, tokens, rows, valid, c, D: tl.constexpr):
+    """The normalized CLS tokens of these images of so many tokens, in some columns, and their rstd."""
+    mean = tl.load(norm.mean + rows * tokens, mask=valid, other=0.0)
+    rstd = tl.load(norm.rstd + rows * tokens, mask=valid, other=0.0)
+    return normalize(load_columns(cls.base + rows * cls.batch, valid, c, D), mean, None, rstd, c, D), rstd
 
 
 @triton.jit
 def layer_norm_rows(
-    x_ptr, x_tokens, x_batch, x_row, norm_weight_ptr, norm_bias_ptr, y_ptr, mean_ptr, rstd_ptr,
-    rows, eps, WIDTH: tl.constexpr, GELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """y = (x - mean) rstd norm_weight + norm_bias, through gelu; x is read once."""
+    x, norm, y_ptr, eps, WIDTH: tl.constexpr, GELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """y = gamma (x - mean) rstd + beta, through gelu, and the statistics; x is read once."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    exists = row < rows
-    x_at = x_ptr + row_offsets(row, x_tokens, x_batch, x_row)
+    exists = row < x.count
+    x_at = row_starts(x, row)
     chunks = load_rows(x_at, exists, WIDTH, BLOCK_K)
     origin, shift, rstd = row_statistics(chunks, x_at, exists, eps, WIDTH, BLOCK_K)
-    if mean_ptr is not None:
-        tl.store(mean_ptr + row, origin + shift, mask=exists)
-        tl.store(rstd_ptr + row, rstd, mask=exists)
+    if norm.mean is not None:
+        tl.store(norm.mean + row, origin + shift, mask=exists)
+        tl.store(norm.rstd + row, rstd, mask=exists)
     for k in tl.static_range(0, WIDTH, BLOCK_K):
         column = k + tl.arange(0, BLOCK_K)
         y = normalize(chunks[k // BLOCK_K], origin, shift, rstd, column, WIDTH)
-        y = affine(y, norm_weight_ptr, norm_bias_ptr, column, WIDTH)
+        y = affine(y, norm, column, WIDTH)
         if GELU:
             y = gelu(y)
-        tl.store(
-            y_ptr + row[:, None] * WIDTH + column[None, :],
-            y.to(y_ptr.dtype.element_ty),
-            mask=exists[:, None] & (column < WIDTH)[None, :],
-        )
+        store_inside(y_ptr + row * WIDTH, exists, column, column < WIDTH, y)
 
 
 @triton.jit
 def layer_norm_backward(
-    grad_ptr, x_ptr, x_tokens, x_batch, x_row, add_ptr, add_tokens, add_batch, add_row,
-    mean_ptr, rstd_ptr, norm_weight_ptr, norm_bias_ptr, grad_x_ptr, y_ptr, partial_ptr,
-    rows, WIDTH: tl.constexpr, GELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    grad_ptr, x, add, norm, grad_x_ptr, y_ptr, partial_ptr,
+    WIDTH: tl.constexpr, GELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """From grad (rows, WIDTH), the gradient of act(LayerNorm(x)): that of x, plus add, act(LayerNorm(x)) itself and the
-    program's sums for norm_weight and norm_bias, to partial (programs, 2 WIDTH), each if its pointer is given."""
+    program's sums for gamma and beta, to partial (programs, 2 WIDTH), each if its pointer is given."""
     CHUNKS: tl.constexpr = (WIDTH + BLOCK_K - 1) // BLOCK_K
     chunk = tl.arange(0, BLOCK_K)
     weight_sums = zeros(CHUNKS, BLOCK_M, BLOCK_K)
     bias_sums = zeros(CHUNKS, BLOCK_M, BLOCK_K)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(x.count, BLOCK_M), tl.num_programs(0)):
         row = tile * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
-        exists = row < rows
-        x_at = x_ptr + row_offsets(row, x_tokens, x_batch, x_row)
-        mean = tl.load(mean_ptr + row, mask=exists, other=0.0)[:, None]
-        rstd = tl.load(rstd_ptr + row, mask=exists, other=0.0)[:, None]
+        exists = row < x.count
+        x_at = row_starts(x, row)
+        mean = tl.load(norm.mean + row, mask=exists, other=0.0)[:, None]
+        rstd = tl.load(norm.rstd + row, mask=exists, other=0.0)[:, None]
         normalized = ()
         grads = ()
         along = tl.zeros((BLOCK_M,), tl.float32)
@@ -136,14 +128,14 @@ def layer_norm_backward(
             inside = column < WIDTH
             wanted = exists[:, None] & inside[None, :]
             at = row[:, None] * WIDTH + column[None, :]
-            x = tl.load(x_at[:, None] + column[None, :], mask=wanted, other=0.0).to(tl.float32)
+            values = tl.load(x_at[:, None] + column[None, :], mask=wanted, other=0.0).to(tl.float32)
             grad = tl.load(grad_ptr + at, mask=wanted, other=0.0).to(tl.float32)
-            x = tl.where(wanted, (x - mean) * rstd, 0.0)
-            weight = tl.load(norm_weight_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+            values = tl.where(wanted, (values - mean) * rstd, 0.0)
+            weight = tl.load(norm.weight + column, mask=inside, other=0.0).to(tl.float32)[None, :]
             if GELU or y_ptr is not None:
-                y = x * weight
-                if norm_bias_ptr is not None:
-                    y += tl.load(norm_bias_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+                y = values * weight
+                if norm.bias is not None:
+                    y += tl.load(norm.bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
                 if y_ptr is not None:
                     activated = y
                     if GELU:
@@ -152,13 +144,13 @@ def layer_norm_backward(
                 if GELU:
                     grad = tl.where(wanted, grad * gelu_derivative(y), 0.0)
             if partial_ptr is not None:
-                new_weight_sums = new_weight_sums + (weight_sums[k] + grad * x,)
+                new_weight_sums = new_weight_sums + (weight_sums[k] + grad * values,)
                 new_bias_sums = new_bias_sums + (bias_sums[k] + grad,)
             if grad_x_ptr is not None:
                 grad = tl.where(wanted, grad * weight, 0.0)
-                along += tl.sum(grad * x, 1)
+                along += tl.sum(grad * values, 1)
                 total += tl.sum(grad, 1)
-                normalized = normalized + (x,)
+                normalized = normalized + (values,)
                 grads = grads + (grad,)
         if partial_ptr is not None:
             weight_sums = new_weight_sums
@@ -166,17 +158,14 @@ def layer_norm_backward(
         if grad_x_ptr is not None:
             along = (along / WIDTH)[:, None]
             total = (total / WIDTH)[:, None]
-            add_at = add_ptr
-            if add_ptr is not None:
-                add_at = add_ptr + row_offsets(row, add_tokens, add_batch, add_row)
+            if add is not None:
+                add_at = row_starts(add, row)
             for k in tl.static_range(CHUNKS):
                 column = k * BLOCK_K + chunk
-                wanted = exists[:, None] & (column < WIDTH)[None, :]
                 grad = (grads[k] - normalized[k] * along - total) * rstd
-                if add_ptr is not None:
-                    grad += tl.load(add_at[:, None] + column[None, :], mask=wanted, other=0.0).to(tl.float32)
-                at = grad_x_ptr + row[:, None] * WIDTH + column[None, :]
-                tl.store(at, grad.to(grad_x_ptr.dtype.element_ty), mask=wanted)
+                if add is not None:
+                    grad += load_inside(add_at, exists, column, column < WIDTH).to(tl.float32)
+                store_inside(grad_x_ptr + row * WIDTH, exists, column, column < WIDTH, grad)
     if partial_ptr is not None:
         partial_at = partial_ptr + tl.program_id(0).to(tl.int64) * 2 * WIDTH
         for k in tl.static_range(CHUNKS):

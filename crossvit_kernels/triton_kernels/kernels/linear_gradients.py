@@ -4,31 +4,30 @@ import triton
 import triton.language as tl
 
 from .arithmetic import gelu, gelu_derivative, product
-from .tiles import row_offsets, scaled
+from .tiles import load_inside, row_starts, scaled, store_inside
 
 
 @triton.jit
 def linear_input_gradient(
-    grad_ptr, grad_tokens, grad_batch, grad_row, scale_ptr, rows_per_sample, weight_ptr,
-    out_ptr, pre_ptr, activated_ptr, rows, width, features,
-    SCALE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    grad, scale, weight_ptr, out_ptr, pre_ptr, activated_ptr, width, features,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """(scale * grad) weight; where x was gelu(pre), times gelu'(pre), with gelu(pre) stored if it is wanted."""
     column_tiles = tl.cdiv(width, BLOCK_N)
     row = (tl.program_id(0) // column_tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    exists, counts = row < rows, column < width
+    exists, counts = row < grad.count, column < width
     chunk = tl.arange(0, BLOCK_K)
-    grad_at = grad_ptr + row_offsets(row, grad_tokens, grad_batch, grad_row)[:, None] + chunk[None, :]
+    grad_at = row_starts(grad, row)[:, None] + chunk[None, :]
     weight_at = weight_ptr + chunk.to(tl.int64)[:, None] * width + column[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in tl.range(0, features, BLOCK_K):
         inside = k + chunk < features
-        grad = tl.load(grad_at + k, mask=exists[:, None] & inside[None, :], other=0.0)
+        grads = tl.load(grad_at + k, mask=exists[:, None] & inside[None, :], other=0.0)
         weight = tl.load(weight_at, mask=inside[:, None] & counts[None, :], other=0.0)
-        if SCALE != 0:
-            grad = scaled(grad.to(tl.float32), scale_ptr, row, exists, rows_per_sample, k + chunk, inside, SCALE)
-        acc = product(grad.to(weight_ptr.dtype.element_ty), weight, acc, PRECISION)
+        if scale.sample is not None or scale.channel is not None:
+            grads = scaled(grads.to(tl.float32), scale, row, exists, k + chunk, inside)
+        acc = product(grads.to(weight_ptr.dtype.element_ty), weight, acc, PRECISION)
         weight_at += BLOCK_K * width
     at = row[:, None] * width + column[None, :]
     wanted = exists[:, None] & counts[None, :]
@@ -42,10 +41,8 @@ def linear_input_gradient(
 
 @triton.jit
 def linear_weight_gradient(
-    grad_ptr, grad_tokens, grad_batch, grad_row, scale_ptr, rows_per_sample, x_ptr, x_tokens, x_batch, x_row,
-    mean_ptr, rstd_ptr, norm_weight_ptr, norm_bias_ptr, out_ptr, bias_ptr,
-    piece_size, rows, rows_per_piece, width, features,
-    SCALE: tl.constexpr, GELU: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    grad, scale, x, norm, out_ptr, bias_ptr, piece_size, rows_per_piece, width, features,
+    GELU: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """(scale * grad)^T x over a piece of the rows, to out_ptr + piece * piece_size, with x normalised and activated on
@@ -57,44 +54,40 @@ def linear_weight_gradient(
     feature = tl.program_id(0) % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     counts = feature < features
     begin = piece * rows_per_piece
-    end = tl.minimum(begin + rows_per_piece, rows)
+    end = tl.minimum(begin + rows_per_piece, x.count)
     if column_tile < column_tiles and out_ptr is not None:
         column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = column < width
-        if mean_ptr is not None:
-            norm_weight = tl.load(norm_weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-            if norm_bias_ptr is not None:
-                norm_bias = tl.load(norm_bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        if norm is not None:
+            norm_weight = tl.load(norm.weight + column, mask=inside, other=0.0).to(tl.float32)
+            if norm.bias is not None:
+                norm_bias = tl.load(norm.bias + column, mask=inside, other=0.0).to(tl.float32)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in tl.range(begin, end, BLOCK_K):
             row = start + tl.arange(0, BLOCK_K)
             exists = row < end
-            grad_at = grad_ptr + row_offsets(row, grad_tokens, grad_batch, grad_row)
-            grad = tl.load(grad_at[:, None] + feature[None, :], mask=exists[:, None] & counts[None, :], other=0.0)
-            x_at = x_ptr + row_offsets(row, x_tokens, x_batch, x_row)
-            x = tl.load(x_at[:, None] + column[None, :], mask=exists[:, None] & inside[None, :], other=0.0)
-            if SCALE != 0:
-                grad = scaled(grad.to(tl.float32), scale_ptr, row, exists, rows_per_sample, feature, counts, SCALE)
-            if mean_ptr is not None:
-                mean = tl.load(mean_ptr + row, mask=exists, other=0.0)
-                rstd = tl.load(rstd_ptr + row, mask=exists, other=0.0)
-                x = (x.to(tl.float32) - mean[:, None]) * rstd[:, None] * norm_weight[None, :]
-                if norm_bias_ptr is not None:
-                    x += norm_bias[None, :]
-                x = tl.where(exists[:, None], x, 0.0)
+            grads = load_inside(row_starts(grad, row), exists, feature, counts)
+            values = load_inside(row_starts(x, row), exists, column, inside)
+            if scale.sample is not None or scale.channel is not None:
+                grads = scaled(grads.to(tl.float32), scale, row, exists, feature, counts)
+            if norm is not None:
+                mean = tl.load(norm.mean + row, mask=exists, other=0.0)
+                rstd = tl.load(norm.rstd + row, mask=exists, other=0.0)
+                values = (values.to(tl.float32) - mean[:, None]) * rstd[:, None] * norm_weight[None, :]
+                if norm.bias is not None:
+                    values += norm_bias[None, :]
+                values = tl.where(exists[:, None], values, 0.0)
             if GELU:
-                x = gelu(x.to(tl.float32))
-            acc = product(grad.to(COMPUTE).T, x.to(COMPUTE), acc, PRECISION)
-        out_at = out_ptr + piece * piece_size + feature.to(tl.int64)[:, None] * width + column[None, :]
-        tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=counts[:, None] & inside[None, :])
+                values = gelu(values.to(tl.float32))
+            acc = product(grads.to(COMPUTE).T, values.to(COMPUTE), acc, PRECISION)
+        store_inside(out_ptr + piece * piece_size + feature.to(tl.int64) * width, counts, column, inside, acc)
     elif bias_ptr is not None:
         total = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
         for start in tl.range(begin, end, BLOCK_K):
             row = start + tl.arange(0, BLOCK_K)
             exists = row < end
-            grad_at = grad_ptr + row_offsets(row, grad_tokens, grad_batch, grad_row)
-            grad = tl.load(grad_at[:, None] + feature[None, :], mask=exists[:, None] & counts[None, :], other=0.0)
-            total += scaled(grad.to(tl.float32), scale_ptr, row, exists, rows_per_sample, feature, counts, SCALE)
+            grads = load_inside(row_starts(grad, row), exists, feature, counts)
+            total += scaled(grads.to(tl.float32), scale, row, exists, feature, counts)
         bias_at = bias_ptr + piece * piece_size + feature
         tl.store(bias_at, tl.sum(total, 0).to(bias_ptr.dtype.element_ty), mask=counts)
 
@@ -110,8 +103,7 @@ def sum_of_partials(
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in tl.range(0, count, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
-        at = partial_ptr + row.to(tl.int64)[:, None] * size + column[None, :]
-        total += tl.load(at, mask=(row < count)[:, None] & inside[None, :], other=0.0)
+        total += load_inside(partial_ptr + row.to(tl.int64) * size, row < count, column, inside)
     result = tl.sum(total, 0)
     if leading_ptr is not None:
         tl.store(leading_ptr + column, result.to(leading_ptr.dtype.element_ty), mask=column < leading_size)

@@ -4,58 +4,51 @@ import triton
 import triton.language as tl
 
 from .arithmetic import gelu, product
-from .tiles import row_offsets, scaled
+from .tiles import load_inside, row_starts, scaled, store_inside
 
 
 @triton.jit
 def linear_tile(
-    x_ptr, x_tokens, x_batch, x_row, weight_ptr, bias_ptr, row, exists, feature, counts, width,
+    x, linear, row, exists, feature, counts, width,
     GELU: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """(rows, features) of x weight^T + bias, or of gelu(x), float32."""
     chunk = tl.arange(0, BLOCK_K)
-    x_at = x_ptr + row_offsets(row, x_tokens, x_batch, x_row)[:, None] + chunk[None, :]
-    weight_at = weight_ptr + feature.to(tl.int64)[:, None] * width + chunk[None, :]
+    x_at = row_starts(x, row)[:, None] + chunk[None, :]
+    weight_at = linear.weight + feature.to(tl.int64)[:, None] * width + chunk[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in tl.range(0, width, BLOCK_K):
         inside = (k + chunk < width)[None, :]
-        x = tl.load(x_at + k, mask=exists[:, None] & inside, other=0.0)
+        values = tl.load(x_at + k, mask=exists[:, None] & inside, other=0.0)
         weight = tl.load(weight_at + k, mask=counts[:, None] & inside, other=0.0)
         if GELU:
-            x = gelu(x.to(tl.float32))
-        acc = product(x.to(weight_ptr.dtype.element_ty), weight.T, acc, PRECISION)
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + feature, mask=counts, other=0.0).to(tl.float32)[None, :]
+            values = gelu(values.to(tl.float32))
+        acc = product(values.to(linear.weight.dtype.element_ty), weight.T, acc, PRECISION)
+    if linear.bias is not None:
+        acc += tl.load(linear.bias + feature, mask=counts, other=0.0).to(tl.float32)[None, :]
     return acc
 
 
 @triton.jit
 def linear_residual_forward(
-    x_ptr, x_tokens, x_batch, x_row, weight_ptr, bias_ptr,
-    residual_ptr, residual_tokens, residual_batch, residual_row, scale_ptr, rows_per_sample, out_ptr,
-    rows, width, features,
-    SCALE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, linear, residual, scale, out_ptr, width, features,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """residual + scale * Linear(x)."""
     column_tiles = tl.cdiv(features, BLOCK_N)
     row = (tl.program_id(0) // column_tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     feature = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    exists, counts = row < rows, feature < features
-    acc = linear_tile(
-        x_ptr, x_tokens, x_batch, x_row, weight_ptr, bias_ptr, row, exists, feature, counts, width,
-        False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
-    acc = scaled(acc, scale_ptr, row, exists, rows_per_sample, feature, counts, SCALE)
-    wanted = exists[:, None] & counts[None, :]
-    residual_at = residual_ptr + row_offsets(row, residual_tokens, residual_batch, residual_row)
-    residual = tl.load(residual_at[:, None] + feature[None, :], mask=wanted, other=0.0)
-    acc += residual.to(tl.float32)
-    tl.store(out_ptr + row[:, None] * features + feature[None, :], acc.to(out_ptr.dtype.element_ty), mask=wanted)
+    exists, counts = row < x.count, feature < features
+    acc = linear_tile(x, linear, row, exists, feature, counts, width, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+    acc = scaled(acc, scale, row, exists, feature, counts)
+    acc += load_inside(row_starts(residual, row), exists, feature, counts).to(tl.float32)
+    store_inside(out_ptr + row * features, exists, feature, counts, acc)
 
 
 @triton.jit
 def linear_scale_gradient(
-    grad_ptr, grad_tokens, grad_batch, grad_row, x_ptr, x_tokens, x_batch, x_row, weight_ptr, bias_ptr, partial_ptr,
-    rows, width, features, GELU: tl.constexpr, PER_SAMPLE: tl.constexpr, PRECISION: tl.constexpr,
+    grad, x, linear, partial_ptr, width, features,
+    GELU: tl.constexpr, PER_SAMPLE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Sums of grad * Linear(x) over a tile: of rows, to (rows, column tiles), or columns, to (row tiles, features)."""
@@ -63,15 +56,11 @@ def linear_scale_gradient(
     row_tile, column_tile = tl.program_id(0) // column_tiles, tl.program_id(0) % column_tiles
     row = row_tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     feature = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    exists, counts = row < rows, feature < features
-    acc = linear_tile(
-        x_ptr, x_tokens, x_batch, x_row, weight_ptr, bias_ptr, row, exists, feature, counts, width,
-        GELU, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
-    wanted = exists[:, None] & counts[None, :]
-    grad_at = grad_ptr + row_offsets(row, grad_tokens, grad_batch, grad_row)
-    acc *= tl.load(grad_at[:, None] + feature[None, :], mask=wanted, other=0.0).to(tl.float32)
-    acc = tl.where(wanted, acc, 0.0)  # a row that does not exist may have met an infinite bias
+    exists, counts = row < x.count, feature < features
+    acc = linear_tile(x, linear, row, exists, feature, counts, width, GELU, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+    acc *= load_inside(row_starts(grad, row), exists, feature, counts).to(tl.float32)
+    # A row that does not exist may have met an infinite bias.
+    acc = tl.where(exists[:, None] & counts[None, :], acc, 0.0)
     if PER_SAMPLE:
         tl.store(partial_ptr + row * column_tiles + column_tile, tl.sum(acc, 1), mask=exists)
     else:

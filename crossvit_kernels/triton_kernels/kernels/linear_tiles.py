@@ -5,14 +5,13 @@ import triton
 import triton.language as tl
 
 from .arithmetic import gelu16
-from .tiles import row_offsets, scaled
+from .tiles import load_inside, row_starts, scaled
 
 
 @triton.jit
 def linear_tiles(
-    x_tiles, weight_tiles, out_tiles, pre_tiles, bias_ptr,
-    residual_ptr, residual_tokens, residual_batch, residual_row, scale_ptr, rows_per_sample,
-    rows, features, width, GELU: tl.constexpr, SCALE: tl.constexpr, DTYPE: tl.constexpr,
+    x_tiles, weight_tiles, out_tiles, pre_tiles, bias_ptr, residual, scale, rows, features, width,
+    GELU: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """residual + scale * act(x weight^T + bias); `pre` gets what the activation meets.
@@ -38,11 +37,9 @@ def linear_tiles(
             pre_tiles.store([first_row, first_feature], acc.to(DTYPE))
         if GELU:
             acc = gelu16(acc)
-        if residual_ptr is not None:
+        if residual is not None:
             row = first_row.to(tl.int64) + tl.arange(0, BLOCK_M)
             exists = row < rows
-            acc = scaled(acc, scale_ptr, row, exists, rows_per_sample, feature, counts, SCALE)
-            residual_at = residual_ptr + row_offsets(row, residual_tokens, residual_batch, residual_row)
-            wanted = exists[:, None] & counts[None, :]
-            acc += tl.load(residual_at[:, None] + feature[None, :], mask=wanted, other=0.0).to(tl.float32)
+            acc = scaled(acc, scale, row, exists, feature, counts)
+            acc += load_inside(row_starts(residual, row), exists, feature, counts).to(tl.float32)
         out_tiles.store([first_row, first_feature], acc.to(DTYPE))

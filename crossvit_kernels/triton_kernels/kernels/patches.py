@@ -3,7 +3,7 @@
 A tile holds patches of one row of patches, of several images, so that what the resize knows about rows of pixels is a
 scalar and what it knows about columns serves a whole tile:
 
-    row r of BLOCK_M      patch r % per_row of image r // per_row, at the height of the program's row of patches
+    row r of BLOCK_M      patch r % columns of image r // columns, at the height of the program's row of patches
     column of BLOCK_K     a pixel of the patch; without a resize one of C * P * P in their order, with one of a band of
                           PY rows of PX >= P columns, of one channel
 """
@@ -47,48 +47,44 @@ def resized_line(line_ptr, image_at, x_offsets, x_weights):
 
 
 @triton.jit
-def patch_rows(tile, rows, per_row, lines, BLOCK_M: tl.constexpr):
+def patch_rows(layout, tile, BLOCK_M: tl.constexpr):
     """Of the patches of a tile: their row of patches; which exist, in which image and in which column they are.
 
     Neighbouring tiles are neighbouring rows of patches of the same images.
     """
-    row = tile // lines * BLOCK_M + tl.arange(0, BLOCK_M)  # dividing 64 bits would take longer than the product
-    image = row // per_row
-    column = row - image * per_row
-    return tile % lines + tl.zeros((), tl.int64), row < rows, image.to(tl.int64), column
+    row = tile // layout.lines * BLOCK_M + tl.arange(0, BLOCK_M)  # dividing 64 bits would take longer than the product
+    image = row // layout.columns
+    column = row - image * layout.columns
+    return tile % layout.lines + tl.zeros((), tl.int64), row < layout.rows, image.to(tl.int64), column
 
 
 @triton.jit
-def resize_taps(images, sizes, exists, image, column, PATCH: tl.constexpr, PX: tl.constexpr):
-    """What the patches of a tile have in common in all chunks: where their images begin, and the taps of their columns.
-
-    images: (pointer, strides of batch, channel, row, column); sizes: (height, width, y_scale, x_scale).
-    """
+def resize_taps(images, exists, image, column, PATCH: tl.constexpr, PX: tl.constexpr):
+    """What the patches of a tile have in common in all chunks: where their images begin, and the taps of their
+    columns."""
     x = column[:, None] * PATCH + tl.arange(0, PX)[None, :]
-    x_offsets, x_weights = cubic_taps(x, sizes[3], sizes[1], images[4], tl.int32)
-    return (tl.where(exists, image, 0) * images[1])[:, None], x_offsets, x_weights
+    x_offsets, x_weights = cubic_taps(x, images.x_scale, images.width, images.column, tl.int32)
+    return (tl.where(exists, image, 0) * images.batch)[:, None], x_offsets, x_weights
 
 
 @triton.jit
-def resized_tile(images, sizes, taps, chunk, y, PATCH: tl.constexpr, PX: tl.constexpr, PY: tl.constexpr,
+def resized_tile(images, taps, chunk, y, PATCH: tl.constexpr, PX: tl.constexpr, PY: tl.constexpr,
                  BLOCK_M: tl.constexpr):  # fmt: skip
     """Chunk `chunk` of the resized patches that begin in row y of the resized images, (BLOCK_M, PY * PX), in the
     images' dtype; 0 beyond the patch."""
-    images_ptr, _, image_channel, image_row, _ = images
-    in_height, _, y_scale, _ = sizes
     image_at, x_offsets, x_weights = taps
     BANDS: tl.constexpr = (PATCH + PY - 1) // PY
-    plane_ptr = images_ptr + (chunk // BANDS).to(tl.int64) * image_channel
+    plane_ptr = images.base + (chunk // BANDS).to(tl.int64) * images.channel
     py = chunk % BANDS * PY
     lines = ()
     for p in tl.static_range(PY):
-        y_offsets, y_weights = cubic_taps(y + (py + p), y_scale, in_height, image_row, tl.int64)
+        y_offsets, y_weights = cubic_taps(y + (py + p), images.y_scale, images.height, images.row, tl.int64)
         line = resized_line(plane_ptr + y_offsets[0], image_at, x_offsets, x_weights) * y_weights[0]
         for i in tl.static_range(1, 4):
             line += resized_line(plane_ptr + y_offsets[i], image_at, x_offsets, x_weights) * y_weights[i]
         if PATCH % PY or PATCH != PX:
             line = tl.where((tl.arange(0, PX) < PATCH) & (py + p < PATCH), line, 0.0)
-        lines = lines + (line.to(images_ptr.dtype.element_ty),)
+        lines = lines + (line.to(images.base.dtype.element_ty),)
     return _interleaved(lines, BLOCK_M, PX, PY)
 
 
@@ -127,19 +123,18 @@ def resized_pixels(chunk, PATCH: tl.constexpr, PX: tl.constexpr, PY: tl.constexp
 
 
 @triton.jit
-def pixel_offsets(pixel, image_channel, image_row, image_column, PATCH: tl.constexpr):
+def pixel_offsets(pixel, channel_stride, row_stride, column_stride, PATCH: tl.constexpr):
     """Where pixel c * P * P + y * P + x of a patch lies behind the patch's pixel 0."""
     channel = (pixel // (PATCH * PATCH)).to(tl.int64)
     inside = pixel % (PATCH * PATCH)
-    return channel * image_channel + (inside // PATCH).to(tl.int64) * image_row + inside % PATCH * image_column
+    return channel * channel_stride + (inside // PATCH).to(tl.int64) * row_stride + inside % PATCH * column_stride
 
 
 @triton.jit
 def patch_tile(images, exists, image, column, pixel, y, PATCH: tl.constexpr, DEPTH: tl.constexpr):
     """Pixels `pixel` of the patches in these images and columns of patches that begin in row y; 0 where there are
     none."""
-    images_ptr, image_batch, image_channel, image_row, image_column = images
-    image_at = image * image_batch + column * PATCH * image_column
-    at = images_ptr + y * image_row + image_at[:, None]
-    at += pixel_offsets(pixel, image_channel, image_row, image_column, PATCH)[None, :]
+    image_at = image * images.batch + column * PATCH * images.column
+    at = images.base + y * images.row + image_at[:, None]
+    at += pixel_offsets(pixel, images.channel, images.row, images.column, PATCH)[None, :]
     return tl.load(at, mask=exists[:, None] & (pixel < DEPTH)[None, :], other=0.0)

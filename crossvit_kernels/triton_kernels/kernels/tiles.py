@@ -28,6 +28,19 @@ def load_columns(starts, valid, columns, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def load_inside(starts, exists, columns, counts):
+    """These columns, of which only some count, of rows that begin at `starts`; zero elsewhere."""
+    return tl.load(starts[:, None] + columns[None, :], mask=exists[:, None] & counts[None, :], other=0.0)
+
+
+@triton.jit
+def store_inside(starts, exists, columns, counts, values):
+    """Stores values (rows, columns) to rows that begin at `starts`, as far as rows exist and columns count."""
+    at = starts[:, None] + columns[None, :]
+    tl.store(at, values.to(at.dtype.element_ty), mask=exists[:, None] & counts[None, :])
+
+
+@triton.jit
 def load_rows(starts, valid, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr):
     """The rows that begin at `starts`, as chunks of BLOCK_K columns."""
     chunks: tl.tuple = ()
@@ -62,20 +75,20 @@ def within(x, columns, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def row_offsets(rows, tokens, batch_stride, row_stride):
-    """Where these rows begin, see Rows."""
+def row_starts(x, rows):
+    """Where these rows of x, see `Rows`, begin."""
     rows = rows.to(tl.int64)
-    batch = rows // tokens
-    return batch * batch_stride + (rows - batch * tokens) * row_stride
+    batch = rows // x.tokens
+    return x.base + (batch * x.batch + (rows - batch * x.tokens) * x.row)
 
 
 @triton.jit
-def scaled(value, scale_ptr, row, exists, rows_per_sample, column, counts, SCALE: tl.constexpr):
-    """value (rows, columns), float32, times its factors; 1 is SAMPLE, 2 CHANNEL."""
-    if SCALE == 1:
-        value *= tl.load(scale_ptr + row // rows_per_sample, mask=exists, other=0.0).to(tl.float32)[:, None]
-    if SCALE == 2:
-        value *= tl.load(scale_ptr + column, mask=counts, other=0.0).to(tl.float32)[None, :]
+def scaled(value, scale, row, exists, column, counts):
+    """value (rows, columns), float32, times its factors, see `Scale`."""
+    if scale.sample is not None:
+        value *= tl.load(scale.sample + row // scale.rows, mask=exists, other=0.0).to(tl.float32)[:, None]
+    if scale.channel is not None:
+        value *= tl.load(scale.channel + column, mask=counts, other=0.0).to(tl.float32)[None, :]
     return value
 
 

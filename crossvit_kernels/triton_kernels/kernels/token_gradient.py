@@ -6,7 +6,7 @@ import triton.language as tl
 from ..tiling import heads_block, ragged
 from .arithmetic import product
 from .layer_norm import normalize
-from .tiles import load_columns, load_rows, load_tile, load_vector
+from .tiles import load_columns, load_rows, load_tile, load_vector, store_inside
 
 
 @triton.jit
@@ -148,8 +148,7 @@ def store_grad_patches(out, tokens, normalized, stacked, stacks, stacked_weights
             stack = stacks[i]
         grad = tl.dot(stacked_weights, stack, input_precision=PRECISION)
         grad = rstd[:, None] * ((grad - mean_grad[:, None]) - x.to(tl.float32) * mean_grad_x[:, None])
-        at = out[:, None] + c[None, :]
-        tl.store(at, grad.to(at.dtype.element_ty), mask=valid[:, None] & (c < D)[None, :])
+        store_inside(out, valid, c, c < D, grad)
 
 
 @triton.jit
@@ -161,14 +160,13 @@ def store_grad_u(to, context, kept, grad_u, rest, D: tl.constexpr, HEADS_FIRST: 
         total = grad_u[i] if HEADS_FIRST else grad_u[i].T
         if EXACT:
             total -= rest[:, None] * load_columns(context, kept, c, D)
-        tl.store(to[:, None] + c[None, :], total, mask=kept[:, None] & (c < D)[None, :])
+        store_inside(to, kept, c, c < D, total)
 
 
 @triton.jit
 def token_gradient(
-    cls_ptr, patches_ptr, stacked_ptr, stacked_means_ptr, delta_ptr, context_ptr, mean_ptr, rstd_ptr, probs_ptr,
-    grad_patches_ptr, grad_normalized_ptr, split_grad_u_ptr,
-    patches, cls_stride, patches_batch, patches_token, splits, tiles,
+    cls, patches, norm, stacked_ptr, stacked_means_ptr, delta_ptr, context_ptr, probs_ptr,
+    grad_patches_ptr, grad_normalized_ptr, split_grad_u_ptr, splits, tiles,
     D: tl.constexpr, HEADS: tl.constexpr, HEADS_FIRST: tl.constexpr, RELOAD: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -195,55 +193,56 @@ def token_gradient(
     is_stacked = stacked_row < 2 * HEADS
     dtype: tl.constexpr = stacked_ptr.dtype.element_ty
     EXACT: tl.constexpr = dtype == tl.float32 and PRECISION == "ieee"
-    of_tokens = image * (patches + 1)
-    probs_ptr += image * HEADS * (patches + 1)
+    tokens = patches.tokens + 1
+    of_tokens = image * tokens
+    probs_ptr += image * HEADS * tokens
     stacked_ptr += image * 2 * HEADS * D
     delta = tl.load(delta_ptr + image * HEADS + heads, mask=is_head, other=0.0)
     stacked_means = tl.load(stacked_means_ptr + image * 2 * HEADS + stacked_row, mask=is_stacked, other=0.0)
     if grad_normalized_ptr is not None:
         grad_normalized_ptr += image * D
     grad_u, rest = cls_share(
-        cls_ptr + image * cls_stride, tl.load(mean_ptr + of_tokens), tl.load(rstd_ptr + of_tokens), probs_ptr, delta,
-        stacked_ptr, grad_normalized_ptr, patches + 1, split == 0, D, HEADS, HEADS_FIRST, BLOCK_K,
+        cls.base + image * cls.batch, tl.load(norm.mean + of_tokens), tl.load(norm.rstd + of_tokens), probs_ptr,
+        delta, stacked_ptr, grad_normalized_ptr, tokens, split == 0, D, HEADS, HEADS_FIRST, BLOCK_K,
     )  # fmt: skip
     if EXACT:
         rests = tl.zeros((BLOCK_N, rest.shape[0]), tl.float32)
 
-    for tile in tl.range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(patches, BLOCK_N))):
+    for tile in tl.range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(patches.tokens, BLOCK_N))):
         n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        valid = n < patches
-        mean = tl.load(mean_ptr + of_tokens + 1 + n, mask=valid, other=0.0)
-        rstd = tl.load(rstd_ptr + of_tokens + 1 + n, mask=valid, other=0.0)
+        valid = n < patches.tokens
+        mean = tl.load(norm.mean + of_tokens + 1 + n, mask=valid, other=0.0)
+        rstd = tl.load(norm.rstd + of_tokens + 1 + n, mask=valid, other=0.0)
         # A sum of one element: past a reduction the compiler does not carry the operands' layouts up to the loads of
         # the tokens, which could not be asynchronous then.
         mean = tl.sum(mean[:, None], 1)
-        tokens = (patches_ptr + image * patches_batch + n.to(tl.int64) * patches_token, valid, mean, rstd)
-        probs_at = probs_ptr + heads[None, :] * (patches + 1) + 1 + n[:, None]
+        tile_tokens = (patches.base + image * patches.batch + n.to(tl.int64) * patches.row, valid, mean, rstd)
+        probs_at = probs_ptr + heads[None, :] * tokens + 1 + n[:, None]
         probs = tl.load(probs_at, mask=valid[:, None] & is_head[None, :], other=0.0)
         products = tl.zeros((BLOCK_N, 2 * HEADS_BLOCK), tl.float32)
         stacked = (stacked_ptr, stacked_row)
         normalized = None
         stacks = None
         if RELOAD:
-            products = reloaded_products(tokens, stacked, products, D, HEADS, PRECISION, BLOCK_K)
+            products = reloaded_products(tile_tokens, stacked, products, D, HEADS, PRECISION, BLOCK_K)
         else:
             # Zero is added, but in sight of the compiler no constant: `stacked` is to be loaded anew for every tile,
             # since all its layouts together would fill the registers.
             stacked = (stacked_ptr + tl.minimum(tile, 0) * D, stacked_row)
-            products, normalized, stacks = held_products(tokens, stacked, products, D, HEADS, PRECISION, BLOCK_K)
+            products, normalized, stacks = held_products(tile_tokens, stacked, products, D, HEADS, PRECISION, BLOCK_K)
         stacked_weights, weights = tile_weights(products, probs, delta, valid, dtype)
         if EXACT:
             rests += weights
         if not RELOAD:
-            grad_u = add_to_grad_u(grad_u, normalized, tokens, weights, D, HEADS_FIRST, PRECISION, BLOCK_K)
+            grad_u = add_to_grad_u(grad_u, normalized, tile_tokens, weights, D, HEADS_FIRST, PRECISION, BLOCK_K)
         if grad_patches_ptr is not None:
             store_grad_patches(
-                grad_patches_ptr + (image * patches + n) * D, tokens, normalized, stacked, stacks, stacked_weights,
-                stacked_means, products, D, HEADS, PRECISION, BLOCK_K,
+                grad_patches_ptr + (image * patches.tokens + n) * D, tile_tokens, normalized, stacked, stacks,
+                stacked_weights, stacked_means, products, D, HEADS, PRECISION, BLOCK_K,
             )  # fmt: skip
         if RELOAD:
             # Last: the compiler would put off these products until after a loop that followed, and keep all tokens.
-            grad_u = add_to_grad_u(grad_u, normalized, tokens, weights, D, HEADS_FIRST, PRECISION, BLOCK_K)
+            grad_u = add_to_grad_u(grad_u, normalized, tile_tokens, weights, D, HEADS_FIRST, PRECISION, BLOCK_K)
 
     if HEADS_BLOCK == 8:
         kept = (stacked_row % 2 == 0) & is_stacked

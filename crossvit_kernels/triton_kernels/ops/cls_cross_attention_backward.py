@@ -4,7 +4,9 @@ docs/design/cls_cross_attention.md.
 What is `given` are the kernels' arguments by name, to which each launch adds what it makes.
 """
 
+from collections import namedtuple
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ from ..kernels.token_gradient import token_gradient
 from ..launch import launch
 from ..target import architecture
 from ..tiling import ROWS, cdiv, head_block, heads_block, images_per_program, power_of_two, reload, split_tiles
-from ..views import Arguments, attention_arguments, dense_rows, pointers
+from ..views import Arguments, attention_arguments, contiguous
 
 NAMES = (
     *("cls", "patches", "norm_weight", "norm_bias"),
@@ -30,41 +32,42 @@ NAMES = (
 )
 
 
-def backward(
-    grad_out: Tensor,
-    cls: Tensor,
-    patches: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor | None,
-    q_weight: Tensor,
-    q_bias: Tensor | None,
-    k_weight: Tensor,
-    k_bias: Tensor | None,
-    v_weight: Tensor,
-    v_bias: Tensor | None,
-    num_heads: int,
-    eps: float,
-    mean: Tensor,
-    rstd: Tensor,
-    probs: Tensor,
-    context: Tensor,
-    query: Tensor,
-    key_query: Tensor,
-    needs: list[bool],
-) -> list[Tensor]:
-    """The op's backward: the gradients that `needs` asks for, of cls to v_bias."""
-    need = {name for name, needed in zip(NAMES, needs) if needed}
-    inputs = (cls, patches, norm_weight, norm_bias, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias)
-    grads = {n: t.new_empty(t.shape) for n, t in zip(NAMES, inputs) if n in need and n != "k_bias" and t is not None}
-    if "k_bias" in need and k_bias is not None:
-        grads["k_bias"] = k_bias.new_zeros(k_bias.shape)
+# The gradients that `projection_gradients` and `finish_gradients` fill, each None where it is not needed.
+Weights = namedtuple("Weights", ("q", "k", "v"))
+Rest = namedtuple("Rest", ("norm_weight", "norm_bias", "q_bias", "v_bias", "cls"))
 
-    given = attention_arguments(dense_rows(cls), dense_rows(patches), num_heads, q_weight.dtype)
-    given |= pointers(**dict(zip(NAMES[2:], inputs[2:])), grad_out=grad_out)
-    given |= pointers(mean=mean, rstd=rstd, probs=probs, context=context, query=query, key_query=key_query)
-    given |= {f"grad_{name}_ptr": grads.get(name) for name in NAMES}
+
+class Parts(NamedTuple):
+    """Rows whose sums are the gradients of the norm's weight and of its bias, where these are needed."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def behind(self, weight_row: int, bias_row: int) -> "Parts":
+        """The rows from these on."""
+        weight, bias = self
+        return Parts(None if weight is None else weight[weight_row:], None if bias is None else bias[bias_row:])
+
+
+def backward(call: Any) -> list[Tensor]:
+    """The op's backward: the gradients that `needs` asks for, of cls to v_bias."""
+    need = {name for name, needed in zip(NAMES, call.needs) if needed}
+    inputs = {name: getattr(call, name) for name in NAMES if name in need}
+    grads = {n: t.new_empty(t.shape) for n, t in inputs.items() if n != "k_bias" and t is not None}
+    if inputs.get("k_bias") is not None:
+        grads["k_bias"] = call.k_bias.new_zeros(call.k_bias.shape)
+
+    dtype = call.q_weight.dtype
+    given = attention_arguments(call, dtype)
+    given |= {f"{name}_weight_ptr": given[name].weight for name in ("norm", "q", "v")}
+    given["norm"] = given["norm"]._replace(mean=call.mean, rstd=call.rstd)
+    saved = {"probs_ptr": call.probs, "context_ptr": call.context, "key_query_ptr": call.key_query}
+    given |= saved | {"query_ptr": call.query, "grad_out_ptr": contiguous(call.grad_out)}
+    given["grad_patches_ptr"] = grads.get("patches")
+    given["grad_weights"] = Weights(*(grads.get(f"{name}_weight") for name in Weights._fields))
+    given["grads"] = Rest(*map(grads.get, Rest._fields))
     given |= dict.fromkeys(("grad_normalized_ptr", "grad_u_ptr", "grad_query_ptr", "grad_query_input_ptr"))
-    plan = Plan.of(given, q_weight.dtype)
+    plan = Plan.of(given, dtype)
     add_norm_parts(given, plan, "norm_weight" in grads, "norm_bias" in grads)
     to_query_input = bool(need & {"cls", "norm_weight", "norm_bias"})
     to_query = to_query_input or bool(need & {"q_weight", "q_bias", "k_weight"})
@@ -102,7 +105,7 @@ class Plan:
         batch, heads, width, precision = (given[name] for name in ("batch", "HEADS", "D", "PRECISION"))
         default = defaults.token_gradient(width, heads, dtype, precision, architecture())
         config = configuration("token_gradient", width, dtype, default)
-        splits, tiles = split_tiles(batch, cdiv(given["patches"], config["BLOCK_N"]))
+        splits, tiles = split_tiles(batch, cdiv(given["patches"].tokens, config["BLOCK_N"]))
         images = images_per_program(batch, heads, splits)
         return cls(batch, heads, width, dtype, precision, config, splits, tiles, images)
 
@@ -133,10 +136,9 @@ def add_norm_parts(given: Arguments, plan: Plan, weight: bool, bias: bool) -> No
     """Adds the rows whose sums are the gradients of norm_weight and norm_bias, and how many they are."""
     bias_rows = plan.parts_of_values + plan.image_tiles if bias else 0
     weight_rows = plan.parts_of_values + plan.parts_of_keys + plan.image_tiles if weight else 0
-    new_empty = given["probs_ptr"].new_empty
-    given["norm_weight_parts_ptr"] = new_empty((weight_rows, plan.width)) if weight else None
-    given["norm_bias_parts_ptr"] = new_empty((bias_rows, plan.width)) if bias else None
-    given["norm_weight_rows"], given["norm_bias_rows"] = weight_rows, bias_rows
+    rows = {"weight_rows": weight_rows, "bias_rows": bias_rows}
+    parts = (given["probs_ptr"].new_empty((count, plan.width)) if count else None for count in rows.values())
+    given |= rows | {"parts": Parts(*parts)}
 
 
 def launch_value_gradient(given: Arguments, plan: Plan) -> None:
@@ -170,7 +172,7 @@ def launch_query_gradient(given: Arguments, plan: Plan) -> None:
         (cdiv(plan.batch, plan.images), plan.heads),
         plan.configuration("query_gradient"),
         given,
-        norm_weight_parts_ptr=rows_from(given["norm_weight_parts_ptr"], plan.parts_of_values),
+        parts=given["parts"].behind(plan.parts_of_values, 0),
         ROWS=plan.images,
         SPLITS_BLOCK=power_of_two(plan.splits),
     )
@@ -185,14 +187,8 @@ def launch_query_input_gradient(given: Arguments, plan: Plan) -> None:
         (plan.image_tiles, cdiv(plan.width, config["BLOCK_E"])),
         config,
         given,
-        norm_weight_parts_ptr=rows_from(given["norm_weight_parts_ptr"], plan.parts_of_values + plan.parts_of_keys),
-        norm_bias_parts_ptr=rows_from(given["norm_bias_parts_ptr"], plan.parts_of_values),
+        parts=given["parts"].behind(plan.parts_of_values + plan.parts_of_keys, plan.parts_of_values),
     )
-
-
-def rows_from(parts: Tensor | None, row: int) -> Tensor | None:
-    """The rows from this one on, if there are any parts."""
-    return None if parts is None else parts[row:]
 
 
 def launch_projection_gradients(given: Arguments, plan: Plan) -> None:
@@ -207,6 +203,6 @@ def launch_finish_gradients(given: Arguments, plan: Plan) -> None:
     """Fills those gradients of the norm, of the biases and of cls that are needed."""
     config = plan.configuration("finish_gradients", defaults.finish_gradients(plan.width))
     blocks = cdiv(plan.width, config["BLOCK_E"])
-    if given["grad_cls_ptr"] is not None:
+    if given["grads"].cls is not None:
         blocks = max(blocks, cdiv(plan.batch, 4))
     launch(finish_gradients, (blocks, 5), config, given)

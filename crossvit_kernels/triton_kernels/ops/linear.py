@@ -1,5 +1,7 @@
 """What several ops launch for a Linear: the product on many rows, and its gradients."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -11,7 +13,7 @@ from ..kernels.linear_tiles import linear_tiles
 from ..launch import launch
 from ..target import DTYPES, architecture, dot_precision, multiprocessors
 from ..tiling import FEW_ROWS, cdiv, rows_per_piece
-from ..views import UNSCALED, Rows, Scale, optional_arguments, pointers
+from ..views import UNSCALED, Linear, Norm, Rows, Scale
 
 _ALIGNMENT = 16  # bytes, of what the copy engine addresses
 
@@ -29,9 +31,9 @@ def takes(rows: int, weight: Tensor, out: Tensor) -> bool:
 
 def fits(x: Rows, weight: Tensor, out: Tensor) -> bool:
     """Whether `linear` takes these rows, as they lie."""
-    if x.tensor.dtype is not weight.dtype or x.distance is None or not takes(x.count, weight, out):
+    if x.base.dtype is not weight.dtype or x.distance is None or not takes(x.count, weight, out):
         return False
-    return _aligned(2 * x.distance, 2 * x.tensor.storage_offset())
+    return _aligned(2 * x.distance, 2 * x.base.storage_offset())
 
 
 def _aligned(*sizes: int | torch.SymInt) -> bool:
@@ -40,8 +42,7 @@ def _aligned(*sizes: int | torch.SymInt) -> bool:
 
 def linear(
     x: Rows,
-    weight: Tensor,
-    bias: Tensor | None,
+    params: Linear,
     out: Tensor,
     *,
     gelu: bool = False,
@@ -50,7 +51,7 @@ def linear(
     scale: Scale = UNSCALED,
 ) -> None:
     """Fills `out` (rows, features), and `pre` where it is given; see `linear_tiles`. Only where it `fits`."""
-    features, width = weight.shape
+    weight, (features, width) = params.weight, params.weight.shape
     last_step = "residual" if residual is not None else "gelu" if gelu else "linear"
     if pre is not None:  # its tile takes shared memory too
         last_step += "_saved"
@@ -63,13 +64,13 @@ def linear(
         linear_tiles,
         (programs,),
         config,
-        x_tiles=TensorDescriptor(x.tensor, [x.count, width], [x.distance, 1], [tile_m, tile_k]),
+        x_tiles=TensorDescriptor(x.base, [x.count, width], [x.distance, 1], [tile_m, tile_k]),
         weight_tiles=TensorDescriptor.from_tensor(weight, [tile_n, tile_k]),
         out_tiles=_tiles(out, features, tile_m, tile_n),
         pre_tiles=None if pre is None else _tiles(pre, features, tile_m, tile_n),
-        bias_ptr=bias,
-        **optional_arguments(residual, "residual"),
-        **scale.arguments(),
+        bias_ptr=params.bias,
+        residual=residual,
+        scale=scale,
         rows=x.count,
         features=features,
         width=width,
@@ -87,52 +88,25 @@ def sum_partials(partial: Tensor, leading_size: int, leading: Tensor | None, tra
     """The sum of the float32 partial (count, size) over its rows: what is before `leading_size` goes to
     `leading`, the rest to `trailing`."""
     count, size = partial.shape
-    config = defaults.sum_of_partials(count)
-    launch(
-        sum_of_partials,
-        (cdiv(size, config["BLOCK_N"]),),
-        config,
-        partial_ptr=partial,
-        leading_ptr=leading,
-        trailing_ptr=trailing,
-        count=count,
-        leading_size=leading_size,
-        size=size,
-    )
+    config, sizes = defaults.sum_of_partials(count), {"count": count, "leading_size": leading_size, "size": size}
+    tensors = {"partial_ptr": partial, "leading_ptr": leading, "trailing_ptr": trailing}
+    launch(sum_of_partials, (cdiv(size, config["BLOCK_N"]),), config, tensors, **sizes)
 
 
 def input_gradient(
-    grad: Rows,
-    scale: Scale,
-    weight: Tensor,
-    out: Tensor,
-    pre: Tensor | None = None,
-    activated: Tensor | None = None,
+    grad: Rows, scale: Scale, weight: Tensor, out: Tensor, pre: Tensor | None = None, activated: Tensor | None = None
 ) -> Tensor:
     """Fills and returns `out`, the gradient of the Linear's input x for scale * grad; where x was gelu(pre) that of
     pre, and `activated` becomes x."""
     weight = weight.contiguous()
-    features, width = weight.shape
-    dtype, precision = weight.dtype, dot_precision(weight.dtype)
-    name, default = defaults.linear_input_gradient(
-        grad.count, width, features, dtype, precision, multiprocessors(), pre is not None
-    )
-    config = configuration(name, width, dtype, default)
-    launch(
-        linear_input_gradient,
-        (cdiv(grad.count, config["BLOCK_M"]) * cdiv(width, config["BLOCK_N"]),),
-        config,
-        **grad.arguments("grad"),
-        **scale.arguments(),
-        weight_ptr=weight,
-        out_ptr=out,
-        pre_ptr=pre,
-        activated_ptr=activated,
-        rows=grad.count,
-        width=width,
-        features=features,
-        PRECISION=precision,
-    )
+    (features, width), precision = weight.shape, dot_precision(weight.dtype)
+    size = grad.count, width, features, weight.dtype, precision, multiprocessors()
+    name, default = defaults.linear_input_gradient(*size, pre is not None)
+    config = configuration(name, width, weight.dtype, default)
+    grid = (cdiv(grad.count, config["BLOCK_M"]) * cdiv(width, config["BLOCK_N"]),)
+    tensors = {"weight_ptr": weight, "out_ptr": out, "pre_ptr": pre, "activated_ptr": activated}
+    sizes = {"width": width, "features": features, "PRECISION": precision}
+    launch(linear_input_gradient, grid, config, tensors, grad=grad, scale=scale, **sizes)
     return out
 
 
@@ -141,14 +115,14 @@ def parameter_gradients(
     scale: Scale,
     x: Rows,
     weight: Tensor,
-    weight_needed: bool,
-    bias_needed: bool,
+    needs: Sequence[bool],
     *,
-    norm: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None,
+    norm: Norm | None = None,
     gelu_in: bool = False,
 ) -> list[Tensor]:
-    """Those of the gradients of weight and bias that are needed, for scale * grad. The Linear's input is x; with
-    `norm`, (mean, rstd, norm_weight, norm_bias), LayerNorm(x); with `gelu_in` gelu of that."""
+    """Those of the gradients of weight and bias that `needs` names, for scale * grad. The Linear's input is x; with
+    `norm` LayerNorm(x); with `gelu_in` gelu of that."""
+    weight_needed, bias_needed = needs
     if not (weight_needed or bias_needed):
         return []
     features, width = weight.shape
@@ -167,21 +141,17 @@ def parameter_gradients(
     if pieces > 1:
         partial = weight.new_empty((pieces, total), dtype=torch.float32)
         out, bias_out = partial, partial.view(-1)[size:]
-    mean, rstd, norm_weight, norm_bias = (None, None, None, None) if norm is None else norm
     launch(
         linear_weight_gradient,
         (tiles, pieces),
         config,
-        **grad.arguments("grad"),
-        **scale.arguments(),
-        **x.arguments("x"),
-        mean_ptr=mean,
-        rstd_ptr=rstd,
-        **pointers(norm_weight=norm_weight, norm_bias=norm_bias),
+        grad=grad,
+        scale=scale,
+        x=x,
+        norm=norm,
         out_ptr=out if weight_needed else None,
         bias_ptr=bias_out if bias_needed else None,
         piece_size=total,
-        rows=grad.count,
         rows_per_piece=per_piece,
         width=width if weight_needed else 0,
         features=features,

@@ -1,6 +1,6 @@
 """linear_residual: a tiled matrix product whose last step adds bias, scale and residual."""
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,107 +11,60 @@ from ..kernels.linear_residual import linear_residual_forward, linear_scale_grad
 from ..launch import launch
 from ..target import dot_precision, multiprocessors
 from ..tiling import cdiv
-from ..views import SAMPLE, Rows, Scale, pointers, rows_of, scale_of
+from ..views import Arguments, Linear, Rows, Scale, contiguous, rows_of, scale_of
 from . import linear
 from .linear import input_gradient, parameter_gradients
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor,
-    scale: Tensor | None,
-    per_sample: bool,
-    save: bool,
-) -> Tensor:
+def forward(call: Any) -> Tensor:
     """residual + scale * Linear(x)."""
+    weight, residual = call.weight, call.residual
     out = weight.new_empty(residual.shape, dtype=torch.promote_types(residual.dtype, weight.dtype))
-    launch_forward(rows_of(x), weight, bias, rows_of(residual), scale_of(scale, per_sample, residual), out)
+    scale = scale_of(call.scale, call.per_sample, residual)
+    launch_forward(rows_of(call.x), Linear(weight, call.bias), rows_of(residual), scale, out)
     return out
 
 
-def launch_forward(x: Rows, weight: Tensor, bias: Tensor | None, residual: Rows, scale: Scale, out: Tensor) -> None:
+def launch_forward(x: Rows, params: Linear, residual: Rows, scale: Scale, out: Tensor) -> None:
     """Fills `out`."""
-    weight = weight.contiguous()
-    features, width = weight.shape
-    bias = None if bias is None else bias.contiguous()
-    if linear.fits(x, weight, out):
-        linear.linear(x, weight, bias, out, residual=residual, scale=scale)
+    params = Linear(params.weight.contiguous(), contiguous(params.bias))
+    if linear.fits(x, params.weight, out):
+        linear.linear(x, params, out, residual=residual, scale=scale)
         return
-    precision = dot_precision(weight.dtype)
-    config = _configuration(x.count, weight, precision)
-    launch(
-        linear_residual_forward,
-        (cdiv(x.count, config["BLOCK_M"]) * cdiv(features, config["BLOCK_N"]),),
-        config,
-        **x.arguments("x"),
-        weight_ptr=weight,
-        bias_ptr=bias,
-        **residual.arguments("residual"),
-        **scale.arguments(),
-        out_ptr=out,
-        rows=x.count,
-        width=width,
-        features=features,
-        PRECISION=precision,
-    )
+    config, given = _product(x, params)
+    grid = (cdiv(x.count, config["BLOCK_M"]) * cdiv(params.weight.shape[0], config["BLOCK_N"]),)
+    launch(linear_residual_forward, grid, config, given, residual=residual, scale=scale, out_ptr=out)
 
 
-def backward(
-    grad_out: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    per_sample: bool,
-    needs: Sequence[bool],
-) -> list[Tensor]:
+def backward(call: Any) -> list[Tensor]:
     """The gradients that are needed, of x, weight, bias and scale."""
-    grad, rows, factor = rows_of(grad_out), rows_of(x), scale_of(scale, per_sample, grad_out)
-    result = []
+    grad, rows, needs, weight = rows_of(call.grad_out), rows_of(call.x), call.needs, call.weight
+    factor, result = scale_of(call.scale, call.per_sample, call.grad_out), []
     if needs[0]:
-        result.append(input_gradient(grad, factor, weight, weight.new_empty(x.shape)))
-    result += parameter_gradients(grad, factor, rows, weight, needs[1], needs[2])
+        result.append(input_gradient(grad, factor, weight, weight.new_empty(call.x.shape)))
+    result += parameter_gradients(grad, factor, rows, weight, needs[1:3])
     if needs[3]:
-        assert scale is not None
-        result.append(scale_gradient(grad, rows, weight, bias, scale, factor))
+        result.append(scale_gradient(grad, rows, Linear(weight, call.bias), call.scale, factor))
     return result
 
 
-def scale_gradient(
-    grad: Rows, x: Rows, weight: Tensor, bias: Tensor | None, scale: Tensor, factor: Scale, gelu_in: bool = False
-) -> Tensor:
+def scale_gradient(grad: Rows, x: Rows, params: Linear, scale: Tensor, factor: Scale, gelu_in: bool = False) -> Tensor:
     """The gradient of `scale` in residual + scale * Linear(x), or of gelu(x): the Linear is made again."""
-    weight = weight.contiguous()
-    features, width = weight.shape
-    precision = dot_precision(weight.dtype)
-    config = _configuration(x.count, weight, precision)
+    params = Linear(params.weight.contiguous(), contiguous(params.bias))
+    config, given = _product(x, params)
+    features, per_sample = params.weight.shape[0], factor.sample is not None
     row_tiles, column_tiles = cdiv(x.count, config["BLOCK_M"]), cdiv(features, config["BLOCK_N"])
-    per_sample = factor.kind == SAMPLE
     shape = (x.count, column_tiles) if per_sample else (row_tiles, features)
-    partial = weight.new_empty(shape, dtype=torch.float32)
-    launch(
-        linear_scale_gradient,
-        (row_tiles * column_tiles,),
-        config,
-        **grad.arguments("grad"),
-        **x.arguments("x"),
-        **pointers(weight=weight, bias=bias),
-        partial_ptr=partial,
-        rows=x.count,
-        width=width,
-        features=features,
-        GELU=gelu_in,
-        PER_SAMPLE=per_sample,
-        PRECISION=precision,
-    )
+    partial = params.weight.new_empty(shape, dtype=torch.float32)
+    given |= {"grad": grad, "partial_ptr": partial, "GELU": gelu_in, "PER_SAMPLE": per_sample}
+    launch(linear_scale_gradient, (row_tiles * column_tiles,), config, given)
     total = partial.view(scale.numel(), -1).sum(1) if per_sample else partial.sum(0)
     return total.to(scale.dtype).view(scale.shape)
 
 
-def _configuration(rows: int, weight: Tensor, precision: str) -> Config:
-    """How a tile of the product is made, in the forward and again for the gradient of the scale."""
-    (features, width), dtype = weight.shape, weight.dtype
-    name, default = defaults.linear_residual(rows, features, width, dtype, precision, multiprocessors())
-    return configuration(name, width, dtype, default)
+def _product(x: Rows, params: Linear) -> tuple[Config, Arguments]:
+    """How a tile of the product is made, in the forward and again for the gradient of the scale; its arguments."""
+    (features, width), dtype, precision = params.weight.shape, params.weight.dtype, dot_precision(params.weight.dtype)
+    name, default = defaults.linear_residual(x.count, features, width, dtype, precision, multiprocessors())
+    given = {"x": x, "linear": params, "width": width, "features": features, "PRECISION": precision}
+    return configuration(name, width, dtype, default), given
