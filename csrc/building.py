@@ -27,6 +27,7 @@ TORCH_LIBRARIES = [f"-L{TORCH / 'lib'}", "-ltorch_cpu"]
 COMMON_FLAGS = [
     *("-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden"),
     *("-DNDEBUG", "-fwrapv", "-Wall", "-Wextra", "-g0"),
+    "-Wno-missing-field-initializers",  # what a designated initializer does not name is zero
 ]
 
 

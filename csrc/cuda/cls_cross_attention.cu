@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) cls_value_kernel(const ClsValu
                         min(round_up(d, 16) - first, tiles.rows), columns, [&](int row, int column, float v) {
                           const int j = first + column;
                           if (j >= d || row >= rows) return;
-                          v += a.v_bias.data ? load(a.v_bias.data, a.v_bias.dtype, head * d + j) : 0;
+                          v += load_or_zero(a.v_bias, head * d + j);
                           static_cast<T*>(a.out)[(image + row) * a.width + head * d + j] = from_float<T>(v);
                         });
   });

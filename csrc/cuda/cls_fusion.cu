@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
                           [&](int row, int column, float v) {
                             const int c = first + column;
                             if (c >= width) return;
-                            v += a.bias.data ? load(a.bias.data, a.bias.dtype, c) : 0;
+                            v += load_or_zero(a.bias, c);
                             projected[row * c_stride + c] = v;
                             if (of_head.head == 0 && row < rows) a.projected[(of_head.image + row) * width + c] = v;
                           });
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) fusion_value_kernel(const Fusi
       rows_by_rows<kTf32>(y, stride, tile, stride, min(padded_d - first, tiles.rows), columns,
                           [&](int row, int column, float value) {
                             const int j = first + column;
-                            if (j < d && a.v_bias.data) value += load(a.v_bias.data, a.v_bias.dtype, head * d + j);
+                            if (j < d && a.v_bias.data) value += load(a.v_bias, head * d + j);
                             v[row * v_stride + j] = from_float<T>(j < d ? value : 0);
                           });
     } else {
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
   const auto fill = [&](int, int) { fill_tile(tile, stride, weight, first, here, 0, a.width); };
   const auto fuse = [&] {
     for (int c = threadIdx.x; c < a.width; c += kRowThreads) {
-      const float bias = a.out_bias.data ? load(a.out_bias.data, a.out_bias.dtype, c) : 0;
+      const float bias = load_or_zero(a.out_bias, c);
 #pragma unroll 4
       for (int r = 0; r < rows; r++) {
         const float* from = a.heads_out + (image + r) * a.heads * a.width + c;
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
     rows_by_rows<kTf32>(y, stride, tile, stride, round_up(here, 16), columns, [&](int row, int column, float v) {
       const int c = first + column;
       if (row >= rows || c >= a.own_width) return;
-      v += a.bias.data ? load(a.bias.data, a.bias.dtype, c) : 0;
+      v += load_or_zero(a.bias, c);
       static_cast<T*>(a.out)[(image + row) * a.own_width + c] = from_float<T>(v);
     });
   });

@@ -63,7 +63,7 @@ struct HeadQuery {
                           [&](int row, int column, float value) {
                             const int j = first + column;
                             if (j < d) {
-                              if (a.q_bias.data) value += load(a.q_bias.data, a.q_bias.dtype, head * d + j);
+                              if (a.q_bias.data) value += load(a.q_bias, head * d + j);
                               if (a.query && row < rows) a.query[(image + row) * a.width + head * d + j] = value;
                             } else {
                               value = 0;

@@ -171,8 +171,8 @@ __device__ __forceinline__ void layer_norm_row(const void* from, DType dtype, in
 struct Affine {
   Vector weight, bias;
   __device__ __forceinline__ float operator()(float x, int c) const {
-    if (weight.data) x *= load(weight.data, weight.dtype, c);
-    return bias.data ? x + load(bias.data, bias.dtype, c) : x;
+    if (weight.data) x *= load(weight, c);
+    return bias.data ? x + load(bias, c) : x;
   }
 };
 

@@ -57,7 +57,7 @@ __device__ __forceinline__ Quad affine_quad(const Vector& vector, int column, in
   Quad quad;
 #pragma unroll
   for (int e = 0; e < 4; e++) {
-    quad.at[e] = vector.data && column + e < width ? load(vector.data, vector.dtype, column + e) : 0.0f;
+    quad.at[e] = vector.data && column + e < width ? load(vector, column + e) : 0.0f;
   }
   return quad;
 }
@@ -95,8 +95,8 @@ __global__ void __launch_bounds__(kWarps * 32) held_kernel(const LayerNormBackwa
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   for (int c = threadIdx.x; c < width4; c += kWarps * 32) {
     const bool inside = c < p.width;
-    affine[c] = inside ? load(p.norm.weight.data, p.norm.weight.dtype, c) : 0.0f;
-    affine[width4 + c] = inside && p.norm.bias.data ? load(p.norm.bias.data, p.norm.bias.dtype, c) : 0.0f;
+    affine[c] = inside ? load(p.norm.weight, c) : 0.0f;
+    affine[width4 + c] = inside ? load_or_zero(p.norm.bias, c) : 0.0f;
   }
   __syncthreads();
   Quad weight_sum[kQuads] = {}, bias_sum[kQuads] = {};
@@ -223,17 +223,15 @@ Error layer_norm_backward(const LayerNormBackwardArgs& args, Stream stream) {
     return launch_types<T, float>(args, stream);
   });
   if (error || !args.partial) return error;
-  MatrixSumArgs sum;
-  sum.matrices = {args.partial, DType::float32};
-  sum.count = blocks_of(args.rows, args.width);
-  sum.stride = sum.width = 2 * args.width;
-  sum.aligned = sum.width % 4 == 0;
-  sum.first_size = args.width;
-  sum.first = args.grad_weight;
-  sum.first_dtype = args.grad_weight_dtype;
-  sum.second = args.grad_bias;
-  sum.second_dtype = args.grad_bias_dtype;
-  return matrix_sum(sum, stream);
+  return matrix_sum({.matrices = {args.partial, DType::float32},
+                     .aligned = args.width % 2 == 0,
+                     .count = blocks_of(args.rows, args.width),
+                     .stride = 2 * args.width,
+                     .width = 2 * args.width,
+                     .first_size = args.width,
+                     .first = args.grad_weight,
+                     .second = args.grad_bias},
+                    stream);
 }
 
 }  // namespace crossvit::cuda

@@ -131,9 +131,7 @@ __global__ void __launch_bounds__(F::P::kThreads, sizeof(typename F::T) == 4 ? 3
   P sum;
   int column = tile0 * P::kColumns, k = 0;
   const auto begin = [&]() {
-    sum.fill([&](int c) {
-      return p.bias.data && column + c < p.features ? load(p.bias.data, p.bias.dtype, column + c) : 0.0f;
-    });
+    sum.fill([&](int c) { return p.bias.data && column + c < p.features ? load(p.bias, column + c) : 0.0f; });
   };
   const auto store = [&](const Rows& out) {
     sum.for_each_chunk(staging, [&](int r, int c, const Chunk<T>& chunk) {

@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(P::kThreads) linear_kernel(const LinearArgs p)
   P sum;
   sum.fill([&](int c) {
     const Vector& bias = p.epilogue.bias;
-    return bias.data && column + c < p.columns ? load(bias.data, bias.dtype, column + c) : 0.0f;
+    return bias.data && column + c < p.columns ? load(bias, column + c) : 0.0f;
   });
   Ring<kStages>::run(steps, load_step, [&](int stage, int) {
     const T* x = ring + stage * Tile::kStage;

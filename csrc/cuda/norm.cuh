@@ -59,8 +59,8 @@ __device__ __forceinline__ RowStatistics row_statistics(int width, float eps, fl
 // Copies LayerNorm's weight and bias (zero where there is none) to shared memory as floats, `width` each.
 __device__ __forceinline__ void load_affine(float* affine, int width, const Vector& weight, const Vector& bias) {
   for (int c = threadIdx.x; c < width; c += blockDim.x) {
-    affine[c] = load(weight.data, weight.dtype, c);
-    affine[width + c] = bias.data ? load(bias.data, bias.dtype, c) : 0.0f;
+    affine[c] = load(weight, c);
+    affine[width + c] = load_or_zero(bias, c);
   }
 }
 

@@ -66,7 +66,7 @@ __device__ __forceinline__ void load_floats(float (&to)[kSize], const Vector& fr
     }
   }
 #pragma unroll
-  for (int e = 0; e < kSize; e++) to[e] = e < count ? load(from.data, from.dtype, i + e) : 0.0f;
+  for (int e = 0; e < kSize; e++) to[e] = e < count ? load(from, i + e) : 0.0f;
 }
 
 template <class O, int kSize>
@@ -112,8 +112,7 @@ __global__ void __launch_bounds__(Tile::Product::kThreads, Tile::kBlocks)
     tokens[r] = make_uint2(m + r + image + 1, n + 1);
   }
   for (int c = threadIdx.x; c < kColumns; c += kThreads) {
-    bias[c] =
-        args.bias.data != nullptr && column + c < args.features ? load(args.bias.data, args.bias.dtype, column + c) : 0;
+    bias[c] = args.bias.data != nullptr && column + c < args.features ? load(args.bias, column + c) : 0;
   }
   const typename Tile::Resizer resized(reinterpret_cast<unsigned char*>(bias + kColumns), images);
   __syncthreads();
@@ -181,10 +180,10 @@ __global__ void __launch_bounds__(Tile::Product::kThreads, Tile::kBlocks)
 #pragma unroll
     for (int e = 0; e < Chunk<T>::kSize; e++) value[e] += to_float(chunk.at[e]);
     const std::int64_t at = static_cast<std::int64_t>(token.x) * features + c;
-    if (sizeof(T) == 4 || args.out_dtype == DType::float32) {
-      store_floats(static_cast<float*>(args.out) + at, value, features - c, args.aligned);
+    if (sizeof(T) == 4 || args.out.dtype == DType::float32) {
+      store_floats(static_cast<float*>(args.out.data) + at, value, features - c, args.aligned);
     } else {
-      store_floats(static_cast<T*>(args.out) + at, value, features - c, args.aligned);
+      store_floats(static_cast<T*>(args.out.data) + at, value, features - c, args.aligned);
     }
   });
 
@@ -194,8 +193,7 @@ __global__ void __launch_bounds__(Tile::Product::kThreads, Tile::kBlocks)
   for (; first < kRows && m + first < args.patches; first += images.per_image) {
     const std::int64_t at = static_cast<std::int64_t>(tokens[first].x - 1) * features;
     for (int c = column + static_cast<int>(threadIdx.x); c < min(column + kColumns, features); c += kThreads) {
-      store(args.out, args.out_dtype, at + c,
-            load(args.cls.data, args.cls.dtype, c) + load(args.position.data, args.position.dtype, c));
+      store(args.out, at + c, load(args.cls, c) + load(args.position, c));
     }
   }
 }

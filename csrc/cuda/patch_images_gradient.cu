@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(256) resize_gradient_kernel(const ResizeGradie
     }
     if (meets) sum = fmaf(grad[static_cast<std::int64_t>(candidate) * args.inner], weight, sum);
   }
-  store(args.out, args.out_dtype, element, sum);
+  store(args.out, element, sum);
 }
 
 namespace {

@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kTokenThreads, kHeadGroups == 1 && sizeof(T) =
       for (int j = 0; j < kTiles<kHeadGroups>; j++)
         if (j < ring.tiles) grad_scores.multiply(grad_u[j], x + j * 16, x_stride, ds);
     }
-    if (!a.grad_patches && !(a.grad_normalized && step == 0)) return;
+    if (!a.grad_patches.data && !(a.grad_normalized && step == 0)) return;
 
     // The sums of dx^ and dx^ x^ over a token's columns come from the small matrices, before any of dx^ is there.
 #pragma unroll
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kTokenThreads, kHeadGroups == 1 && sizeof(T) =
           }
           g[q] = rstd[r] * ((raw - one[r]) - to_float(at_x[q]) * along[r]);
         }
-        if (!a.grad_patches) continue;
+        if (!a.grad_patches.data) continue;
         if (in_place) {
           if constexpr (sizeof(T) == 2) {
             *reinterpret_cast<std::uint32_t*>(at_x) = pack<T>(g[0], g[1]);
@@ -191,17 +191,17 @@ __global__ void __launch_bounds__(kTokenThreads, kHeadGroups == 1 && sizeof(T) =
 #pragma unroll
           for (int q = 0; q < 2; q++)
             if (a.earlier && column + q < width) g[q] += a.earlier[index + q];
-          if (a.grad_aligned && a.grad_dtype == DType::float32 && column < width) {
-            *reinterpret_cast<float2*>(static_cast<float*>(a.grad_patches) + index) = make_float2(g[0], g[1]);
+          if (a.grad_aligned && a.grad_patches.dtype == DType::float32 && column < width) {
+            *reinterpret_cast<float2*>(static_cast<float*>(a.grad_patches.data) + index) = make_float2(g[0], g[1]);
           } else {
 #pragma unroll
             for (int q = 0; q < 2; q++)
-              if (column + q < width) store(a.grad_patches, a.grad_dtype, index + q, g[q]);
+              if (column + q < width) store(a.grad_patches, index + q, g[q]);
           }
         }
       }
     }
-    if (!in_place || !a.grad_patches) return;
+    if (!in_place || !a.grad_patches.data) return;
     __syncwarp();
     // A warp stores its own columns, with `lanes` lanes to a row.
     constexpr int kChunk = Chunk<T>::kSize;
@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(kTokenThreads, kHeadGroups == 1 && sizeof(T) =
     for (int row = lane / lanes; row < kStepTokens; row += 32 / lanes) {
       const int token = first_token + row;
       if (!there || token == 0 || token >= tokens) continue;
-      T* to = static_cast<T*>(a.grad_patches) + (first_row + row) * width + ring.first_tile * 16;
+      T* to = static_cast<T*>(a.grad_patches.data) + (first_row + row) * width + ring.first_tile * 16;
       const T* from = x + row * x_stride;
       if (a.grad_aligned) {
         for (int c = lane % lanes * kChunk; c < columns; c += lanes * kChunk)

@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kTokenThreads,
       const float* from = a.key_query + (image * heads + first_head + h) * width;
       for (int c = lane; c < plan.columns; c += 32) {
         const bool there = h < heads_here && c < width;
-        const float value = there ? from[c] * load(a.norm_weight.data, a.norm_weight.dtype, c) : 0;
+        const float value = there ? from[c] * load(a.norm_weight, c) : 0;
         const T high = from_float<T>(value);
         u[h * u_stride + c] = high;
         if constexpr (kSplit) u[(h + 8 * kHeadGroups) * u_stride + c] = from_float<T>(remainder_of(value, high));

@@ -54,13 +54,18 @@ __device__ __forceinline__ float load(const void* data, DType dtype, std::int64_
   return to_float(static_cast<const __nv_bfloat16*>(data)[i]);
 }
 
-__device__ __forceinline__ void store(void* data, DType dtype, std::int64_t i, float value) {
-  if (dtype == DType::float32) {
-    static_cast<float*>(data)[i] = value;
-  } else if (dtype == DType::float16) {
-    static_cast<__half*>(data)[i] = __float2half_rn(value);
+__device__ __forceinline__ float load(const Vector& from, std::int64_t i) { return load(from.data, from.dtype, i); }
+__device__ __forceinline__ float load_or_zero(const Vector& from, std::int64_t i) {
+  return from.data ? load(from, i) : 0;
+}
+
+__device__ __forceinline__ void store(const Target& to, std::int64_t i, float value) {
+  if (to.dtype == DType::float32) {
+    static_cast<float*>(to.data)[i] = value;
+  } else if (to.dtype == DType::float16) {
+    static_cast<__half*>(to.data)[i] = __float2half_rn(value);
   } else {
-    static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(value);
+    static_cast<__nv_bfloat16*>(to.data)[i] = __float2bfloat16_rn(value);
   }
 }
 
