@@ -156,10 +156,7 @@ class Build:
 
     def _compile(self, source: Path, flags: list[str], name: str = "") -> Path:
         output = self.folder / f"{name or source.stem}.o"
-        try:
-            return make(output, [*cxx(), *self.flags, *flags, f"-I{SOURCES}", "-c", str(source)], "")
-        except NotBuiltError as why:
-            raise NotBuiltError(f"{source}: {why}") from None
+        return make(output, [*cxx(), *self.flags, *flags, f"-I{SOURCES}", "-c", str(source)], "")
 
     def _instruction_set(self, name: str) -> Path:
         flags = [*ISA_FLAGS, *INSTRUCTION_SETS[name][0], f"-DCROSSVIT_ISA={name}"]

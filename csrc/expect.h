@@ -46,7 +46,7 @@ class Expect {
   Expect(const char* schema, const char* name, const Tensor& main)
       : schema_(schema), main_name_(name), taken_(taken()), device_(main.device()) {
     if (!main.defined() || main.device().type != taken_.device) [[unlikely]]
-      explain_device(name, main);
+      fail(name, "a tensor on " + name_of(taken_.device), main.defined() ? name_of(main.device()) : "None");
     plain(name, main);
   }
 
@@ -63,12 +63,12 @@ class Expect {
   }
   void of_dtype(const char* name, const Tensor& t, ScalarType dtype) const {
     if (t.scalar_type() != dtype) [[unlikely]]
-      explain_dtype(name, t, dtype, false);
+      fail(name, name_of(dtype), name_of(t.scalar_type()));
   }
   // One that kernels read as rows of `dtype`, the weight's, or of float32.
   void activation(const char* name, const Tensor& t, ScalarType dtype) const {
     if (t.scalar_type() != dtype && t.scalar_type() != kFloat32) [[unlikely]]
-      explain_dtype(name, t, dtype, true);
+      fail(name, name_of(dtype) + " as the weight, or float32", name_of(t.scalar_type()));
   }
   // A tensor (..., width) with the leading sizes of `like`, which has been looked at.
   void beside(const char* name, const Tensor& t, const Tensor& like, int64_t width) const {
@@ -182,9 +182,6 @@ class Expect {
     fail(name, "memory of its own",
          "a storage of " + std::to_string(t.storage_bytes()) + " bytes for " + text(t.sizes()));
   }
-  [[noreturn, gnu::cold, gnu::noinline]] void explain_device(const char* name, const Tensor& t) const {
-    fail(name, "a tensor on " + name_of(taken_.device), t.defined() ? name_of(t.device()) : "None");
-  }
   [[noreturn, gnu::cold, gnu::noinline]] void explain_shape(const char* name, const Tensor& t, Sizes expected) const {
     fail(name, "shape " + text(expected), text(t.sizes()));
   }
@@ -197,10 +194,6 @@ class Expect {
     auto expected = like.sizes().vec();
     expected.back() = width;
     explain_shape(name, t, expected);
-  }
-  [[noreturn, gnu::cold, gnu::noinline]] void explain_dtype(const char* name, const Tensor& t, ScalarType dtype,
-                                                            bool or_float32) const {
-    fail(name, name_of(dtype) + (or_float32 ? " as the weight, or float32" : ""), name_of(t.scalar_type()));
   }
   // Sizes as Python writes them.
   [[gnu::cold, gnu::noinline]] static std::string text(Sizes sizes) {

@@ -16,9 +16,9 @@ Tensor bicubic_resize(const BicubicResize& a) {
 
 Tensor bicubic_resize_backward(const BicubicResizeBackward& a) {
   const Tensor grad = a.grad_out.contiguous();
-  const ResizedImages to(empty(a.images.sizes(), a.images.scalar_type()), a.height, a.width);
-  launch(active().resize_grad, ResizeGradArgs{to.images, a.images.size(0), grad.const_data_ptr()});
-  return to.tensor;
+  ResizedImages to(empty(a.images.sizes(), a.images.scalar_type()), a.height, a.width);
+  launch(active().resize_grad, ImagesGradArgs{to.images, a.images.size(0), grad.const_data_ptr()});
+  return std::move(to.tensor);
 }
 
 const Library of_bicubic_resize = ops().define<bicubic_resize>().define<bicubic_resize_backward>();

@@ -35,8 +35,7 @@ Tensor project_heads(const Tensor& rows, const Tensor& weight, Vector gamma, Vec
 
 // Patches as the passes over the tokens walk them, their width contiguous.
 Rows token_rows(const Tensor& patches) {
-  return {const_cast<void*>(patches.const_data_ptr()), dtype_of(patches), patches.size(1), patches.stride(0),
-          patches.stride(1)};
+  return {patches.data_ptr(), dtype_of(patches), patches.size(1), patches.stride(0), patches.stride(1)};
 }
 
 // --- forward -------------------------------------------------------------------------------------------------------------

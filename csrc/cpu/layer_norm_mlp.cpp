@@ -47,10 +47,10 @@ std::vector<Tensor> layer_norm_mlp_backward(const LayerNormMlpBackward& a, bool 
                    .products = product_dtype(w1),
                    .norm = norm_of(a.norm, 0, a.mean, a.rstd),
                    .scale = factor.scale,
-                   .left1 = w1_operands.left_data(),
-                   .right1 = w1_operands.right_data(),
-                   .left2 = w2_operands.left_data(),
-                   .right2 = w2_operands.right_data()};
+                   .left1 = data_of(w1_operands.left),
+                   .right1 = data_of(w1_operands.right),
+                   .left2 = data_of(w2_operands.left),
+                   .right2 = data_of(w2_operands.right)};
   std::optional<WeightTensor> w1_t, w2_t;
   if (below) args.w1_t = w1_t.emplace(transposed(w1)).matrix;
   if (below || args.left1) args.w2_t = w2_t.emplace(transposed(w2)).matrix;

@@ -30,8 +30,8 @@ WeightOperands::WeightOperands(const Tensor& weight, int64_t rows, int64_t out, 
 WeightGradArgs weight_gradient_call(const WeightOperands& operands, int64_t rows, const Tensor& weight,
                                     ScalarType bias_dtype, bool wide, bool transposed, bool weight_wanted,
                                     bool bias_wanted, std::vector<Tensor>& result) {
-  WeightGradArgs args{.left = operands.left_data(),
-                      .right = operands.right_data(),
+  WeightGradArgs args{.left = data_of(operands.left),
+                      .right = data_of(operands.right),
                       .rows = rows,
                       .out = weight.size(transposed ? 1 : 0),
                       .in = weight.size(transposed ? 0 : 1),
@@ -54,8 +54,8 @@ std::vector<Tensor> linear_gradients(LinearGradArgs args, const Tensor& x, const
   args.products = product_dtype(weight);
   const WeightOperands operands(weight, args.rows, args.out_features, args.in, needs.weight || needs.bias,
                                 needs.weight);
-  args.left = operands.left_data();
-  args.right = operands.right_data();
+  args.left = data_of(operands.left);
+  args.right = data_of(operands.right);
   const auto plan = active().linear_grad.plan(args, threads_here());
   const NormGradients of_norm(needs, plan.tasks, args.in, args);
   std::vector<Tensor> result;

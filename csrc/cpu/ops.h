@@ -28,8 +28,6 @@ void multiply(LinearArgs args, const RowTensor& x, const LinearParams& linear);
 struct WeightOperands {
   Tensor left, right;
   WeightOperands(const Tensor& weight, int64_t rows, int64_t out, int64_t in, bool left_wanted, bool right_wanted);
-  void* left_data() const { return left.defined() ? left.data_ptr() : nullptr; }
-  void* right_data() const { return right.defined() ? right.data_ptr() : nullptr; }
 };
 
 // The call that makes the gradients of a Linear's weight and bias, appended to result, from their operands; transposed: the

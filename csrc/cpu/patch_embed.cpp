@@ -23,10 +23,10 @@ Tensor patch_embed(const PatchEmbed& a) {
 
   // Row 0 of what (rows, features) tensors hold, and the rows behind it, once per image.
   const auto first_row = [&](const Tensor& t, int64_t batch_stride) {
-    return Rows{const_cast<void*>(t.const_data_ptr()), dtype_of(t), 1, batch_stride, 0};
+    return Rows{t.data_ptr(), dtype_of(t), 1, batch_stride, 0};
   };
   const auto other_rows = [&](const Tensor& t, int64_t batch_stride) {
-    char* data = static_cast<char*>(const_cast<void*>(t.const_data_ptr()));
+    char* data = t.data_ptr<char>();
     return Rows{data + features * t.itemsize(), dtype_of(t), patches, batch_stride, features};
   };
   launch(active().patch_embed, PatchEmbedArgs{.images = resized.images,
@@ -52,7 +52,7 @@ std::vector<Tensor> patch_embed_backward(const PatchEmbedBackward& a, bool wide)
   if (a.needs.images) {
     const Tensor rows = input_gradient(grad, {resized.patches(), matrix.size(1)}, matrix);
     const ResizedImages written(empty(images.sizes(), images.scalar_type()), height, width, weight.size(3));
-    launch(active().patch_grad_images, PatchGradImagesArgs{written.images, images.size(0), float_data(rows)});
+    launch(active().patch_grad_images, ImagesGradArgs{written.images, images.size(0), float_data(rows)});
     result.push_back(written.tensor);
   }
   if (a.needs.weight || a.needs.bias) {

@@ -42,15 +42,15 @@ struct AxisTaps {
 struct ResizedImages {
   Tensor tensor;
   AxisTaps rows, columns;
-  PatchImages images{};
+  Images images{};
 
-  ResizedImages(const Tensor& t, int64_t height, int64_t width, int64_t patch = 0)
-      : tensor(t.stride(3) == 1 || t.size(3) == 1 ? t : t.contiguous()),
-        rows(t.size(2), height, !patch || t.size(2) != height || t.size(3) != width),
-        columns(t.size(3), width, rows.taps.first) {
-    images = {{const_cast<void*>(tensor.const_data_ptr()), dtype_of(tensor), tensor.stride(0), tensor.stride(1),
-               tensor.stride(2), tensor.size(1), rows.taps, columns.taps}};
-    images.resize = rows.taps.first;
+  ResizedImages(Tensor t, int64_t height, int64_t width, int64_t patch = 0)
+      : tensor(t.stride(3) == 1 || t.size(3) == 1 ? std::move(t) : t.contiguous()),
+        rows(tensor.size(2), height, !patch || tensor.size(2) != height || tensor.size(3) != width),
+        columns(tensor.size(3), width, rows.taps.first) {
+    images = {tensor.data_ptr(), dtype_of(tensor), tensor.stride(0), tensor.stride(1),
+              tensor.stride(2),  tensor.size(1),   rows.taps,        columns.taps};
+    images.resize = rows.taps.first != nullptr;
     images.extent = 1;
     for (int64_t d = 0; d < 4; d++) images.extent += (tensor.size(d) - 1) * tensor.stride(d);
     if (!patch) return;

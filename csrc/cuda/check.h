@@ -35,7 +35,7 @@ bool aligned_to_16(const Tensor& t);
 Rows rows_of(const RowTensor& t);
 inline Rows rows_of(const Tensor& t) { return t.numel() ? rows_of(RowTensor(t)) : Rows{}; }
 
-inline Target target_of(const Tensor& t) { return t.defined() ? Target{t.mutable_data_ptr(), dtype_of(t)} : Target{}; }
+inline Target target_of(const Tensor& t) { return t.defined() ? Target{t.data_ptr(), dtype_of(t)} : Target{}; }
 
 // A size of a matrix, which kernels count in 32 bits.
 int size_of(std::int64_t size);

@@ -51,64 +51,42 @@ ClsCrossAttention::Results cls_cross_attention(const ClsCrossAttention& a, bool 
       .dtype = query.dtype,
       .tf32 = query.tf32,
       .aligned = query.aligned,
-      .out = out.mutable_data_ptr()};
+      .out = out.data_ptr()};
   check(cls_value(value, call.stream), "cls_value");
   return {out, mean, rstd, probs, context, queries, a.save ? key_query : empty_f32({0, heads, width}, a.patches)};
 }
-
-float* floats(const Tensor& t) { return t.defined() ? t.mutable_data_ptr<float>() : nullptr; }
-void* untyped(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
-
-// What the forward saved, contiguous, in whatever backend, and in float32.
-struct Saved {
-  const float *mean, *rstd, *probs, *context, *query, *key_query;
-  explicit Saved(const ClsCrossAttentionBackward& a)
-      : mean(floats(a.mean)),
-        rstd(floats(a.rstd)),
-        probs(floats(a.probs)),
-        context(floats(a.context)),
-        query(floats(a.query)),
-        key_query(floats(a.key_query)) {}
-};
 
 // The backward, a step of docs/design/cls_cross_attention.md a function. Each leaves what the steps behind it take in tensors of
 // the step's names; one that is not needed is not defined.
 class Backward {
  public:
   Backward(const Call& call, const ClsCrossAttentionBackward& a)
-      : dense_(a.cls, a.patches, a.num_heads),
-        weights_(a.q_weight, a.k_weight, a.v_weight),
-        grad_out_(a.grad_out.to(weights_.q.scalar_type()).contiguous()),
-        saved_(a),
-        needs_(a.needs),
-        norm_weight_(vector_of(a.norm.weight)),
-        norm_bias_(vector_of(a.norm.bias)),
+      : a_(a),
         stream_(call.stream),
         batch_(a.patches.size(0)),
         heads_(a.num_heads),
         width_(a.patches.size(2)),
+        dense_(a.cls, a.patches, a.num_heads),
+        weights_(a.q_weight, a.k_weight, a.v_weight),
+        grad_out_(a.grad_out.to(weights_.q.scalar_type()).contiguous()),
         product_{dtype_of(weights_.q), call.tf32, weights_.aligned(), batch_, dense_.tokens.width, dense_.tokens.heads},
-        normalized_cls_{dense_.tokens.cls,
-                        dense_.tokens.cls_dtype,
-                        dense_.tokens.cls_stride,
-                        saved_.mean,
-                        saved_.rstd,
-                        static_cast<int>(1 + a.patches.size(1))} {
-    const auto& needs = a.needs;
+        normalized_cls_{dense_.tokens.cls,  dense_.tokens.cls_dtype, dense_.tokens.cls_stride,
+                        float_data(a.mean), float_data(a.rstd),      1 + dense_.tokens.patches} {
     const auto like = [&](bool needed, Sizes shape, ScalarType dtype) {
       return needed ? empty(shape, dtype, a.patches) : Tensor();
     };
+    const auto of_tensor = [&](bool needed, const Tensor& t) { return like(needed, t.sizes(), t.scalar_type()); };
     const auto matrix = weights_.q.scalar_type();
-    grads_.cls = like(needs.cls, {batch_, width_}, a.cls.scalar_type());
-    grads_.patches = like(needs.patches, a.patches.sizes(), a.patches.scalar_type());
-    grads_.norm_weight = like(needs.norm_weight, {width_}, a.norm.weight.scalar_type());
-    grads_.norm_bias = like(needs.norm_bias, {width_}, a.norm.bias ? a.norm.bias->scalar_type() : kFloat32);
-    grads_.q_weight = like(needs.q_weight, {width_, width_}, matrix);
-    grads_.q_bias = like(needs.q_bias, {width_}, matrix);
-    grads_.k_weight = like(needs.k_weight, {width_, width_}, matrix);
-    if (needs.k_bias) grads_.k_bias = zeros({width_}, matrix, a.patches.device());
-    grads_.v_weight = like(needs.v_weight, {width_, width_}, matrix);
-    grads_.v_bias = like(needs.v_bias, {width_}, matrix);
+    grads_ = {.cls = of_tensor(a.needs.cls, a.cls),
+              .patches = of_tensor(a.needs.patches, a.patches),
+              .norm_weight = of_tensor(a.needs.norm_weight, a.norm.weight),
+              .norm_bias = of_tensor(a.needs.norm_bias, a.norm.bias ? *a.norm.bias : a.norm.weight),
+              .q_weight = like(a.needs.q_weight, {width_, width_}, matrix),
+              .q_bias = like(a.needs.q_bias, {width_}, matrix),
+              .k_weight = like(a.needs.k_weight, {width_, width_}, matrix),
+              .k_bias = a.needs.k_bias ? zeros({width_}, matrix, a.patches.device()) : Tensor(),
+              .v_weight = like(a.needs.v_weight, {width_, width_}, matrix),
+              .v_bias = like(a.needs.v_bias, {width_}, matrix)};
     // The rows of NormParts: of value_gradient, query_gradient (the weight's alone) and query_input_gradient.
     blocks_ = (batch_ + 15) / 16;
     of_heads_ = blocks_ * heads_;
@@ -117,25 +95,25 @@ class Backward {
   }
 
   std::vector<Tensor> run() {
-    const bool to_query_input = needs_.cls || needs_.norm_weight || needs_.norm_bias;
-    const bool to_query = to_query_input || needs_.q_weight || needs_.q_bias || needs_.k_weight;
-    if (to_query || needs_.patches) {
-      if (needs_.norm_weight) weight_parts_ = empty_f32({weight_rows_, width_}, grad_out_);
-      if (needs_.norm_bias) bias_parts_ = empty_f32({bias_rows_, width_}, grad_out_);
+    const bool to_query_input = a_.needs.cls || a_.needs.norm_weight || a_.needs.norm_bias;
+    const bool to_query = to_query_input || a_.needs.q_weight || a_.needs.q_bias || a_.needs.k_weight;
+    if (to_query || a_.needs.patches) {
+      if (a_.needs.norm_weight) weight_parts_ = empty_f32({weight_rows_, width_}, grad_out_);
+      if (a_.needs.norm_bias) bias_parts_ = empty_f32({bias_rows_, width_}, grad_out_);
       value_gradient();
       token_gradient();
     }
     if (to_query) query_gradient();
     if (to_query_input) query_input_gradient();
-    if (needs_.q_weight || needs_.k_weight || needs_.v_weight) projection_gradients();
-    if (to_query_input || needs_.q_bias || needs_.v_bias) finish_gradients();
+    if (a_.needs.q_weight || a_.needs.k_weight || a_.needs.v_weight) projection_gradients();
+    if (to_query_input || a_.needs.q_bias || a_.needs.v_bias) finish_gradients();
     return grads_.in_order();
   }
 
  private:
   NormParts parts(int64_t weight_row, int64_t bias_row) const {
-    return {weight_parts_.defined() ? floats(weight_parts_) + weight_row * width_ : nullptr,
-            bias_parts_.defined() ? floats(bias_parts_) + bias_row * width_ : nullptr};
+    return {weight_parts_.defined() ? float_data(weight_parts_) + weight_row * width_ : nullptr,
+            bias_parts_.defined() ? float_data(bias_parts_) + bias_row * width_ : nullptr};
   }
 
   void value_gradient() {
@@ -145,12 +123,12 @@ class Backward {
     const ValueGradient args{.product = product_,
                              .grad_out = grad_out_.const_data_ptr(),
                              .v_weight = weights_.v.const_data_ptr(),
-                             .key_query = saved_.key_query,
-                             .context = saved_.context,
-                             .norm_weight = norm_weight_,
-                             .u_grad_context = untyped(u_grad_context_),
-                             .row_means = floats(row_means_),
-                             .delta = floats(delta_),
+                             .key_query = float_data(a_.key_query),
+                             .context = float_data(a_.context),
+                             .norm_weight = vector_of(a_.norm.weight),
+                             .u_grad_context = data_of(u_grad_context_),
+                             .row_means = float_data(row_means_),
+                             .delta = float_data(delta_),
                              .parts = parts(0, 0)};
     check(cuda::value_gradient(args, stream_), "value_gradient");
   }
@@ -159,30 +137,30 @@ class Backward {
     const TokenPlan plan = plan_token_gradient(dense_.tokens, product_.dtype);
     check_width(plan.shared, width_);
     splits_ = plan.splits;
-    if (needs_.cls) grad_normalized_ = empty_f32({batch_, width_}, grad_out_);
+    if (a_.needs.cls) grad_normalized_ = empty_f32({batch_, width_}, grad_out_);
     grad_u_of_splits_ = empty_f32({batch_, splits_, heads_, width_}, grad_out_);
     rest_ = empty_f32({batch_, splits_, heads_}, grad_out_);
     TokenGradient args{.tokens = dense_.tokens,
                        .plan = plan,
                        .dtype = product_.dtype,
                        .tf32 = product_.tf32,
-                       .u_grad_context = untyped(u_grad_context_),
-                       .row_means = floats(row_means_),
-                       .delta = floats(delta_),
-                       .mean = saved_.mean,
-                       .rstd = saved_.rstd,
-                       .probs = saved_.probs,
-                       .grad_normalized = floats(grad_normalized_),
-                       .grad_u = floats(grad_u_of_splits_),
-                       .rest = floats(rest_)};
+                       .u_grad_context = data_of(u_grad_context_),
+                       .row_means = float_data(row_means_),
+                       .delta = float_data(delta_),
+                       .mean = float_data(a_.mean),
+                       .rstd = float_data(a_.rstd),
+                       .probs = float_data(a_.probs),
+                       .grad_normalized = float_data(grad_normalized_),
+                       .grad_u = float_data(grad_u_of_splits_),
+                       .rest = float_data(rest_)};
     // Where there are more heads than a block takes, each set of them adds its part.
     Tensor earlier;
     for (args.set = 0; args.set < plan.sets; args.set++) {
       const bool last = args.set + 1 == plan.sets;
-      const Tensor out = !needs_.patches || last ? grads_.patches : empty_f32(grads_.patches.sizes(), grad_out_);
+      const Tensor out = !a_.needs.patches || last ? grads_.patches : empty_f32(grads_.patches.sizes(), grad_out_);
       args.grad_patches = target_of(out);
       args.grad_aligned = out.defined() && aligned_to_16(out);
-      args.earlier = floats(earlier);
+      args.earlier = float_data(earlier);
       check(cuda::token_gradient(args, stream_), "token_gradient");
       earlier = out;
     }
@@ -192,15 +170,15 @@ class Backward {
     grad_u_ = splits_ > 1 ? empty_f32({batch_, heads_, width_}, grad_out_) : grad_u_of_splits_;
     grad_query_ = empty_f32({batch_, width_}, grad_out_);
     const QueryGradient args{.product = product_,
-                             .grad_u_of_splits = floats(grad_u_of_splits_),
-                             .rest = floats(rest_),
-                             .key_query = saved_.key_query,
-                             .context = saved_.context,
+                             .grad_u_of_splits = float_data(grad_u_of_splits_),
+                             .rest = float_data(rest_),
+                             .key_query = float_data(a_.key_query),
+                             .context = float_data(a_.context),
                              .splits = splits_,
-                             .norm_weight = norm_weight_,
+                             .norm_weight = vector_of(a_.norm.weight),
                              .k_weight = weights_.k.const_data_ptr(),
-                             .grad_u = floats(grad_u_),
-                             .grad_query = floats(grad_query_),
+                             .grad_u = float_data(grad_u_),
+                             .grad_query = float_data(grad_query_),
                              .parts = {parts(of_heads_, 0).weight, nullptr}};
     check(cuda::query_gradient(args, stream_), "query_gradient");
   }
@@ -208,10 +186,10 @@ class Backward {
   void query_input_gradient() {
     grad_query_input_ = empty_f32({batch_, width_}, grad_out_);
     const QueryInputGradient args{.product = product_,
-                                  .grad_query = floats(grad_query_),
+                                  .grad_query = float_data(grad_query_),
                                   .q_weight = weights_.q.const_data_ptr(),
                                   .normalized_cls = normalized_cls_,
-                                  .grad_query_input = floats(grad_query_input_),
+                                  .grad_query_input = float_data(grad_query_input_),
                                   .parts = parts(2 * of_heads_, of_heads_)};
     check(cuda::query_input_gradient(args, stream_), "query_input_gradient");
   }
@@ -219,34 +197,34 @@ class Backward {
   void projection_gradients() {
     const ProjectionGradients args{.product = product_,
                                    .grad_out = grad_out_.const_data_ptr(),
-                                   .context = saved_.context,
-                                   .query = saved_.query,
-                                   .grad_u = floats(grad_u_),
-                                   .grad_query = floats(grad_query_),
+                                   .context = float_data(a_.context),
+                                   .query = float_data(a_.query),
+                                   .grad_u = float_data(grad_u_),
+                                   .grad_query = float_data(grad_query_),
                                    .normalized_cls = normalized_cls_,
-                                   .norm_weight = norm_weight_,
-                                   .norm_bias = norm_bias_,
-                                   .grad_q_weight = untyped(grads_.q_weight),
-                                   .grad_k_weight = untyped(grads_.k_weight),
-                                   .grad_v_weight = untyped(grads_.v_weight)};
+                                   .norm_weight = vector_of(a_.norm.weight),
+                                   .norm_bias = vector_of(a_.norm.bias),
+                                   .grad_q_weight = data_of(grads_.q_weight),
+                                   .grad_k_weight = data_of(grads_.k_weight),
+                                   .grad_v_weight = data_of(grads_.v_weight)};
     check(cuda::projection_gradients(args, stream_), "projection_gradients");
   }
 
   void finish_gradients() {
     const FinishGradients args{.product = product_,
-                               .parts = {floats(weight_parts_), floats(bias_parts_)},
+                               .parts = {float_data(weight_parts_), float_data(bias_parts_)},
                                .weight_rows = weight_rows_,
                                .bias_rows = bias_rows_,
-                               .grad_query = floats(grad_query_),
-                               .probs = saved_.probs,
-                               .rest = floats(rest_),
-                               .key_query = saved_.key_query,
-                               .grad_normalized = floats(grad_normalized_),
-                               .grad_query_input = floats(grad_query_input_),
+                               .grad_query = float_data(grad_query_),
+                               .probs = float_data(a_.probs),
+                               .rest = float_data(rest_),
+                               .key_query = float_data(a_.key_query),
+                               .grad_normalized = float_data(grad_normalized_),
+                               .grad_query_input = float_data(grad_query_input_),
                                .grad_out = grad_out_.const_data_ptr(),
                                .splits = splits_,
                                .normalized_cls = normalized_cls_,
-                               .norm_weight = norm_weight_,
+                               .norm_weight = vector_of(a_.norm.weight),
                                .grad_cls = target_of(grads_.cls),
                                .grad_norm_weight = target_of(grads_.norm_weight),
                                .grad_norm_bias = target_of(grads_.norm_bias),
@@ -255,14 +233,12 @@ class Backward {
     check(cuda::finish_gradients(args, stream_), "finish_gradients");
   }
 
+  const ClsCrossAttentionBackward& a_;
+  const Stream stream_;
+  const int64_t batch_, heads_, width_;
   const DenseTokens dense_;
   const ProjectionWeights weights_;
   const Tensor grad_out_;  // of the weights' dtype
-  const Saved saved_;
-  const ClsCrossAttentionNeeds needs_;
-  const Vector norm_weight_, norm_bias_;
-  const Stream stream_;
-  const int64_t batch_, heads_, width_;
   const RowsProduct product_;
   const NormalizedCls normalized_cls_;
   int64_t blocks_ = 0, of_heads_ = 0, weight_rows_ = 0, bias_rows_ = 0;

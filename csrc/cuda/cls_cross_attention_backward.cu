@@ -9,16 +9,6 @@ namespace crossvit::cuda {
 
 namespace {
 
-// The images of a block and its head.
-struct Place {
-  int head, rows;
-  std::int64_t image, part;
-  __device__ __forceinline__ Place(int heads, std::int64_t batch)
-      : head(blockIdx.x % heads), image(static_cast<std::int64_t>(blockIdx.x / heads) * kImages), part(blockIdx.x) {
-    rows = static_cast<int>(min(batch - image, static_cast<std::int64_t>(kImages)));
-  }
-};
-
 template <class T, bool kTf32>
 __global__ void __launch_bounds__(kRowThreads, 1) value_gradient_kernel(const ValueGradient a, const int tile_columns) {
   const auto& [dtype, tf32, aligned, batch, width, heads] = a.product;
@@ -33,11 +23,11 @@ __global__ void __launch_bounds__(kRowThreads, 1) value_gradient_kernel(const Va
   const MatrixView weight{a.v_weight, width, aligned};
   const auto fill = [&](int step, int stage) {
     const int c = step * tile_columns;
-    fill_tile(buffers + stage * padded_d * v_stride, v_stride, weight, at.head * d, d, c, min(width - c, tile_columns));
+    fill_tile(buffers + stage * padded_d * v_stride, v_stride, weight, at.part * d, d, c, min(width - c, tile_columns));
   };
   const auto load_rows = [&] {
     for (int r = threadIdx.x / 32; r < kImages; r += kRowWarps) {
-      const T* from = static_cast<const T*>(a.grad_out) + (at.image + r) * width + at.head * d;
+      const T* from = static_cast<const T*>(a.grad_out) + (at.image + r) * width + at.part * d;
       for (int j = lane; j < padded_d; j += 32)
         out[r * out_stride + j] = r < at.rows && j < d ? from[j] : from_float<T>(0);
     }
@@ -53,7 +43,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) value_gradient_kernel(const Va
   });
 
   for (int r = threadIdx.x / 32; r < at.rows; r += kRowWarps) {
-    const std::int64_t row = (at.image + r) * heads + at.head;
+    const std::int64_t row = (at.image + r) * heads + at.part;
     T* const u_grad_context = static_cast<T*>(a.u_grad_context) + row * 2 * width;
     float sum_u = 0, sum_dz = 0, delta = 0;
 #pragma unroll 4
@@ -67,7 +57,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) value_gradient_kernel(const Va
       sum_dz += to_float(dz);
       delta = fmaf(to_float(dz), a.context[row * width + c], delta);
     }
-    sum_u = sum_warp(sum_u), sum_dz = sum_warp(sum_dz), delta = sum_warp(delta);
+    sum_u = sum_lanes<32>(sum_u), sum_dz = sum_lanes<32>(sum_dz), delta = sum_lanes<32>(delta);
     if (lane == 0) {
       a.delta[row] = delta;
       a.row_means[row * 2] = sum_u / width;
@@ -80,10 +70,10 @@ __global__ void __launch_bounds__(kRowThreads, 1) value_gradient_kernel(const Va
     for (int r = 0; r < at.rows; r++) {
       const float value = grad_value[r * grad_value_stride + c];
       sum += value;
-      if (a.parts.weight) along = fmaf(value, a.context[((at.image + r) * heads + at.head) * width + c], along);
+      if (a.parts.weight) along = fmaf(value, a.context[((at.image + r) * heads + at.part) * width + c], along);
     }
-    if (a.parts.weight) a.parts.weight[at.part * width + c] = along;
-    if (a.parts.bias) a.parts.bias[at.part * width + c] = sum;
+    if (a.parts.weight) a.parts.weight[static_cast<std::int64_t>(blockIdx.x) * width + c] = along;
+    if (a.parts.bias) a.parts.bias[static_cast<std::int64_t>(blockIdx.x) * width + c] = sum;
   }
 }
 
@@ -100,12 +90,12 @@ __global__ void __launch_bounds__(kRowThreads, 1) query_gradient_kernel(const Qu
   const MatrixView weight{a.k_weight, width, aligned};
   const auto fill = [&](int step, int stage) {
     const int j = step * tile_rows;
-    fill_tile(buffers + stage * tile_rows * stride, stride, weight, at.head * d + j, min(d - j, tile_rows), 0, width);
+    fill_tile(buffers + stage * tile_rows * stride, stride, weight, at.part * d + j, min(d - j, tile_rows), 0, width);
   };
   const auto join = [&] {
     if (static_cast<int>(threadIdx.x) < at.rows) {
       float rest = 0;
-      for (int s = 0; s < a.splits; s++) rest += a.rest[((at.image + threadIdx.x) * a.splits + s) * heads + at.head];
+      for (int s = 0; s < a.splits; s++) rest += a.rest[((at.image + threadIdx.x) * a.splits + s) * heads + at.part];
       rest_of_rows[threadIdx.x] = rest;
     }
     __syncthreads();
@@ -115,8 +105,8 @@ __global__ void __launch_bounds__(kRowThreads, 1) query_gradient_kernel(const Qu
       for (int r = 0; r < kImages; r++) {
         float value = 0;
         if (r < at.rows && c < width) {
-          const float* from = a.grad_u_of_splits + ((at.image + r) * a.splits * heads + at.head) * width + c;
-          const std::int64_t row = ((at.image + r) * heads + at.head) * width + c;
+          const float* from = a.grad_u_of_splits + ((at.image + r) * a.splits * heads + at.part) * width + c;
+          const std::int64_t row = ((at.image + r) * heads + at.part) * width + c;
           const float z = a.context[row], key_query = a.parts.weight ? a.key_query[row] : 0;
           float sum = 0;
           for (int s = 0; s < a.splits; s++) sum += from[static_cast<std::int64_t>(s) * heads * width];
@@ -127,7 +117,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) query_gradient_kernel(const Qu
         }
         gamma_grad_u[r * stride + c] = from_float<T>(value);
       }
-      if (a.parts.weight && c < width) a.parts.weight[at.part * width + c] = along;
+      if (a.parts.weight && c < width) a.parts.weight[static_cast<std::int64_t>(blockIdx.x) * width + c] = along;
     }
   };
   stream_tiles((d + tile_rows - 1) / tile_rows, 2, fill, join, [&](int step, int stage) {
@@ -136,7 +126,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) query_gradient_kernel(const Qu
                         min(round_up(d, 16) - first, tile_rows), columns, [&](int row, int column, float v) {
                           const int j = first + column;
                           if (row < at.rows && j < d)
-                            a.grad_query[(at.image + row) * width + at.head * d + j] = v * scale;
+                            a.grad_query[(at.image + row) * width + at.part * d + j] = v * scale;
                         });
   });
 }
@@ -146,10 +136,10 @@ constexpr int kInputColumns = kRowWarps * 16, kInputDepth = 64;
 template <class T, bool kTf32>
 __global__ void __launch_bounds__(kRowThreads, 1) query_input_gradient_kernel(const QueryInputGradient a) {
   const auto& [dtype, tf32, aligned, batch, width, heads] = a.product;
-  const int tiles = (width + kInputColumns - 1) / kInputColumns;
-  const std::int64_t part = blockIdx.x / tiles, image = part * kImages;
-  const int first = blockIdx.x % tiles * kInputColumns;
-  const int rows = static_cast<int>(min(batch - image, static_cast<std::int64_t>(kImages)));
+  const Place at((width + kInputColumns - 1) / kInputColumns, batch);
+  const auto [tile, rows, image] = at;
+  const std::int64_t part = image / kImages;
+  const int first = tile * kInputColumns;
   const int lane = threadIdx.x % 32, padded = round_up(width, kInputDepth), stride = odd_stride<T>(padded);
   constexpr int kStride = odd_stride<T>(kInputColumns);
   T* const dq = reinterpret_cast<T*>(ptx::shared_memory());
@@ -200,8 +190,6 @@ __global__ void __launch_bounds__(kRowThreads, 1) query_input_gradient_kernel(co
     }
 }
 
-unsigned blocks_of(std::int64_t batch) { return static_cast<unsigned>((batch + kImages - 1) / kImages); }
-
 }  // namespace
 
 Error value_gradient(const ValueGradient& args, Stream stream) {
@@ -209,8 +197,8 @@ Error value_gradient(const ValueGradient& args, Stream stream) {
     const int d = round_up(args.product.width / args.product.heads, 16), columns = round_up(args.product.width, 16);
     const std::int64_t fixed = kImages * ((columns + 4) * 4 + odd_stride<T>(d) * static_cast<int>(sizeof(T)));
     const int tile = tile_size(columns, d * sizeof(T), (kSharedMemory - fixed) / 2 - 16 * d);
-    return launch(value_gradient_kernel<T, kTf32>, dim3(blocks_of(args.product.batch) * args.product.heads),
-                  kRowThreads, fixed + 2 * d * odd_stride<T>(tile) * sizeof(T), stream, args, tile);
+    return launch(value_gradient_kernel<T, kTf32>, blocks_of(args.product.batch) * args.product.heads, kRowThreads,
+                  fixed + 2 * d * odd_stride<T>(tile) * sizeof(T), stream, args, tile);
   });
 }
 
@@ -218,8 +206,8 @@ Error query_gradient(const QueryGradient& args, Stream stream) {
   return with_math(args.product.dtype, args.product.tf32, [&]<class T, bool kTf32>() {
     const std::int64_t row = odd_stride<T>(round_up(args.product.width, 16)) * sizeof(T), fixed = kImages * (row + 4);
     const int tile = tile_size(args.product.width / args.product.heads, row, (kSharedMemory - fixed) / 2);
-    return launch(query_gradient_kernel<T, kTf32>, dim3(blocks_of(args.product.batch) * args.product.heads),
-                  kRowThreads, fixed + 2 * tile * row, stream, args, tile);
+    return launch(query_gradient_kernel<T, kTf32>, blocks_of(args.product.batch) * args.product.heads, kRowThreads,
+                  fixed + 2 * tile * row, stream, args, tile);
   });
 }
 
@@ -229,8 +217,8 @@ Error query_input_gradient(const QueryInputGradient& args, Stream stream) {
                                  2 * kInputDepth * odd_stride<T>(kInputColumns)) *
                                 sizeof(T);
     return launch(query_input_gradient_kernel<T, kTf32>,
-                  dim3(blocks_of(args.product.batch) * ((args.product.width + kInputColumns - 1) / kInputColumns)),
-                  kRowThreads, shared, stream, args);
+                  blocks_of(args.product.batch) * divide_up(args.product.width, kInputColumns), kRowThreads, shared,
+                  stream, args);
   });
 }
 

@@ -72,7 +72,7 @@ Tensor cls_fusion(const ClsFusion& a, bool tf32) {
                             .tf32 = tf32,
                             .aligned = aligned,
                             .eps = query.query.eps,
-                            .out = out.mutable_data_ptr()};
+                            .out = out.data_ptr()};
   check(fusion_revert(revert, call.stream), "fusion_revert");
   return out;
 }

@@ -15,12 +15,6 @@ namespace normalized_rows {
 constexpr int kWarps = 4;
 constexpr int kWidest = 768;  // wider rows do not stay in registers, nor do their sums
 
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
-  return x;
-}
-
 struct Normalized {
   Quad x, grad;  // (x - mean) rstd, and the gradient of what LayerNorm's weight and bias make of it
 };
@@ -124,8 +118,8 @@ __global__ void __launch_bounds__(kWarps * 32) held_kernel(const LayerNormBackwa
       }
     }
     if (!p.grad_x.data) continue;
-    along = warp_sum(along) / p.width;
-    total = warp_sum(total) / p.width;
+    along = sum_lanes<32>(along) / p.width;
+    total = sum_lanes<32>(total) / p.width;
 #pragma unroll
     for (int q = 0; q < kQuads; q++) {
       const int column = (q * 32 + lane) * 4;
@@ -181,8 +175,8 @@ __global__ void __launch_bounds__(32) streamed_kernel(const LayerNormBackwardArg
       }
     }
     if (!p.grad_x.data) continue;
-    along = warp_sum(along) / p.width;
-    total = warp_sum(total) / p.width;
+    along = sum_lanes<32>(along) / p.width;
+    total = sum_lanes<32>(total) / p.width;
     row.y = nullptr;  // it stands
     for (int column = lane * 4; column < p.width; column += 128) {
       const Quad weight = affine_quad(p.norm.weight, column, p.width);
@@ -200,7 +194,7 @@ int blocks_of(std::int64_t rows, int width) {
 
 template <class T, class X>
 Error launch_types(const LayerNormBackwardArgs& args, Stream stream) {
-  const dim3 grid(static_cast<unsigned>(blocks_of(args.rows, args.width)));
+  const std::int64_t grid = blocks_of(args.rows, args.width);
   if (args.width > kWidest) return launch(streamed_kernel<T, X>, grid, 32, 0, stream, args);
   const std::size_t shared = 2 * sizeof(float) * ((args.width + 3) / 4 * 4);
   if (args.width <= 256) return launch(held_kernel<T, X, 2>, grid, kWarps * 32, shared, stream, args);

@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kNormThreads) norm_rows_kernel(const LayerNorm
 
 template <class T>
 Error launch_norm_rows(const LayerNormLinearArgs& args, bool given, Stream stream) {
-  const dim3 grid(static_cast<unsigned>((args.rows + kNormRows - 1) / kNormRows));
+  const std::int64_t grid = divide_up(args.rows, kNormRows);
   const std::size_t affine = 2 * sizeof(float) * args.width;
   const bool staged = affine <= 48 * 1024;
   const std::size_t shared = staged ? affine : 0;

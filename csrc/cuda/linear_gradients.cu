@@ -128,10 +128,14 @@ Error launch_weight(const WeightGradientArgs& args, const WeightPlan& plan, Stre
                 stream, args, plan);
 }
 
-template <class T>
-Error launch_weight16(const WeightGradientArgs& args, const WeightPlan& plan, Stream stream) {
-  if (plan.large) return launch_weight<Product<T, false, 2, 2, 4, 8>, 32, 4>(args, plan, stream);
-  return launch_weight<Product<T, false, 2, 2, 2, 4>, 64, 3>(args, plan, stream);
+template <class T, bool kTf32>
+Error launch_type(const WeightGradientArgs& args, const WeightPlan& plan, Stream stream) {
+  if constexpr (sizeof(T) == 2) {
+    if (plan.large) return launch_weight<Product<T, false, 2, 2, 4, 8>, 32, 4>(args, plan, stream);
+    return launch_weight<Product<T, false, 2, 2, 2, 4>, 64, 3>(args, plan, stream);
+  } else {
+    return launch_weight<Product<T, kTf32, 2, 2, 2, 4>, 32, 3>(args, plan, stream);
+  }
 }
 
 constexpr int kGradientRows = 4;  // of a block, one a warp
@@ -174,16 +178,8 @@ std::int64_t weight_gradient_partial(const WeightGradientArgs& args) {
 
 Error weight_gradient(const WeightGradientArgs& args, Stream stream) {
   const WeightPlan plan = plan_of(args);
-  Error error = nullptr;
-  if (args.dtype == DType::float16) {
-    error = launch_weight16<__half>(args, plan, stream);
-  } else if (args.dtype == DType::bfloat16) {
-    error = launch_weight16<__nv_bfloat16>(args, plan, stream);
-  } else if (args.tf32) {
-    error = launch_weight<Product<float, true, 2, 2, 2, 4>, 32, 3>(args, plan, stream);
-  } else {
-    error = launch_weight<Product<float, false, 2, 2, 2, 4>, 32, 3>(args, plan, stream);
-  }
+  const Error error = with_math(args.dtype, args.tf32,
+                                [&]<class T, bool kTf32>() { return launch_type<T, kTf32>(args, plan, stream); });
   if (error || plan.pieces == 1) return error;
   const std::int64_t size = args.grad_weight.data ? static_cast<std::int64_t>(args.features) * args.width : 0;
   const std::int64_t all = size + (args.grad_bias.data ? args.features : 0);
@@ -199,7 +195,7 @@ Error weight_gradient(const WeightGradientArgs& args, Stream stream) {
 }
 
 Error scaled_gradient(const ScaledGradientArgs& args, Stream stream) {
-  const dim3 grid(static_cast<unsigned>((args.rows + kGradientRows - 1) / kGradientRows));
+  const std::int64_t grid = divide_up(args.rows, kGradientRows);
   return with_type(args.out.dtype, [&](auto example) {
     using T = decltype(example);
     if (args.grad.dtype == args.out.dtype)

@@ -77,12 +77,11 @@ __global__ void __launch_bounds__(kLanes* kSumParts) matrix_sum_kernel(const Mat
 }
 
 Error matrix_sum(const MatrixSumArgs& args, Stream stream) {
-  const int vector = args.aligned ? 4 : 1;
-  const std::int64_t per_block = kLanes * vector;
-  const dim3 grid(static_cast<unsigned>((args.rows * args.width + per_block - 1) / per_block));
-  const int threads = kLanes * kSumParts, shared = threads * vector * 4;
-  if (args.aligned) return launch(matrix_sum_kernel<4>, grid, threads, shared, stream, args);
-  return launch(matrix_sum_kernel<1>, grid, threads, shared, stream, args);
+  constexpr int kThreads = kLanes * kSumParts;
+  const std::int64_t total = args.rows * args.width;
+  if (args.aligned)
+    return launch(matrix_sum_kernel<4>, divide_up(total, 4 * kLanes), kThreads, kThreads * 4 * 4, stream, args);
+  return launch(matrix_sum_kernel<1>, divide_up(total, kLanes), kThreads, kThreads * 4, stream, args);
 }
 
 }  // namespace crossvit::cuda

@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) finish_gradients_kernel(const 
       one += g;
       along = fmaf(g, normalized_cls(a.normalized_cls, image, c), along);
     }
-    one = sum_warp(one) / width, along = sum_warp(along) / width;
+    one = sum_lanes<32>(one) / width, along = sum_lanes<32>(along) / width;
     const float rstd = a.normalized_cls.rstd[image * a.normalized_cls.tokens];
     for (int c = lane; c < width; c += 32)
       store(a.grad_cls, image * width + c,

@@ -69,12 +69,30 @@ __device__ __forceinline__ void store(const Target& to, std::int64_t i, float va
   }
 }
 
+// The sum over groups of kLanes adjacent lanes, in each of them.
+template <int kLanes>
+__device__ __forceinline__ float sum_lanes(float value) {
+#pragma unroll
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(~0u, value, distance);
+  return value;
+}
+
+__host__ __device__ constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
 // f(element of the type): f([](auto example) { using T = decltype(example); ... }).
 template <class F>
 decltype(auto) with_type(DType dtype, F&& f) {
   if (dtype == DType::float32) return f(float());
   if (dtype == DType::float16) return f(__half());
   return f(__nv_bfloat16());
+}
+
+// f.operator()<T, kTf32>() of the matrix operands' type.
+template <class F>
+auto with_math(DType dtype, bool tf32, F&& f) {
+  if (dtype == DType::float16) return f.template operator()<__half, false>();
+  if (dtype == DType::bfloat16) return f.template operator()<__nv_bfloat16, false>();
+  return tf32 ? f.template operator()<float, true>() : f.template operator()<float, false>();
 }
 
 }  // namespace crossvit::cuda
