@@ -72,9 +72,10 @@ __device__ __forceinline__ void store(const Target& to, std::int64_t i, float va
 // The sum over groups of kLanes adjacent lanes, in each of them.
 template <int kLanes>
 __device__ __forceinline__ float sum_lanes(float value) {
-#pragma unroll
-  for (int distance = kLanes / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(~0u, value, distance);
-  return value;
+  if constexpr (kLanes == 1)
+    return value;
+  else
+    return sum_lanes<kLanes / 2>(value + __shfl_xor_sync(~0u, value, kLanes / 2));
 }
 
 __host__ __device__ constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
