@@ -179,11 +179,8 @@ class Build:
 
     def _compile(self, source: Path, flags: list[str], name: str = "") -> Path:
         output = self.folder / f"{name or source.stem}.o"
-        try:
-            command = [*self.compiler.command, *self.flags, *flags, f"-I{SOURCES}", "-c", str(source)]
-            return make(output, command, self.compiler.version)
-        except NotBuiltError as why:
-            raise NotBuiltError(f"{source}: {why}") from None
+        command = [*self.compiler.command, *self.flags, *flags, f"-I{SOURCES}", "-c", str(source)]
+        return make(output, command, self.compiler.version)
 
     def _instruction_set(self, name: str) -> Path:
         flags = [*ISA_FLAGS, *instruction_sets(target.machine())[name][0], f"-DCROSSVIT_ISA={name}"]

@@ -236,10 +236,7 @@ class Build:
         return self._make(source, "emulated", command, self.cxx_version)
 
     def _make(self, source: Path, kind: str, command: list[str], compiler: str, free: Sequence[str] = ()) -> Path:
-        try:
-            return make(self.folder / kind / f"{source.stem}.o", command, compiler, free=free)
-        except NotBuiltError as why:
-            raise NotBuiltError(f"{source}: {why}") from None
+        return make(self.folder / kind / f"{source.stem}.o", command, compiler, free=free)
 
     def _link_cuda(self, output: Path, objects: list[Path]) -> Path:
         command = [self.nvcc, "-shared", "-cudart", "static", *gencode(self.cuda["architectures"])]

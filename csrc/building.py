@@ -27,6 +27,7 @@ TORCH_LIBRARIES = [f"-L{TORCH / 'lib'}", "-ltorch_cpu"]
 COMMON_FLAGS = [
     *("-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden"),
     *("-DNDEBUG", "-fwrapv", "-Wall", "-Wextra", "-g0"),
+    "-Wno-missing-field-initializers",  # what a designated initializer does not name is zero
 ]
 
 
@@ -119,7 +120,8 @@ def make(
     if done.returncode:
         lines = said.strip().splitlines() or [f"{command[0]} ended with {done.returncode}"]
         first = next((line for line in lines if "error" in line.lower()), lines[-1])
-        raise NotBuiltError(f"it did not compile ({first.strip()})")
+        source = f"{command[command.index('-c') + 1]}: " if "-c" in command else ""
+        raise NotBuiltError(f"{source}it did not compile ({first.strip()})")
     read = map(str, inputs) if inputs else files_read(depfile)
     record.write_text(json.dumps({"key": key, "read": {path: digest(path) for path in read}}))
     return output

@@ -4,15 +4,15 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <stdexcept>
 #include <string>
-#include <utility>
 
-#include "needs.h"
+#include "torch_c/op.h"
 
 namespace crossvit {
 
-// The tensors that a namespace's kernels take: of this device type, float32, bfloat16 and, of these, float16.
+// The tensors that a library's kernels take: of this device type, float32, bfloat16 and, of these, float16.
 struct Taken {
   DeviceType device;
   bool float16;
@@ -20,32 +20,33 @@ struct Taken {
     return dtype == kFloat32 || dtype == kBFloat16 || (float16 && dtype == kFloat16);
   }
 };
+Taken taken();  // by those of this library
 
 // Whether all elements of a dense tensor lie in its memory, which a storage that was made smaller no longer holds.
 inline bool in_memory(const Tensor& t) {
   if (t.numel() == 0) return true;
-  std::int64_t end = t.storage_offset() + 1;
-  for (std::int64_t d = 0; d < t.dim(); d++) end += (t.size(d) - 1) * t.stride(d);
+  int64_t end = t.storage_offset() + 1;
+  for (int64_t d = 0; d < t.dim(); d++) end += (t.size(d) - 1) * t.stride(d);
   const auto dtype = t.scalar_type();
-  const std::int64_t size = dtype == kFloat32 ? 4 : dtype == kFloat16 || dtype == kBFloat16 ? 2 : t.itemsize();
+  const int64_t size = dtype == kFloat32 ? 4 : dtype == kFloat16 || dtype == kBFloat16 ? 2 : t.itemsize();
   return end * size <= t.storage_bytes();
 }
 
 // Among expected sizes, one that is free.
-constexpr std::int64_t kAny = -1;
+constexpr int64_t kAny = -1;
 
 // No memory holds as many elements; four bytes for each of them, and what a kernel rounds up to, are still counted in 64 bits.
-constexpr std::int64_t kMostElements = std::int64_t{1} << 56;
+constexpr int64_t kMostElements = int64_t{1} << 56;
 // Along a side of an image: float32 tells neighbouring pixels apart up to here.
-constexpr std::int64_t kLongestSide = (std::int64_t{1} << 24) - 1;
+constexpr int64_t kLongestSide = (int64_t{1} << 24) - 1;
 
 class Expect {
  public:
-  // op names whose arguments these are; main is the op's main activation, on whose device all others are.
-  Expect(const char* op, Taken taken, const char* name, const Tensor& main)
-      : op_(op), main_name_(name), taken_(taken), device_(main.device()) {
-    if (!main.defined() || main.device().type != taken.device) [[unlikely]]
-      explain_device(name, main);
+  // These are the arguments of the op of this schema; main is its main activation, on whose device all others are.
+  Expect(const char* schema, const char* name, const Tensor& main)
+      : schema_(schema), main_name_(name), taken_(taken()), device_(main.device()) {
+    if (!main.defined() || main.device().type != taken_.device) [[unlikely]]
+      fail(name, "a tensor on " + name_of(taken_.device), main.defined() ? name_of(main.device()) : "None");
     plain(name, main);
   }
 
@@ -62,15 +63,15 @@ class Expect {
   }
   void of_dtype(const char* name, const Tensor& t, ScalarType dtype) const {
     if (t.scalar_type() != dtype) [[unlikely]]
-      explain_dtype(name, t, dtype, false);
+      fail(name, name_of(dtype), name_of(t.scalar_type()));
   }
   // One that kernels read as rows of `dtype`, the weight's, or of float32.
   void activation(const char* name, const Tensor& t, ScalarType dtype) const {
     if (t.scalar_type() != dtype && t.scalar_type() != kFloat32) [[unlikely]]
-      explain_dtype(name, t, dtype, true);
+      fail(name, name_of(dtype) + " as the weight, or float32", name_of(t.scalar_type()));
   }
   // A tensor (..., width) with the leading sizes of `like`, which has been looked at.
-  void beside(const char* name, const Tensor& t, const Tensor& like, std::int64_t width) const {
+  void beside(const char* name, const Tensor& t, const Tensor& like, int64_t width) const {
     plain(name, t);
     const Sizes sizes = t.sizes(), wanted = like.sizes();
     bool same = sizes.size() == wanted.size() && sizes.back() == width;
@@ -79,11 +80,11 @@ class Expect {
       explain_beside(name, t, like, width);
   }
   // A LayerNorm's or a Linear's vector, contiguous; it may be absent.
-  void vector(const char* name, const Tensor& t, std::int64_t size) const {
+  void vector(const char* name, const Tensor& t, int64_t size) const {
     if (!is_plain(t) || t.dim() != 1 || t.sizes()[0] != size || !t.is_contiguous()) [[unlikely]]
       explain_vector(name, t, size);
   }
-  void vector(const char* name, const OptionalTensor& t, std::int64_t size) const {
+  void vector(const char* name, const OptionalTensor& t, int64_t size) const {
     if (t) vector(name, *t, size);
   }
   // What a forward saved: contiguous and, where nothing else is said, of float32.
@@ -104,19 +105,19 @@ class Expect {
       fail(name, "a tensor (..., D) that is not empty", "shape " + text(t.sizes()));
   }
   // A tensor of so many dimensions and at least one element.
-  void rank(const char* name, const Tensor& t, std::int64_t dims) const {
+  void rank(const char* name, const Tensor& t, int64_t dims) const {
     plain(name, t);
     if (t.dim() != dims || t.numel() == 0) [[unlikely]]
       fail(name, "a tensor of " + std::to_string(dims) + " dimensions that is not empty", "shape " + text(t.sizes()));
   }
   // A weight (any number of rows, columns).
-  void matrix(const char* name, const Tensor& t, std::int64_t columns) const {
+  void matrix(const char* name, const Tensor& t, int64_t columns) const {
     plain(name, t);
     const Sizes sizes = t.sizes();
     if (sizes.size() != 2 || sizes[1] != columns || sizes[0] == 0) [[unlikely]]
       explain_shape(name, t, {kAny, columns});
   }
-  void heads(std::int64_t heads, std::int64_t width) const {
+  void heads(int64_t heads, int64_t width) const {
     if (heads <= 0 || width % heads != 0) [[unlikely]]
       fail("num_heads", "a divisor of " + std::to_string(width), std::to_string(heads));
   }
@@ -124,26 +125,21 @@ class Expect {
     if (!(eps >= 0)) [[unlikely]]
       fail("eps", "at least 0", std::to_string(eps));
   }
-  void side(const char* name, std::int64_t size) const {
+  void side(const char* name, int64_t size) const {
     if (size < 1 || size > kLongestSide) [[unlikely]]
       fail(name, "1 to " + std::to_string(kLongestSide), std::to_string(size));
   }
   // So many rows of so many elements can be counted.
-  void countable(const char* name, std::int64_t rows, std::int64_t features) const {
-    std::int64_t all = 0;
+  void countable(const char* name, int64_t rows, int64_t features) const {
+    int64_t all = 0;
     if (__builtin_mul_overflow(rows, features, &all) || all > kMostElements) [[unlikely]]
       fail(name, "fewer elements than " + std::to_string(kMostElements),
            std::to_string(rows) + " rows of " + std::to_string(features));
   }
-  // The list of wanted gradients under their names, one for each bool of Needs.
-  template <class Needs>
-  Needs needs(const NeedsList& list) const {
-    constexpr std::size_t gradients = sizeof(Needs) / sizeof(bool);
-    if (list.size() != gradients) [[unlikely]]
-      fail("needs", std::to_string(gradients) + " entries", std::to_string(list.size()));
-    return [&]<std::size_t... i>(std::index_sequence<i...>) {
-      return Needs{list.get(i)...};
-    }(std::make_index_sequence<gradients>());
+  template <class Names>
+  void needs(const Needs<Names>& needs) const {
+    if (needs.given != needs.kGradients) [[unlikely]]
+      fail("needs", std::to_string(needs.kGradients) + " entries", std::to_string(needs.given));
   }
   // The gradient of an argument is asked for only where the argument is given.
   void needed(const char* name, bool needed, const OptionalTensor& t) const {
@@ -153,7 +149,8 @@ class Expect {
 
   [[noreturn, gnu::cold, gnu::noinline]] void fail(const char* name, const std::string& expected,
                                                    const std::string& came) const {
-    throw std::invalid_argument(std::string(op_) + ": " + name + ": expected " + expected + ", got " + came);
+    const std::string op(schema_, std::strchr(schema_, '('));
+    throw std::invalid_argument(op + ": " + name + ": expected " + expected + ", got " + came);
   }
 
  private:
@@ -185,25 +182,18 @@ class Expect {
     fail(name, "memory of its own",
          "a storage of " + std::to_string(t.storage_bytes()) + " bytes for " + text(t.sizes()));
   }
-  [[noreturn, gnu::cold, gnu::noinline]] void explain_device(const char* name, const Tensor& t) const {
-    fail(name, "a tensor on " + name_of(taken_.device), t.defined() ? name_of(t.device()) : "None");
-  }
   [[noreturn, gnu::cold, gnu::noinline]] void explain_shape(const char* name, const Tensor& t, Sizes expected) const {
     fail(name, "shape " + text(expected), text(t.sizes()));
   }
-  [[gnu::cold, gnu::noinline]] void explain_vector(const char* name, const Tensor& t, std::int64_t size) const {
+  [[gnu::cold, gnu::noinline]] void explain_vector(const char* name, const Tensor& t, int64_t size) const {
     tensor(name, t, {size});
     contiguous(name, t);
   }
   [[noreturn, gnu::cold, gnu::noinline]] void explain_beside(const char* name, const Tensor& t, const Tensor& like,
-                                                             std::int64_t width) const {
+                                                             int64_t width) const {
     auto expected = like.sizes().vec();
     expected.back() = width;
     explain_shape(name, t, expected);
-  }
-  [[noreturn, gnu::cold, gnu::noinline]] void explain_dtype(const char* name, const Tensor& t, ScalarType dtype,
-                                                            bool or_float32) const {
-    fail(name, name_of(dtype) + (or_float32 ? " as the weight, or float32" : ""), name_of(t.scalar_type()));
   }
   // Sizes as Python writes them.
   [[gnu::cold, gnu::noinline]] static std::string text(Sizes sizes) {
@@ -213,7 +203,7 @@ class Expect {
     return result + (sizes.size() == 1 ? ",)" : ")");
   }
 
-  const char* op_;
+  const char* schema_;
   const char* main_name_;
   Taken taken_;
   Device device_;

@@ -61,7 +61,8 @@ struct RowTensor {
 inline Tensor empty(Sizes shape, ScalarType dtype, const Tensor& like) { return empty(shape, dtype, like.device()); }
 inline Tensor empty_f32(Sizes shape, const Tensor& like) { return empty(shape, kFloat32, like); }
 
-// A tensor's elements, or null where it has none.
-inline float* float_data(const Tensor& t) { return t.numel() ? t.mutable_data_ptr<float>() : nullptr; }
+// A tensor's elements, or null where it has none or is not defined.
+inline float* float_data(const Tensor& t) { return t.numel() ? t.data_ptr<float>() : nullptr; }
+inline void* data_of(const Tensor& t) { return t.numel() ? t.data_ptr() : nullptr; }
 
 }  // namespace crossvit

@@ -65,33 +65,63 @@ inline Rows joined_rows(const Args& a, const void* data, int64_t image, int64_t 
           a.heads * a.width};
 }
 
-// Rows [m, m + count), row-major as floats and zero-padded to whole vectors.
-inline void load_rows(const Rows& rows, int64_t m, int64_t count, int64_t width, float* to, int64_t ldt) {
-  for (int64_t r0 = 0; r0 < count; r0 += kPanelVectors * VL) {
-    const int64_t here = smaller(count - r0, kPanelVectors * VL);
-    const PanelRows from(rows, m + r0, here);
-    for (int64_t r = 0; r < here; r++)
-      for (int64_t j = 0; j < width; j += VL)
-        store(to + (r0 + r) * ldt + j, from.load(r, j, static_cast<int>(smaller(width - j, VL))));
+constexpr int64_t kRowsAhead = 8;  // rows of a head by which a prefetch runs ahead: they lie far apart
+
+// Rows of a head, one after the other.
+struct HeadRows {
+  const char* row;
+  int64_t stride, bytes;
+  HeadRows(const Rows& rows, int64_t m, int64_t width)
+      : row(row_pointer(rows, m)), stride(rows.row_stride * size_of(rows.dtype)), bytes(width * size_of(rows.dtype)) {}
+  CROSSVIT_INLINE const char* next() {
+    const char* here = row;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(here + kRowsAhead * stride + i);
+    row += stride;
+    return here;
+  }
+};
+
+// Rows [m, m + count) as floats, padded to whole vectors.
+inline void load_head_rows(const Rows& rows, int64_t m, int64_t count, int64_t width, float* to, int64_t ldt) {
+  HeadRows from(rows, m, width);
+  for (int64_t r = 0; r < count; r++, to += ldt) {
+    const char* row = from.next();
+    for (int64_t j = 0; j < width; j += VL) store(to + j, load_as(rows.dtype, row, j, lanes_in(width - j)));
   }
 }
 
-struct AttentionScratch {
-  float *query, *keys, *scores, *values, *values_f32, *c, *widened;
-  int64_t keys_padded, bytes;
-  AttentionScratch(const AttentionArgs& a, char* base) {
-    Arena arena{base};
-    const int64_t lanes = kPanelVectors * VL;
-    keys_padded = round_up(a.tokens, VL);
-    query = arena.floats(round_up(a.width, 2) * lanes);
-    keys = arena.floats(a.tokens * round_up(a.width, VL));
-    scores = arena.floats(keys_padded * lanes);
-    values = arena.floats(a.width * keys_padded);
-    values_f32 = arena.floats(a.width * keys_padded);
-    c = arena.floats(VL * lanes);
-    widened = arena.floats(kBlock * larger(a.width, keys_padded));
-    bytes = arena.used;
+// A head's keys or values as the matrix that meets queries or their gradients: brought together, they stay in the core's cache.
+template <class Args>
+inline Matrix gather_head(const Args& a, const Rows& rows, float* to) {
+  if (!multiplies_pairs(a.dtype, a.width)) {
+    const int64_t stride = round_up(a.width, VL);
+    load_head_rows(rows, 0, a.tokens, a.width, to, stride);
+    return {to, DType::float32, stride};
   }
+  HeadRows from(rows, 0, a.width);
+  for (int64_t n = 0; n < a.tokens; n++)
+    __builtin_memcpy(reinterpret_cast<Bf16*>(to) + n * a.width, from.next(), 2 * a.width);
+  return {to, DType::bfloat16, a.width};
+}
+
+// The same transposed, for a product that runs along the keys: of bfloat16 where it runs on pairs, by way of `floats`.
+template <class Args>
+inline Matrix transpose_head(const Args& a, const Rows& rows, bool pairs, float* to, float* floats, int64_t stride) {
+  load_transposed(rows, 0, a.tokens, 0, a.width, pairs ? floats : to, stride);
+  if (pairs)
+    for (int64_t i = 0; i < a.width * stride; i += VL) store(reinterpret_cast<Bf16*>(to) + i, load(floats + i));
+  return {to, pairs ? DType::bfloat16 : DType::float32, stride};
+}
+
+struct AttentionScratch : Scratch<AttentionArgs, SplitPlan> {
+  static constexpr int64_t lanes = kPanelVectors * VL;
+  int64_t keys_padded = round_up(a.tokens, VL);
+  float* query = floats(round_up(a.width, 2) * lanes);
+  float* keys = floats(a.tokens * round_up(a.width, VL));
+  float* scores = floats(keys_padded * lanes);
+  float *values = floats(a.width * keys_padded), *values_f32 = floats(a.width * keys_padded);
+  float* c = floats(VL * lanes);
+  float* widened = floats(kBlock * larger(a.width, keys_padded));
 };
 
 template <int NV>
@@ -122,7 +152,7 @@ inline void attention_panel(const AttentionArgs& a, int64_t image, int64_t head,
   if (a.lse) {
     float* lse = a.lse + (image * a.heads + head) * a.tokens + m;
     for (int v = 0; v < NV && v * VL < count; v++)
-      store_n(lse + v * VL, highest[v] * scale + logarithm(sum[v]), static_cast<int>(smaller(count - v * VL, VL)));
+      store_n(lse + v * VL, highest[v] * scale + logarithm(sum[v]), lanes_in(count - v * VL));
   }
 
   const Panel probabilities{s.scores, lanes, pairs, half};
@@ -130,7 +160,7 @@ inline void attention_panel(const AttentionArgs& a, int64_t image, int64_t head,
   const PanelRows out(joined_rows(a, a.out, image, head), m, count);
   for (int v = 0; v < NV; v++) sum[v] = 1.0f / sum[v];
   for (int64_t j = 0; j < a.width; j += VL) {
-    const int n = static_cast<int>(smaller(a.width - j, VL));
+    const int n = lanes_in(a.width - j);
     for (int64_t e = 0; e < n; e += kBlock)
       multiply_block<NV>(values, j + e, a.width - j - e, depth, probabilities, s.c + e * lanes, lanes, s.widened);
     for (int e = 0; e < n; e++)
@@ -152,31 +182,11 @@ inline SplitPlan attention_plan(const AttentionArgs& a, int64_t threads) {
   plan.tasks = heads * plan.splits;
   return plan;
 }
-inline int64_t attention_scratch(const AttentionArgs& a, const SplitPlan&) {
-  return AttentionScratch(a, nullptr).bytes;
-}
-
-inline void attention_run(const AttentionArgs& a, const SplitPlan& plan, int64_t task, char* scratch) {
-  const AttentionScratch s(a, scratch);
+inline void attention_run(const AttentionArgs& a, const SplitPlan& plan, int64_t task, const AttentionScratch& s) {
   const int64_t head = task / plan.splits % a.heads, image = task / plan.splits / a.heads, piece = task % plan.splits;
-  // K and V meet every panel of queries: brought together, they stay in the core's cache. V is transposed, since the product
-  // with the probabilities runs along the keys.
-  const Rows key_rows = head_rows(a, image, head, 1);
-  Matrix keys{s.keys, DType::float32, round_up(a.width, VL)};
-  if (multiplies_pairs(a.dtype, a.width)) {
-    keys = {s.keys, DType::bfloat16, a.width};
-    for (int64_t n = 0; n < a.tokens; n++)
-      __builtin_memcpy(reinterpret_cast<Bf16*>(s.keys) + n * a.width, row_pointer(key_rows, n), 2 * a.width);
-  } else {
-    load_rows(key_rows, 0, a.tokens, a.width, s.keys, keys.row_stride);
-  }
+  const Matrix keys = gather_head(a, head_rows(a, image, head, 1), s.keys);
   const bool pairs = a.dtype == DType::bfloat16 && kDotBf16;
-  load_transposed(head_rows(a, image, head, 2), 0, a.tokens, 0, a.width, pairs ? s.values_f32 : s.values,
-                  s.keys_padded);
-  Matrix values{s.values, pairs ? DType::bfloat16 : DType::float32, s.keys_padded};
-  if (pairs)
-    for (int64_t i = 0; i < a.width * s.keys_padded; i += VL)
-      store(reinterpret_cast<Bf16*>(s.values) + i, load(s.values_f32 + i));
+  const Matrix values = transpose_head(a, head_rows(a, image, head, 2), pairs, s.values, s.values_f32, s.keys_padded);
   const PanelSplit split(a.tokens);
   for (int64_t p = piece * split.panels / plan.splits; p < (piece + 1) * split.panels / plan.splits; p++) {
     const int64_t m = split.first(p), count = smaller(split.first(p + 1), a.tokens) - m;

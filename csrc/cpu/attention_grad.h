@@ -19,75 +19,24 @@ struct QueryGroups {
   int64_t most() const { return ceil_div(vectors, count) * VL; }
 };
 
-struct AttentionGradScratch {
-  float *query, *grad, *out, *scores, *keys, *values, *keys_t, *keys_f32, *grad_scores, *p_t, *ds_t, *query_rows;
-  float *grad_rows, *grad_keys, *grad_values;
-  int64_t keys_padded, width_padded, group, bytes;  // group: queries in one, at most
-  bool pairs, width_pairs;                          // of keys or queries, of the head's columns
-  AttentionGradScratch(const AttentionGradArgs& a, char* base) {
-    Arena arena{base};
-    constexpr int64_t lanes = kPanelVectors * VL;
-    pairs = kDotBf16 && a.dtype == DType::bfloat16;
-    width_pairs = multiplies_pairs(a.dtype, a.width);
-    keys_padded = round_up(a.tokens, VL);
-    width_padded = round_up(a.width, VL);
-    group = QueryGroups(a.tokens, pairs).most();
-    query = arena.floats(width_padded * lanes);
-    grad = arena.floats(width_padded * lanes);
-    out = arena.floats(width_padded * lanes);
-    scores = arena.floats(2 * kBlock * lanes);
-    keys = arena.floats(a.tokens * width_padded);
-    values = arena.floats(a.tokens * width_padded);
-    keys_t = arena.floats(width_padded * keys_padded);
-    keys_f32 = arena.floats(pairs ? width_padded * keys_padded : 0);
-    grad_scores = arena.floats(keys_padded * lanes);
-    p_t = arena.floats(keys_padded * group);
-    ds_t = arena.floats(keys_padded * group);
-    query_rows = arena.floats(group * width_padded);
-    grad_rows = arena.floats(group * width_padded);
-    grad_keys = arena.floats(keys_padded * width_padded);
-    grad_values = arena.floats(keys_padded * width_padded);
-    bytes = arena.used;
-  }
+struct AttentionGradScratch : Scratch<AttentionGradArgs> {
+  static constexpr int64_t lanes = kPanelVectors * VL;
+  bool pairs = kDotBf16 && a.dtype == DType::bfloat16;
+  bool width_pairs = multiplies_pairs(a.dtype, a.width);
+  int64_t keys_padded = round_up(a.tokens, VL);
+  int64_t width_padded = round_up(a.width, VL);
+  int64_t group = QueryGroups(a.tokens, pairs).most();
+  float *query = floats(width_padded * lanes), *grad = floats(width_padded * lanes);
+  float* out = floats(width_padded * lanes);
+  float* scores = floats(2 * kBlock * lanes);
+  float *keys = floats(a.tokens * width_padded), *values = floats(a.tokens * width_padded);
+  float* keys_t = floats(width_padded * keys_padded);
+  float* keys_f32 = floats(pairs ? width_padded * keys_padded : 0);
+  float* grad_scores = floats(keys_padded * lanes);
+  float *p_t = floats(keys_padded * group), *ds_t = floats(keys_padded * group);
+  float *query_rows = floats(group * width_padded), *grad_rows = floats(group * width_padded);
+  float *grad_keys = floats(keys_padded * width_padded), *grad_values = floats(keys_padded * width_padded);
 };
-
-constexpr int64_t kRowsAhead = 8;  // rows of a head by which a prefetch runs ahead: they lie far apart
-
-// Rows of a head, one after the other.
-struct HeadRows {
-  const char* row;
-  int64_t stride, bytes;
-  HeadRows(const Rows& rows, int64_t m, int64_t width)
-      : row(row_pointer(rows, m)), stride(rows.row_stride * size_of(rows.dtype)), bytes(width * size_of(rows.dtype)) {}
-  CROSSVIT_INLINE const char* next() {
-    const char* here = row;
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(here + kRowsAhead * stride + i);
-    row += stride;
-    return here;
-  }
-};
-
-// Rows [m, m + count) as floats, padded to whole vectors.
-inline void load_head_rows(const Rows& rows, int64_t m, int64_t count, int64_t width, float* to, int64_t ldt) {
-  HeadRows from(rows, m, width);
-  for (int64_t r = 0; r < count; r++, to += ldt) {
-    const char* row = from.next();
-    for (int64_t j = 0; j < width; j += VL)
-      store(to + j, load_as(rows.dtype, row, j, static_cast<int>(smaller(width - j, VL))));
-  }
-}
-
-// A head's keys or values as the matrix that meets queries or their gradients.
-inline Matrix gather_head(const AttentionGradArgs& a, const Rows& rows, const AttentionGradScratch& s, float* to) {
-  if (!s.width_pairs) {
-    load_head_rows(rows, 0, a.tokens, a.width, to, s.width_padded);
-    return {to, DType::float32, s.width_padded};
-  }
-  HeadRows from(rows, 0, a.width);
-  for (int64_t n = 0; n < a.tokens; n++)
-    __builtin_memcpy(reinterpret_cast<Bf16*>(to) + n * a.width, from.next(), 2 * a.width);
-  return {to, DType::bfloat16, a.width};
-}
 
 // Rows [m, m + count) as the panel [row][column] that meets P^T or dS^T, as pairs of rows where asked.
 inline void load_row_panel(const Rows& rows, int64_t m, int64_t count, int64_t width, bool pairs, float* to,
@@ -97,7 +46,7 @@ inline void load_row_panel(const Rows& rows, int64_t m, int64_t count, int64_t w
   for (int64_t r = 0; r < count; r += 2, to += ldt) {
     const char *even = from.next(), *odd = r + 1 < count ? from.next() : nullptr;
     for (int64_t j = 0; j < width; j += VL) {
-      const int n = static_cast<int>(smaller(width - j, VL));
+      const int n = lanes_in(width - j);
       store(to + j, pair(load_as(rows.dtype, even, j, n), odd ? load_as(rows.dtype, odd, j, n) : Vec{}));
     }
   }
@@ -189,7 +138,7 @@ inline void attention_grad_panel(const AttentionGradArgs& a, int64_t image, int6
   const PanelRows to(grad_query, m, count);
   for (int64_t j = 0; j < a.width; j += VL)
     for_each_row<NV>(s.out + j * lanes, lanes, count,
-                     [&](int64_t r, Vec g) { to.store(r, j, g * scale, static_cast<int>(smaller(a.width - j, VL))); });
+                     [&](int64_t r, Vec g) { to.store(r, j, g * scale, lanes_in(a.width - j)); });
 }
 
 // A group's part of the keys' and values' gradients.
@@ -213,22 +162,12 @@ inline void add_group(const AttentionGradArgs& a, int64_t count, const Attention
 }
 
 inline Plan attention_grad_plan(const AttentionGradArgs& a, int64_t) { return {a.batch * a.heads}; }
-inline int64_t attention_grad_scratch(const AttentionGradArgs& a, const Plan&) {
-  return AttentionGradScratch(a, nullptr).bytes;
-}
-
-inline void attention_grad_run(const AttentionGradArgs& a, const Plan&, int64_t task, char* scratch) {
-  const AttentionGradScratch s(a, scratch);
+inline void attention_grad_run(const AttentionGradArgs& a, const Plan&, int64_t task, const AttentionGradScratch& s) {
   const int64_t image = task / a.heads, head = task % a.heads;
   const Rows key_rows = head_rows(a, image, head, 1), query_rows = head_rows(a, image, head, 0);
   const Rows grad_rows = joined_rows(a, a.grad_out, image, head);
-  const Matrix keys = gather_head(a, key_rows, s, s.keys);
-  const Matrix values = gather_head(a, head_rows(a, image, head, 2), s, s.values);
-  load_transposed(key_rows, 0, a.tokens, 0, a.width, s.pairs ? s.keys_f32 : s.keys_t, s.keys_padded);
-  if (s.pairs)
-    for (int64_t i = 0; i < a.width * s.keys_padded; i += VL)
-      store(reinterpret_cast<Bf16*>(s.keys_t) + i, load(s.keys_f32 + i));
-  const Matrix keys_t{s.keys_t, s.pairs ? DType::bfloat16 : DType::float32, s.keys_padded};
+  const Matrix keys = gather_head(a, key_rows, s.keys), values = gather_head(a, head_rows(a, image, head, 2), s.values);
+  const Matrix keys_t = transpose_head(a, key_rows, s.pairs, s.keys_t, s.keys_f32, s.keys_padded);
 
   const QueryGroups groups(a.tokens, s.pairs);
   for (int64_t g = 0; g < groups.count; g++) {
@@ -256,8 +195,7 @@ inline void attention_grad_run(const AttentionGradArgs& a, const Plan&, int64_t 
     char* row = static_cast<char*>(a.grad_qkv) + offset * size_of(a.dtype);
     for (int64_t n = 0; n < a.tokens; n++, row += stride * size_of(a.dtype))
       for (int64_t j = 0; j < a.width; j += VL)
-        store_as(a.dtype, row, j, load(from + n * s.width_padded + j) * factor,
-                 static_cast<int>(smaller(a.width - j, VL)));
+        store_as(a.dtype, row, j, load(from + n * s.width_padded + j) * factor, lanes_in(a.width - j));
   }
 }
 

@@ -5,6 +5,14 @@
 
 namespace crossvit::CROSSVIT_ISA {
 
+// ((first x + second) x + ...) x + the last.
+template <class... Rest>
+CROSSVIT_INLINE Vec polynomial(Vec x, float first, float second, Rest... rest) {
+  Vec p = x * first + second;
+  ((p = p * x + rest), ...);
+  return p;
+}
+
 // 1 / x for x >= 1.
 CROSSVIT_INLINE Vec reciprocal(Vec x) {
 #if defined(__AVX512F__)
@@ -19,12 +27,8 @@ constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the neare
 
 // exp(r) 2^n for |r| <= ln 2 / 2, n = shifted - kRound: a minimax polynomial, relative error 3e-9 before rounding.
 CROSSVIT_INLINE Vec scaled_exponential(Vec r, __attribute__((unused)) Vec shifted, __attribute__((unused)) Vec n) {
-  Vec p = r * 1.381446724e-3f + 8.368780836e-3f;
-  p = p * r + 4.166839272e-2f;
-  p = p * r + 1.666651964e-1f;
-  p = p * r + 4.999999404e-1f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
+  const Vec p =
+      polynomial(r, 1.381446724e-3f, 8.368780836e-3f, 4.166839272e-2f, 1.666651964e-1f, 4.999999404e-1f, 1.0f, 1.0f);
 #if defined(__AVX512F__)
   return (Vec)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
@@ -52,16 +56,10 @@ CROSSVIT_INLINE Vec exponential2(Vec x) {
   const Vec r = (Vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   Vec p;
   if constexpr (degree == 6) {
-    p = r * 0.0002161292068f + 0.001246784464f;
-    p = p * r + 0.009675451554f;
-    p = p * r + 0.05548528209f;
-    p = p * r + 0.2402293086f;
-    p = p * r + 0.6931470633f;
+    p = polynomial(r, 0.0002161292068f, 0.001246784464f, 0.009675451554f, 0.05548528209f, 0.2402293086f, 0.6931470633f);
   } else {
     static_assert(degree == 4);
-    p = r * 0.0134266885f + 0.05224246532f;
-    p = p * r + 0.241280213f;
-    p = p * r + 0.6930448413f;
+    p = polynomial(r, 0.0134266885f, 0.05224246532f, 0.241280213f, 0.6930448413f);
   }
   return (Vec)_mm512_scalef_ps((__m512)(p * r + 1.0f), (__m512)x);
 }
@@ -85,15 +83,10 @@ CROSSVIT_INLINE Vec exponential2_of_nonpositive(Vec x) {
 // polynomial falls fast enough that its exponential vanishes.
 CROSSVIT_INLINE Vec log2_erfc(Vec t) {
   constexpr float kLog2E = 1.4426950408889634f;
-  Vec p = t * (-8.220959025e-09f * kLog2E) + (3.226811884e-07f * kLog2E);
-  p = p * t + (-5.021960988e-06f * kLog2E);
-  p = p * t + (4.006507879e-05f * kLog2E);
-  p = p * t + (-1.564761915e-04f * kLog2E);
-  p = p * t + (-6.382074207e-05f * kLog2E);
-  p = p * t + (4.878616892e-03f * kLog2E);
-  p = p * t + (-3.638400137e-02f * kLog2E);
-  p = p * t + (-3.182986677e-01f * kLog2E);
-  p = p * t + (-7.978854179e-01f * kLog2E);
+  const Vec p = polynomial(t, -8.220959025e-09f * kLog2E, 3.226811884e-07f * kLog2E, -5.021960988e-06f * kLog2E,
+                           4.006507879e-05f * kLog2E, -1.564761915e-04f * kLog2E, -6.382074207e-05f * kLog2E,
+                           4.878616892e-03f * kLog2E, -3.638400137e-02f * kLog2E, -3.182986677e-01f * kLog2E,
+                           -7.978854179e-01f * kLog2E);
   return p * t;
 }
 
@@ -113,12 +106,9 @@ CROSSVIT_INLINE Vec gelu_derivative(Vec x) {
 CROSSVIT_INLINE void gelu_and_derivative(Vec x, Vec& value, Vec& derivative) {
   constexpr float kInverseRoot2Pi = 0.3989422804014327f;
   const Vec bell = exponential(x * x * -0.5f), s = reciprocal(absolute(x) * 0.25f + 1.0f);
-  Vec p = s * -9.153429237548866e-02f + 3.410487934736667e-01f;
-  p = p * s + -2.653700536238776e-01f;
-  p = p * s + 2.788949077419107e-01f;
-  p = p * s + 2.647405472876809e-02f;
-  p = p * s + 1.115772263127798e-01f;
-  p = p * s + 9.890936009762583e-02f;
+  const Vec p =
+      polynomial(s, -9.153429237548866e-02f, 3.410487934736667e-01f, -2.653700536238776e-01f, 2.788949077419107e-01f,
+                 2.647405472876809e-02f, 1.115772263127798e-01f, 9.890936009762583e-02f);
   const Vec tail = p * s * bell, cdf = x < 0.0f ? tail : 1.0f - tail;
   value = x * cdf;
   derivative = cdf + x * (bell * kInverseRoot2Pi);
@@ -128,14 +118,8 @@ CROSSVIT_INLINE void gelu_and_derivative(Vec x, Vec& value, Vec& derivative) {
 // error of gelu: at most 4.3e-5.
 CROSSVIT_INLINE Vec gelu_bf16(Vec x) {
   const Vec t = minimum(broadcast(4.4f), maximum(broadcast(-4.4f), x)), u = t * t;
-  Vec p = u * 7.13885895e-11f + -7.5080937e-09f;
-  p = p * u + 3.48169152e-07f;
-  p = p * u + -9.44972635e-06f;
-  p = p * u + 0.000168585873f;
-  p = p * u + -0.0021099837f;
-  p = p * u + 0.0192860514f;
-  p = p * u + -0.132152855f;
-  p = p * u + 0.79752177f;
+  const Vec p = polynomial(u, 7.13885895e-11f, -7.5080937e-09f, 3.48169152e-07f, -9.44972635e-06f, 0.000168585873f,
+                           -0.0021099837f, 0.0192860514f, -0.132152855f, 0.79752177f);
   const Vec half = x * 0.5f;
   return half * (t * p) + half;
 }
@@ -145,15 +129,8 @@ CROSSVIT_INLINE Vec gelu_bf16(Vec x) {
 CROSSVIT_INLINE void gelu_and_derivative_bf16(Vec x, Vec& value, Vec& derivative) {
   value = gelu_bf16(x);
   const Vec t = minimum(broadcast(4.4f), maximum(broadcast(-4.4f), x)), u = t * t;
-  Vec p = u * -2.7317976e-11f + 2.97767122e-09f;
-  p = p * u + -1.43557884e-07f;
-  p = p * u + 4.05643596e-06f;
-  p = p * u + -7.51660846e-05f;
-  p = p * u + 0.000968438224f;
-  p = p * u + -0.00893071014f;
-  p = p * u + 0.0588625893f;
-  p = p * u + -0.265176058f;
-  p = p * u + 0.797697484f;
+  const Vec p = polynomial(u, -2.7317976e-11f, 2.97767122e-09f, -1.43557884e-07f, 4.05643596e-06f, -7.51660846e-05f,
+                           0.000968438224f, -0.00893071014f, 0.0588625893f, -0.265176058f, 0.797697484f);
   derivative = t * p + (x * 0.0f + 0.5f);
 }
 

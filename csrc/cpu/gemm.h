@@ -164,6 +164,8 @@ CROSSVIT_INLINE void tile(ARows a, const float* b, int64_t ldb, int64_t steps, f
 }
 
 CROSSVIT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+// How many of a vector's lanes so many values fill.
+CROSSVIT_INLINE int lanes_in(int64_t left) { return static_cast<int>(smaller(left, VL)); }
 CROSSVIT_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 CROSSVIT_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 CROSSVIT_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }

@@ -56,7 +56,7 @@ inline void finish_grad_input(const Rows& x, const Rows& grad_x, const Rows& add
   if (!grad_x.data) return;
   const PanelRows to(grad_x, m, count), plus(add, m, count);
   for (int64_t k = 0; k < depth; k += VL) {
-    const int n = static_cast<int>(smaller(depth - k, VL));
+    const int n = lanes_in(depth - k);
     for_each_row<NV>(dy + k * lanes, lanes, count, [&](int64_t r, Vec g) {
       if (add.data) g += plus.load(r, k, n);
       to.store(r, k, g, n);
@@ -85,26 +85,17 @@ inline void write_input(void* operand, const OperandShape& shape, const Rows& x,
   });
 }
 
-struct LinearGradScratch {
-  float *grad, *other, *dy, *widened, *norm_weight, *norm_bias;
-  int64_t bytes;
-  LinearGradScratch(const LinearGradArgs& a, char* base) {
-    Arena arena{base};
-    const int64_t most = round_up(larger(a.in, a.out_features), VL) * kPanelVectors * VL;
-    grad = arena.floats(most);
-    other = arena.floats(most);  // pre-activations, then x
-    dy = arena.floats(round_up(a.in, VL) * kPanelVectors * VL);
-    widened = arena.floats(kBlock * a.out_features);
-    norm_weight = arena.floats(a.in + VL);
-    norm_bias = arena.floats(a.in + VL);
-    bytes = arena.used;
-  }
+struct LinearGradScratch : Scratch<LinearGradArgs> {
+  int64_t most = round_up(larger(a.in, a.out_features), VL) * kPanelVectors * VL;
+  float* grad = floats(most);
+  float* other = floats(most);  // pre-activations, then x
+  float* dy = floats(round_up(a.in, VL) * kPanelVectors * VL);
+  float* widened = floats(kBlock * a.out_features);
+  float *norm_weight = floats(a.in + VL), *norm_bias = floats(a.in + VL);
 };
 
 inline Plan linear_grad_plan(const LinearGradArgs& a, int64_t) { return {GradSplit(a.rows).panels}; }
-inline int64_t linear_grad_scratch(const LinearGradArgs& a, const Plan&) { return LinearGradScratch(a, nullptr).bytes; }
-inline void linear_grad_run(const LinearGradArgs& a, const Plan&, int64_t task, char* scratch) {
-  const LinearGradScratch s(a, scratch);
+inline void linear_grad_run(const LinearGradArgs& a, const Plan&, int64_t task, const LinearGradScratch& s) {
   const GradSplit split(a.rows);
   const int64_t m = split.first(task), count = smaller(split.first(task + 1), a.rows) - m;
   if (a.norm.present) {
@@ -137,23 +128,15 @@ inline void linear_grad_run(const LinearGradArgs& a, const Plan&, int64_t task, 
 
 constexpr int64_t kHiddenStep = 2 * VL;  // hidden features at a time; of bfloat16 a vector of pairs
 
-struct MlpGradScratch {
-  float *grad, *hidden, *other, *c, *dy, *widened, *norm_weight, *norm_bias, *channels;
-  int64_t bytes;
-  MlpGradScratch(const MlpGradArgs& a, char* base) {
-    Arena arena{base};
-    const int64_t lanes = kPanelVectors * VL;
-    grad = arena.floats(round_up(a.width, VL) * lanes);
-    hidden = arena.floats(round_up(a.hidden, VL) * lanes);
-    other = arena.floats(round_up(larger(kHiddenStep, a.width), VL) * lanes);
-    c = arena.floats(kHiddenStep * lanes);
-    dy = arena.floats(round_up(a.width, VL) * lanes);
-    widened = arena.floats(kBlock * larger(a.width, a.hidden));
-    norm_weight = arena.floats(a.width + VL);
-    norm_bias = arena.floats(a.width + VL);
-    channels = arena.floats(a.width + VL);
-    bytes = arena.used;
-  }
+struct MlpGradScratch : Scratch<MlpGradArgs> {
+  static constexpr int64_t lanes = kPanelVectors * VL;
+  float* grad = floats(round_up(a.width, VL) * lanes);
+  float* hidden = floats(round_up(a.hidden, VL) * lanes);
+  float* other = floats(round_up(larger(kHiddenStep, a.width), VL) * lanes);
+  float* c = floats(kHiddenStep * lanes);
+  float* dy = floats(round_up(a.width, VL) * lanes);
+  float* widened = floats(kBlock * larger(a.width, a.hidden));
+  float *norm_weight = floats(a.width + VL), *norm_bias = floats(a.width + VL), *channels = floats(a.width + VL);
 };
 
 // One step of mlp_grad_hidden: hidden features [h, h + n) from the gradient c of their activations.
@@ -242,9 +225,7 @@ inline void write_scaled(const MlpGradArgs& a, int64_t m, int64_t count, float* 
 }
 
 inline Plan mlp_grad_plan(const MlpGradArgs& a, int64_t) { return {GradSplit(a.rows).panels}; }
-inline int64_t mlp_grad_scratch(const MlpGradArgs& a, const Plan&) { return MlpGradScratch(a, nullptr).bytes; }
-inline void mlp_grad_run(const MlpGradArgs& a, const Plan&, int64_t task, char* scratch) {
-  const MlpGradScratch s(a, scratch);
+inline void mlp_grad_run(const MlpGradArgs& a, const Plan&, int64_t task, const MlpGradScratch& s) {
   const GradSplit split(a.rows);
   const int64_t m = split.first(task), count = smaller(split.first(task + 1), a.rows) - m;
   load_vector(a.norm.weight, 0, a.width, 1.0f, s.norm_weight);
@@ -268,17 +249,16 @@ inline void mlp_grad_run(const MlpGradArgs& a, const Plan&, int64_t task, char* 
 constexpr int64_t kTransposeRows = 2 * VL;  // a cache line of bfloat16
 
 inline Plan transpose_plan(const TransposeArgs& a, int64_t) { return {ceil_div(a.rows, kTransposeRows)}; }
-inline int64_t transpose_scratch(const TransposeArgs& a, const Plan&) {
-  return round_up(a.columns, VL) * kTransposeRows * 4;
-}
-inline void transpose_run(const TransposeArgs& a, const Plan&, int64_t task, char* scratch) {
-  float* block = reinterpret_cast<float*>(scratch);
+struct TransposeScratch : Scratch<TransposeArgs> {
+  float* block = floats(round_up(a.columns, VL) * kTransposeRows);
+};
+inline void transpose_run(const TransposeArgs& a, const Plan&, int64_t task, const TransposeScratch& s) {
   const int64_t m = task * kTransposeRows, count = smaller(a.rows - m, kTransposeRows);
-  load_transposed(a.from, m, count, 0, a.columns, block, kTransposeRows);
+  load_transposed(a.from, m, count, 0, a.columns, s.block, kTransposeRows);
   for (int64_t k = 0; k < a.columns; k++) {
     char* to = static_cast<char*>(a.to) + k * a.rows * size_of(a.to_dtype);
     for (int64_t r = 0; r < count; r += VL)
-      store_as(a.to_dtype, to, m + r, load(block + k * kTransposeRows + r), static_cast<int>(smaller(count - r, VL)));
+      store_as(a.to_dtype, to, m + r, load(s.block + k * kTransposeRows + r), lanes_in(count - r));
   }
 }
 

@@ -1,8 +1,7 @@
 // Products of every head with its part of a weight, one row per image and head.
 #pragma once
 
-#include "rows.h"
-#include "tasks.h"
+#include "attention.h"
 
 namespace crossvit::CROSSVIT_ISA {
 
@@ -13,31 +12,18 @@ constexpr int64_t kAbsorbColumns = kPanelVectors * VL;
 inline Plan absorb_plan(const AbsorbArgs& a, int64_t) {
   return {a.batch ? a.heads * ceil_div(a.width, kAbsorbColumns) : 0};
 }
-struct AbsorbScratch {
-  float *matrix, *c;
-  int64_t bytes;
-  AbsorbScratch(const AbsorbArgs& a, char* base) {
-    Arena arena{base};
-    matrix = arena.floats(a.head_width * kAbsorbColumns);
-    c = arena.floats(kBlock * kAbsorbColumns);
-    bytes = arena.used;
-  }
+struct AbsorbScratch : Scratch<AbsorbArgs> {
+  float* matrix = floats(a.head_width * kAbsorbColumns);
+  float* c = floats(kBlock * kAbsorbColumns);
 };
-inline int64_t absorb_scratch(const AbsorbArgs& a, const Plan&) { return AbsorbScratch(a, nullptr).bytes; }
-
-inline void absorb_run(const AbsorbArgs& a, const Plan&, int64_t task, char* scratch) {
-  const AbsorbScratch s(a, scratch);
+inline void absorb_run(const AbsorbArgs& a, const Plan&, int64_t task, const AbsorbScratch& s) {
   const int64_t pieces = ceil_div(a.width, kAbsorbColumns);
   const int64_t head = task / pieces, j0 = task % pieces * kAbsorbColumns;
   const int64_t columns = smaller(a.width - j0, kAbsorbColumns);
-  const Rows matrix{const_cast<void*>(a.weight.data), a.weight.dtype, a.heads * a.head_width, 0, a.weight.row_stride};
   // Here the matrix is the panel, its columns the lanes.
-  for (int64_t i = 0; i < a.head_width; i += kPanelVectors * VL) {
-    const int64_t count = smaller(a.head_width - i, kPanelVectors * VL);
-    Rows piece = matrix;
-    piece.data = static_cast<char*>(piece.data) + j0 * size_of(matrix.dtype);
-    load_rows(piece, head * a.head_width + i, count, columns, s.matrix + i * kAbsorbColumns, kAbsorbColumns);
-  }
+  const Rows matrix{static_cast<char*>(const_cast<void*>(a.weight.data)) + j0 * size_of(a.weight.dtype), a.weight.dtype,
+                    a.heads * a.head_width, 0, a.weight.row_stride};
+  load_head_rows(matrix, head * a.head_width, a.head_width, columns, s.matrix, kAbsorbColumns);
   const Matrix rows{a.rows + head * a.head_width, DType::float32, a.heads * a.head_width};
   const Panel panel{s.matrix, kAbsorbColumns, false};
   for (int64_t b = 0; b < a.batch; b += kBlock) {
@@ -48,33 +34,21 @@ inline void absorb_run(const AbsorbArgs& a, const Plan&, int64_t task, char* scr
     for (int64_t e = 0; e < count; e++)
       for (int64_t j = 0; j < columns; j += VL)
         store_n(a.result + ((b + e) * a.heads + head) * a.width + j0 + j, load(s.c + e * kAbsorbColumns + j) * a.scale,
-                static_cast<int>(smaller(columns - j, VL)));
+                lanes_in(columns - j));
   }
 }
 
 // --- project_heads: out[b][h d + e] = scale * (W_h (gamma . rows[b][h] + beta) + bias) ----------------------------------
 
-struct ProjectHeadsScratch {
-  float *panel, *c, *widened, *weight, *shift, *bias;
-  int64_t bytes;
-  ProjectHeadsScratch(const ProjectHeadsArgs& a, char* base) {
-    Arena arena{base};
-    panel = arena.floats(a.width * kPanelVectors * VL);
-    c = arena.floats(VL * kPanelVectors * VL);
-    widened = arena.floats(kBlock * a.width);
-    weight = arena.floats(a.width + VL);
-    shift = arena.floats(a.width + VL);
-    bias = arena.floats(a.head_width + VL);
-    bytes = arena.used;
-  }
+struct ProjectHeadsScratch : Scratch<ProjectHeadsArgs> {
+  float* panel = floats(a.width * kPanelVectors * VL);
+  float* c = floats(VL * kPanelVectors * VL);
+  float* widened = floats(kBlock * a.width);
+  float *weight = floats(a.width + VL), *shift = floats(a.width + VL);
+  float* bias = floats(a.head_width + VL);
 };
 inline Plan project_heads_plan(const ProjectHeadsArgs& a, int64_t) { return {a.heads * PanelSplit(a.batch).panels}; }
-inline int64_t project_heads_scratch(const ProjectHeadsArgs& a, const Plan&) {
-  return ProjectHeadsScratch(a, nullptr).bytes;
-}
-
-inline void project_heads_run(const ProjectHeadsArgs& a, const Plan&, int64_t task, char* scratch) {
-  const ProjectHeadsScratch s(a, scratch);
+inline void project_heads_run(const ProjectHeadsArgs& a, const Plan&, int64_t task, const ProjectHeadsScratch& s) {
   const PanelSplit split(a.batch);
   const int64_t head = task % a.heads, panel_index = task / a.heads;
   const int64_t m = split.first(panel_index), count = smaller(split.first(panel_index + 1), a.batch) - m;
@@ -91,7 +65,7 @@ inline void project_heads_run(const ProjectHeadsArgs& a, const Plan&, int64_t ta
     const Panel panel{s.panel, lanes, false};
     const PanelRows out(a.out, m, count);
     for (int64_t e = 0; e < a.head_width; e += VL) {
-      const int n = static_cast<int>(smaller(a.head_width - e, VL));
+      const int n = lanes_in(a.head_width - e);
       for (int64_t i = 0; i < n; i += kBlock)
         multiply_block<NV>(a.weight, head * a.head_width + e + i, n - i, a.width, panel, s.c + i * lanes, lanes,
                            s.widened, kScoreChunk);

@@ -9,29 +9,22 @@
 
 namespace crossvit {
 
+// Of those that were compiled in.
 namespace generic {
 extern const Kernels kernels;
 }
-#ifdef CROSSVIT_HAVE_AVX2
 namespace avx2 {
 extern const Kernels kernels;
 }
-#endif
-#ifdef CROSSVIT_HAVE_AVX512
 namespace avx512 {
 extern const Kernels kernels;
 }
-#endif
-#ifdef CROSSVIT_HAVE_AVX512_BF16
 namespace avx512_bf16 {
 extern const Kernels kernels;
 }
-#endif
-#ifdef CROSSVIT_HAVE_NEON_BF16
 namespace neon_bf16 {
 extern const Kernels kernels;
 }
-#endif
 
 const std::vector<InstructionSet>& instruction_sets() {
   static const std::vector<InstructionSet> sets = [] {

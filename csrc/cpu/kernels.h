@@ -196,12 +196,15 @@ struct Taps {
   int64_t in, out;
 };
 
-// Images (batch, channels, rows.in, columns.in), rows contiguous, and how each axis is resized.
+// Images (batch, channels, rows.in, columns.in), rows contiguous, how each axis is resized, and the patches that they are cut into.
 struct Images {
   void* data;
   DType dtype;
   int64_t batch_stride, channel_stride, row_stride, channels;  // strides in elements
   Taps rows, columns;
+  bool resize;                        // if not, the taps' pointers are null
+  int64_t extent;                     // elements from data to the end of the images
+  int64_t patch, per_row, per_image;  // patch: its side; patches per row and image
 };
 
 // out, contiguous and of the images' dtype, (batch, channels, rows.out, columns.out) = the images resized.
@@ -211,23 +214,17 @@ struct ResizeArgs {
   void* out;
 };
 
-// The gradient of the images (images.data, written) from that of out.
-struct ResizeGradArgs {
+// The gradient of the images (images.data, written) from that of the resized images, contiguous and of their dtype, or from that
+// of the patches as rows of floats.
+struct ImagesGradArgs {
   Images images;
   int64_t batch;
   const void* grad;
 };
 
-// Images as the patches of their resized selves, row by row.
-struct PatchImages : Images {
-  int64_t extent;                     // elements from data to the end of the images
-  int64_t patch, per_row, per_image;  // patch: its side; patches per row and image
-  bool resize;                        // if not, the taps' pointers are null
-};
-
 // out[m] = W patch_m + bias + positions[m] for all patches of all images; cls_out[b] = cls_token + cls_position.
 struct PatchEmbedArgs {
-  PatchImages images;
+  Images images;
   int64_t patches, out_features;
   Matrix weight;  // (out, channels * patch * patch)
   Vector bias;
@@ -236,16 +233,9 @@ struct PatchEmbedArgs {
 
 // The patches as rows (patches, channels * patch * patch), for the weight's gradient.
 struct PatchRowsArgs {
-  PatchImages images;
+  Images images;
   int64_t patches;
   float* rows;
-};
-
-// The gradient of the images (images.data, written) from that of the patches as rows.
-struct PatchGradImagesArgs {
-  PatchImages images;
-  int64_t batch;
-  const float* rows;
 };
 
 // A kernel: how a call is cut into independent tasks, the scratch bytes that one needs, and one task. Tasks write disjoint memory
@@ -270,10 +260,10 @@ struct Kernels {
   Kernel<AttentionArgs, SplitPlan> attention;
   Kernel<AttentionGradArgs> attention_grad;
   Kernel<ResizeArgs> resize;
-  Kernel<ResizeGradArgs> resize_grad;
+  Kernel<ImagesGradArgs> resize_grad;
   Kernel<PatchEmbedArgs, ProductPlan> patch_embed;
   Kernel<PatchRowsArgs> patch_rows;
-  Kernel<PatchGradImagesArgs> patch_grad_images;
+  Kernel<ImagesGradArgs> patch_grad_images;
   Kernel<AbsorbArgs> absorb;
   Kernel<ProjectHeadsArgs> project_heads;
   Kernel<TokenPassArgs, SplitPlan> token_pass;

@@ -20,6 +20,8 @@ struct Scratch {
 
 }  // namespace
 
+Taken taken() { return {kCPU, /*float16=*/false}; }
+
 int64_t threads_here() {
   if (omp_in_parallel && omp_in_parallel()) return 1;
   uint32_t threads = 1;
@@ -57,35 +59,28 @@ ScalarType products_of(const Tensor& weight) {
 WeightTensor transposed(const Tensor& weight) {
   Tensor result = empty({weight.size(1), weight.size(0)}, products_of(weight));
   const RowTensor from(weight);
-  TransposeArgs args{rows_of(from), weight.size(0), weight.size(1), result.data_ptr(), dtype_of(result)};
-  launch(active().transpose, args);
+  launch(active().transpose,
+         TransposeArgs{rows_of(from), weight.size(0), weight.size(1), result.data_ptr(), dtype_of(result)});
   return WeightTensor(std::move(result));
 }
 
-ScaleTensor::ScaleTensor(const OptionalTensor& t, bool per_sample, const Tensor& x) {
-  if (!t) return;
-  tensor = t->contiguous();
-  scale.kind = per_sample ? Scale::sample : Scale::channel;
+ScaleTensor::ScaleTensor(const ScaleParams& params, const Tensor& x) {
+  if (!params.values) return;
+  tensor = params.values->contiguous();
+  scale.kind = params.per_sample ? Scale::sample : Scale::channel;
   scale.values = vector_of(tensor);
   scale.rows_per_sample = std::max<int64_t>(1, x.numel() / std::max<int64_t>(1, x.size(0) * x.size(-1)));
 }
 
-Norm norm_of(const Tensor& weight, const OptionalTensor& bias, double eps) {
-  Norm norm;
-  norm.present = true;
-  norm.weight = vector_of(weight);
-  norm.bias = vector_of(bias);
-  norm.eps = static_cast<float>(eps);
-  return norm;
+Norm norm_of(const NormParams& norm, double eps, const Tensor& mean, const Tensor& rstd) {
+  return {
+      true, vector_of(norm.weight), vector_of(norm.bias), static_cast<float>(eps), float_data(mean), float_data(rstd)};
 }
 
-NormGradients::NormGradients(bool weight_wanted, bool bias_wanted, int64_t tasks, int64_t width, const Tensor& like) {
-  if (weight_wanted) weight = empty_f32({tasks, width}, like);
-  if (bias_wanted) bias = empty_f32({tasks, width}, like);
-}
-
-Tensor total(const Tensor& partial, const Tensor& parameter) {
-  return aten::sum(partial, {0}).to(parameter.scalar_type());
+void NormGradients::append_to(std::vector<Tensor>& result, const NormParams& norm) const {
+  if (weight.defined()) result.push_back(aten::sum(weight, {0}).to(norm.weight.scalar_type()));
+  const Tensor& like = norm.bias ? *norm.bias : norm.weight;
+  if (bias.defined()) result.push_back(aten::sum(bias, {0}).to(like.scalar_type()));
 }
 
 }  // namespace crossvit

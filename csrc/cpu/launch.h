@@ -12,9 +12,6 @@
 
 namespace crossvit {
 
-// The tensors that the kernels take.
-inline const Taken kTaken{kCPU, /*float16=*/false};
-
 // Memory of this thread, at least `bytes` long and aligned to a cache line; kept from call to call.
 char* thread_scratch(int64_t bytes);
 
@@ -69,8 +66,9 @@ void launch(const Kernel<Args, P>& kernel, const std::vector<Args>& calls) {
   });
 }
 
-// Rows as the kernels take them; their memory is the tensor's.
+// Rows as the kernels take them; their memory is the tensor's. Of a contiguous tensor; none where it is empty.
 Rows rows_of(const RowTensor& t);
+inline Rows rows_of(const Tensor& t) { return t.numel() ? rows_of(RowTensor(t)) : Rows{}; }
 
 // A weight (out, in): the tensor's own memory, or that of a contiguous copy. A tensor that is not handed over for good has to outlive
 // this.
@@ -85,30 +83,39 @@ struct WeightTensor {
   void view(const Tensor& t);
 };
 
-// The dtype of the products of a backward pass with this weight.
+// The dtype of the products of a backward pass with this weight, and as the kernels know it.
 ScalarType products_of(const Tensor& weight);
+inline DType product_dtype(const Tensor& weight) { return dtype_of(products_of(weight)); }
 
 // A weight transposed, in that dtype, as the gradients of the inputs want it.
 WeightTensor transposed(const Tensor& weight);
 
-// The factor of linear_residual and layer_norm_mlp, a value per sample or per channel; owns a contiguous copy if it needs one.
+// The factor of linear_residual and layer_norm_mlp; owns a contiguous copy if it needs one.
 struct ScaleTensor {
   Tensor tensor;
   Scale scale;
-  ScaleTensor(const OptionalTensor& t, bool per_sample, const Tensor& x);
+  ScaleTensor(const ScaleParams& params, const Tensor& x);
 };
 
-Norm norm_of(const Tensor& weight, const OptionalTensor& bias, double eps);
-
-// Partial sums of the LayerNorm parameters' gradients, one row per task, and their total in the parameter's dtype.
-struct NormGradients {
-  Tensor weight, bias;
-  NormGradients(bool weight_wanted, bool bias_wanted, int64_t tasks, int64_t width, const Tensor& like);
-};
-Tensor total(const Tensor& partial, const Tensor& parameter);
+// A LayerNorm whose statistics lie, or are to lie, in these tensors; not where they are empty.
+Norm norm_of(const NormParams& norm, double eps, const Tensor& mean = {}, const Tensor& rstd = {});
 
 inline const Device kOnCPU{kCPU, -1};
 inline Tensor empty(Sizes shape, ScalarType dtype) { return empty(shape, dtype, kOnCPU); }
 inline Tensor empty_f32(Sizes shape) { return empty(shape, kFloat32, kOnCPU); }
+
+// The sums of the LayerNorm parameters' gradients that a kernel's `args` ask for, one row per task, and their totals, each in its
+// parameter's dtype.
+struct NormGradients {
+  Tensor weight, bias;
+  template <class Names, class Args>
+  NormGradients(const Names& needs, int64_t tasks, int64_t width, Args& args) {
+    if (needs.norm_weight) weight = empty_f32({tasks, width});
+    if (needs.norm_bias) bias = empty_f32({tasks, width});
+    args.grad_norm_weight = float_data(weight);
+    args.grad_norm_bias = float_data(bias);
+  }
+  void append_to(std::vector<Tensor>& result, const NormParams& norm) const;
+};
 
 }  // namespace crossvit

@@ -42,20 +42,12 @@ CROSSVIT_INLINE Vec scale_of(const Scale& scale, const float* channels, int64_t 
   return broadcast(element(scale.values, m / scale.rows_per_sample));
 }
 
-struct LinearScratch {
-  float *panel, *c, *widened, *norm_weight, *norm_bias, *bias, *channels;
-  int64_t bytes;
-  LinearScratch(const LinearArgs& a, char* base) {
-    Arena arena{base};
-    panel = arena.floats(a.in * kPanelVectors * VL);
-    c = arena.floats(VL * kPanelVectors * VL);
-    widened = arena.floats(kBlock * a.in);
-    norm_weight = arena.floats(a.in + VL);
-    norm_bias = arena.floats(a.in + VL);
-    bias = arena.floats(a.out_features + VL);
-    channels = arena.floats(a.out_features + VL);
-    bytes = arena.used;
-  }
+struct LinearScratch : Scratch<LinearArgs, ProductPlan> {
+  float* panel = floats(a.in * kPanelVectors * VL);
+  float* c = floats(VL * kPanelVectors * VL);
+  float* widened = floats(kBlock * a.in);
+  float *norm_weight = floats(a.in + VL), *norm_bias = floats(a.in + VL);
+  float *bias = floats(a.out_features + VL), *channels = floats(a.out_features + VL);
 };
 
 template <int NV>
@@ -69,7 +61,7 @@ inline void linear_panel(const LinearArgs& a, int64_t m, int64_t count, int64_t 
   const bool plain = kDotBf16 && a.out.dtype == DType::bfloat16 && !a.pre.data && !a.gelu_out && !a.residual.data &&
                      a.scale.kind == Scale::none;
   for (int64_t e = begin; e < end; e += VL) {
-    const int n = static_cast<int>(smaller(end - e, VL));
+    const int n = lanes_in(end - e);
     multiply_columns<NV, true>(a.weight, e, n, a.in, panel, s.c, s.widened,
                                ahead_of(out, a.residual.data ? &residual : nullptr, count, e));
     if (plain && n == VL) {
@@ -92,10 +84,7 @@ inline ProductPlan linear_plan(const LinearArgs& a, int64_t threads) {
   return plan_product(a.rows, a.out_features, threads);
 }
 
-inline int64_t linear_scratch(const LinearArgs& a, const ProductPlan&) { return LinearScratch(a, nullptr).bytes; }
-
-inline void linear_run(const LinearArgs& a, const ProductPlan& plan, int64_t task, char* scratch) {
-  const LinearScratch s(a, scratch);
+inline void linear_run(const LinearArgs& a, const ProductPlan& plan, int64_t task, const LinearScratch& s) {
   const PanelPiece piece(a.rows, a.out_features, plan, task);
   if (a.norm.present) {
     load_vector(a.norm.weight, 0, a.in, 1.0f, s.norm_weight);

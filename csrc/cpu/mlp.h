@@ -6,22 +6,14 @@
 
 namespace crossvit::CROSSVIT_ISA {
 
-struct MlpScratch {
-  float *panel, *hidden, *c, *widened, *norm_weight, *norm_bias, *b1, *b2, *channels;
-  int64_t bytes;
-  MlpScratch(const MlpArgs& a, char* base) {
-    Arena arena{base};
-    panel = arena.floats(a.width * kPanelVectors * VL);
-    hidden = arena.floats(round_up(a.hidden, VL) * kPanelVectors * VL);
-    c = arena.floats(VL * kPanelVectors * VL);
-    widened = arena.floats(kBlock * larger(a.width, a.hidden));
-    norm_weight = arena.floats(a.width + VL);
-    norm_bias = arena.floats(a.width + VL);
-    b1 = arena.floats(a.hidden + VL);
-    b2 = arena.floats(a.width + VL);
-    channels = arena.floats(a.width + VL);
-    bytes = arena.used;
-  }
+struct MlpScratch : Scratch<MlpArgs, PanelPlan> {
+  float* panel = floats(a.width * kPanelVectors * VL);
+  float* hidden = floats(round_up(a.hidden, VL) * kPanelVectors * VL);
+  float* c = floats(VL * kPanelVectors * VL);
+  float* widened = floats(kBlock * larger(a.width, a.hidden));
+  float *norm_weight = floats(a.width + VL), *norm_bias = floats(a.width + VL);
+  float* b1 = floats(a.hidden + VL);
+  float *b2 = floats(a.width + VL), *channels = floats(a.width + VL);
 };
 
 template <int NV>
@@ -32,7 +24,7 @@ inline void mlp_panel(const MlpArgs& a, int64_t m, int64_t count, const MlpScrat
   const Panel hidden{s.hidden, lanes, multiplies_pairs(a.w2.dtype, a.hidden), panel.half};
   const PanelRows pre(a.pre, m, count);
   for (int64_t h = 0; h < a.hidden; h += VL) {
-    const int n = static_cast<int>(smaller(a.hidden - h, VL));
+    const int n = lanes_in(a.hidden - h);
     // In float32 the product lands where the second one reads it; pairs are packed on the way from c.
     float* c = hidden.pairs ? s.c : s.hidden + h * lanes;
     multiply_columns<NV>(a.w1, h, n, a.width, panel, c, s.widened);
@@ -61,7 +53,7 @@ inline void mlp_panel(const MlpArgs& a, int64_t m, int64_t count, const MlpScrat
   }
   const PanelRows out(a.out, m, count), x(a.x, m, count);
   for (int64_t e = 0; e < a.width; e += VL) {
-    const int n = static_cast<int>(smaller(a.width - e, VL));
+    const int n = lanes_in(a.width - e);
     multiply_columns<NV, true>(a.w2, e, n, a.hidden, hidden, s.c, s.widened, ahead_of(out, &x, count, e));
     const Vec bias = load(s.b2 + e);
     for_each_row<NV>(s.c, lanes, count, [&](int64_t r, Vec y) {
@@ -78,10 +70,7 @@ inline PanelPlan mlp_plan(const MlpArgs& a, int64_t threads) {
   plan.tasks = PanelSplit(a.rows, threads).panels;
   return plan;
 }
-inline int64_t mlp_scratch(const MlpArgs& a, const PanelPlan&) { return MlpScratch(a, nullptr).bytes; }
-
-inline void mlp_run(const MlpArgs& a, const PanelPlan& plan, int64_t task, char* scratch) {
-  const MlpScratch s(a, scratch);
+inline void mlp_run(const MlpArgs& a, const PanelPlan& plan, int64_t task, const MlpScratch& s) {
   const PanelSplit split(a.rows, plan.threads);
   const int64_t m = split.first(task), count = smaller(split.first(task + 1), a.rows) - m;
   load_vector(a.norm.weight, 0, a.width, 1.0f, s.norm_weight);

@@ -59,7 +59,7 @@ inline void normalize_panel(float* x, int64_t depth, const Norm& norm, const flo
     }
   if (norm.mean) {
     for (int v = 0; v < NV; v++) {
-      const int n = static_cast<int>(smaller(larger(count - v * VL, 0), VL));
+      const int n = lanes_in(larger(count - v * VL, 0));
       if (n == 0) break;
       store_n(norm.mean + m + v * VL, origin[v] + shift[v], n);
       store_n(norm.rstd + m + v * VL, rstd[v], n);
@@ -71,7 +71,7 @@ inline void normalize_panel(float* x, int64_t depth, const Norm& norm, const flo
 template <int NV>
 inline void load_statistics(const Norm& norm, int64_t m, int64_t count, Vec* mean, Vec* rstd) {
   for (int v = 0; v < NV; v++) {
-    const int n = static_cast<int>(smaller(larger(count - v * VL, 0), VL));
+    const int n = lanes_in(larger(count - v * VL, 0));
     mean[v] = n ? load_n(norm.mean + m + v * VL, n) : Vec{};
     rstd[v] = n ? load_n(norm.rstd + m + v * VL, n) : Vec{};
   }

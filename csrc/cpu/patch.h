@@ -10,7 +10,7 @@ namespace crossvit::CROSSVIT_ISA {
 
 // Patches [column, column + patches) of row of patches `row` of one channel, resized: to[p * stride + py * patch + px].
 template <bool near, class Pixel, class Element>
-inline void resize_patches(const PatchImages& a, const Pixel* plane, int64_t row, int64_t column, int64_t patches,
+inline void resize_patches(const Images& a, const Pixel* plane, int64_t row, int64_t column, int64_t patches,
                            Element* to, int64_t stride, float* source) {
   const int64_t pitch = source_pitch(a);
   const int64_t begin = a.columns.first[column * a.patch], end = a.columns.first[(column + patches) * a.patch - 1] + 4;
@@ -28,8 +28,8 @@ inline void resize_patches(const PatchImages& a, const Pixel* plane, int64_t row
 // The same where the images have their size already. Rows shorter than a vector are read with what lies behind them, as
 // long as that is still the images' memory.
 template <class Pixel, class Element>
-inline void copy_patches(const PatchImages& a, const Pixel* plane, int64_t row, int64_t column, int64_t patches,
-                         Element* to, int64_t stride) {
+inline void copy_patches(const Images& a, const Pixel* plane, int64_t row, int64_t column, int64_t patches, Element* to,
+                         int64_t stride) {
   const Pixel* end = static_cast<const Pixel*>(a.data) + a.extent;
   for (int64_t py = 0; py < a.patch; py++) {
     const Pixel* from = plane + (row * a.patch + py) * a.row_stride + column * a.patch;
@@ -46,8 +46,8 @@ inline void copy_patches(const PatchImages& a, const Pixel* plane, int64_t row, 
 // Patches [m, m + count) of one channel, run by run of neighbours: to[r * stride + py * patch + px]. stride leaves room
 // for a vector's overshoot.
 template <class Pixel, class Element>
-inline void gather_channel_as(const PatchImages& a, int64_t m, int64_t count, int64_t channel, Element* to,
-                              int64_t stride, float* source) {
+inline void gather_channel_as(const Images& a, int64_t m, int64_t count, int64_t channel, Element* to, int64_t stride,
+                              float* source) {
   for (int64_t r = 0; r < count;) {
     const int64_t image = (m + r) / a.per_image, row = (m + r) % a.per_image / a.per_row, column = (m + r) % a.per_row;
     const int64_t patches = smaller(count - r, a.per_row - column);
@@ -62,7 +62,7 @@ inline void gather_channel_as(const PatchImages& a, int64_t m, int64_t count, in
   }
 }
 template <class Element>
-inline void gather_channel(const PatchImages& a, int64_t m, int64_t count, int64_t channel, Element* to, int64_t stride,
+inline void gather_channel(const Images& a, int64_t m, int64_t count, int64_t channel, Element* to, int64_t stride,
                            float* source) {
   if (a.dtype == DType::float32)
     gather_channel_as<float>(a, m, count, channel, to, stride, source);
@@ -71,30 +71,24 @@ inline void gather_channel(const PatchImages& a, int64_t m, int64_t count, int64
 }
 
 // Elements from one gathered patch to the next.
-inline int64_t gathered_stride(const PatchImages& a) { return round_up(a.patch * a.patch, VL) + VL; }
-inline int64_t source_floats(const PatchImages& a) { return a.resize ? a.patch * source_pitch(a) : 0; }
+inline int64_t gathered_stride(const Images& a) { return round_up(a.patch * a.patch, VL) + VL; }
+inline int64_t source_floats(const Images& a) { return a.resize ? a.patch * source_pitch(a) : 0; }
 
-struct PatchEmbedScratch {
-  float *panel, *gathered, *source, *c, *widened, *bias;
-  int64_t bytes;
-  PatchEmbedScratch(const PatchEmbedArgs& a, char* base) {
-    Arena arena{base};
-    constexpr int64_t lanes = kPanelVectors * VL;
-    const int64_t depth = a.images.channels * a.images.patch * a.images.patch;
-    panel = arena.floats((depth + VL) * lanes);  // a channel's last block may overshoot
-    gathered = arena.floats(gathered_stride(a.images) * lanes);
-    source = arena.floats(source_floats(a.images));
-    c = arena.floats(VL * lanes);
-    widened = arena.floats(kBlock * depth);
-    bias = arena.floats(a.out_features + VL);
-    bytes = arena.used;
-  }
+struct PatchEmbedScratch : Scratch<PatchEmbedArgs, ProductPlan> {
+  static constexpr int64_t lanes = kPanelVectors * VL;
+  int64_t depth = a.images.channels * a.images.patch * a.images.patch;
+  float* panel = floats((depth + VL) * lanes);  // a channel's last block may overshoot
+  float* gathered = floats(gathered_stride(a.images) * lanes);
+  float* source = floats(source_floats(a.images));
+  float* c = floats(VL * lanes);
+  float* widened = floats(kBlock * depth);
+  float* bias = floats(a.out_features + VL);
 };
 
 // Patches [m, m + count) as a panel ready to be multiplied. Pairs are made while the pixels of a patch still lie side
 // by side, so that half as much is transposed.
 template <int NV>
-inline Panel gather_panel(const PatchImages& a, int64_t m, int64_t count, DType matrix, const PatchEmbedScratch& s) {
+inline Panel gather_panel(const Images& a, int64_t m, int64_t count, DType matrix, const PatchEmbedScratch& s) {
   constexpr int64_t lanes = NV * VL;
   const bool pairs = multiplies_pairs(matrix, a.patch * a.patch);
   const int64_t depth = a.patch * a.patch / (pairs ? 2 : 1), stride = gathered_stride(a) / (pairs ? 2 : 1);
@@ -126,7 +120,7 @@ inline void patch_embed_panel(const PatchEmbedArgs& a, int64_t m, int64_t count,
   const Panel panel = gather_panel<NV>(a.images, m, count, a.weight.dtype, s);
   const PanelRows out(a.out, m, count), positions(a.positions, m, count);
   for (int64_t e = begin; e < end; e += VL) {
-    const int n = static_cast<int>(smaller(end - e, VL));
+    const int n = lanes_in(end - e);
     multiply_columns<NV>(a.weight, e, n, depth, panel, s.c, s.widened);
     const Vec bias = load(s.bias + e);
     for_each_row<NV>(s.c, panel.lanes, count,
@@ -137,7 +131,7 @@ inline void patch_embed_panel(const PatchEmbedArgs& a, int64_t m, int64_t count,
   for (int64_t image = ceil_div(m, per_image); image * per_image < m + count; image++) {
     const PanelRows to(a.cls_out, image, 1), cls(a.cls_token, 0, 1), position(a.cls_position, 0, 1);
     for (int64_t e = begin; e < end; e += VL) {
-      const int n = static_cast<int>(smaller(end - e, VL));
+      const int n = lanes_in(end - e);
       to.store(0, e, cls.load(0, e, n) + position.load(0, e, n), n);
     }
   }
@@ -147,12 +141,8 @@ inline ProductPlan patch_embed_plan(const PatchEmbedArgs& a, int64_t threads) {
   return plan_product(a.patches, a.out_features, threads);
 }
 
-inline int64_t patch_embed_scratch(const PatchEmbedArgs& a, const ProductPlan&) {
-  return PatchEmbedScratch(a, nullptr).bytes;
-}
-
-inline void patch_embed_run(const PatchEmbedArgs& a, const ProductPlan& plan, int64_t task, char* scratch) {
-  const PatchEmbedScratch s(a, scratch);
+inline void patch_embed_run(const PatchEmbedArgs& a, const ProductPlan& plan, int64_t task,
+                            const PatchEmbedScratch& s) {
   const PanelPiece piece(a.patches, a.out_features, plan, task);
   load_vector(a.bias, 0, a.out_features, 0.0f, s.bias);
   with_vectors(piece.vectors,
@@ -161,58 +151,43 @@ inline void patch_embed_run(const PatchEmbedArgs& a, const ProductPlan& plan, in
 
 // --- gradients -------------------------------------------------------------------------------------------------------
 
-struct PatchRowsScratch {
-  float *gathered, *source;
-  int64_t bytes;
-  PatchRowsScratch(const PatchRowsArgs& a, char* base) {
-    Arena arena{base};
-    gathered = arena.floats(gathered_stride(a.images) * VL);
-    source = arena.floats(source_floats(a.images));
-    bytes = arena.used;
-  }
+struct PatchRowsScratch : Scratch<PatchRowsArgs> {
+  float* gathered = floats(gathered_stride(a.images) * VL);
+  float* source = floats(source_floats(a.images));
 };
 
 inline Plan patch_rows_plan(const PatchRowsArgs& a, int64_t) { return {ceil_div(a.patches, VL)}; }
-inline int64_t patch_rows_scratch(const PatchRowsArgs& a, const Plan&) { return PatchRowsScratch(a, nullptr).bytes; }
-inline void patch_rows_run(const PatchRowsArgs& a, const Plan&, int64_t task, char* scratch) {
-  const PatchRowsScratch s(a, scratch);
+inline void patch_rows_run(const PatchRowsArgs& a, const Plan&, int64_t task, const PatchRowsScratch& s) {
   const int64_t m = task * VL, count = smaller(a.patches - m, VL);
   const int64_t pixels = a.images.patch * a.images.patch, stride = gathered_stride(a.images);
   for (int64_t channel = 0; channel < a.images.channels; channel++) {
     gather_channel(a.images, m, count, channel, s.gathered, stride, s.source);
     for (int64_t r = 0; r < count; r++) {
       float* to = a.rows + ((m + r) * a.images.channels + channel) * pixels;
-      for (int64_t k = 0; k < pixels; k += VL)
-        store_n(to + k, load(s.gathered + r * stride + k), static_cast<int>(smaller(pixels - k, VL)));
+      for (int64_t k = 0; k < pixels; k += VL) store_n(to + k, load(s.gathered + r * stride + k), lanes_in(pixels - k));
     }
   }
 }
 
-inline Plan patch_grad_images_plan(const PatchGradImagesArgs& a, int64_t) { return {a.batch * a.images.channels}; }
-inline int64_t patch_grad_images_scratch(const PatchGradImagesArgs& a, const Plan&) {
-  return PlaneGradScratch(a.images, a.images.resize, nullptr).bytes;
-}
-
+inline Plan patch_grad_images_plan(const ImagesGradArgs& a, int64_t) { return {a.batch * a.images.channels}; }
 // One plane of one image: the patches' gradients put together and, where the images were resized, taken back.
-inline void patch_grad_images_run(const PatchGradImagesArgs& a, const Plan&, int64_t task, char* scratch) {
-  const PatchImages& images = a.images;
-  const PlaneGradScratch s(images, images.resize, scratch);
+inline void patch_grad_images_run(const ImagesGradArgs& a, const Plan&, int64_t task, const PlaneGradScratch& s) {
+  const Images& images = a.images;
   const int64_t patch = images.patch, image = task / images.channels, channel = task % images.channels;
   const auto fill = [&](int64_t y, float* line) {
     const float* from =
-        a.rows + ((image * images.per_image + y / patch * images.per_row) * images.channels + channel) * patch * patch +
+        static_cast<const float*>(a.grad) +
+        ((image * images.per_image + y / patch * images.per_row) * images.channels + channel) * patch * patch +
         y % patch * patch;
     for (int64_t p = 0; p < images.per_row; p++, from += images.channels * patch * patch)
-      for (int64_t x = 0; x < patch; x += VL)
-        store(line + p * patch + x, load_n(from + x, static_cast<int>(smaller(patch - x, VL))));
+      for (int64_t x = 0; x < patch; x += VL) store(line + p * patch + x, load_n(from + x, lanes_in(patch - x)));
   };
   const Rows out = plane_rows(images, image, channel);
   if (images.resize) return resize_plane_back(images, out, s, fill);
   for (int64_t y = 0; y < images.rows.in; y++) {
     fill(y, s.line);
     const PanelRows to(out, y, 1);
-    for (int64_t x = 0; x < s.width; x += VL)
-      to.store(0, x, load(s.line + x), static_cast<int>(smaller(s.width - x, VL)));
+    for (int64_t x = 0; x < s.width; x += VL) to.store(0, x, load(s.line + x), lanes_in(s.width - x));
   }
 }
 

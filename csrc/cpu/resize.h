@@ -101,7 +101,9 @@ constexpr int64_t kResizeBand = 32;  // of a task
 
 inline int64_t resize_bands(const ResizeArgs& a) { return ceil_div(a.images.rows.out, kResizeBand); }
 inline Plan resize_plan(const ResizeArgs& a, int64_t) { return {a.batch * a.images.channels * resize_bands(a)}; }
-inline int64_t resize_scratch(const ResizeArgs& a, const Plan&) { return kResizeRows * source_pitch(a.images) * 4; }
+struct ResizeScratch : Scratch<ResizeArgs> {
+  float* source = floats(kResizeRows * source_pitch(a.images));
+};
 
 // Rows [y, y + count) of a resized plane.
 template <bool near, class Pixel>
@@ -137,29 +139,23 @@ inline void resize_band(const ResizeArgs& a, int64_t task, float* source) {
   }
 }
 
-inline void resize_run(const ResizeArgs& a, const Plan&, int64_t task, char* scratch) {
-  float* source = reinterpret_cast<float*>(scratch);
+inline void resize_run(const ResizeArgs& a, const Plan&, int64_t task, const ResizeScratch& s) {
   if (a.images.dtype == DType::float32)
-    resize_band<float>(a, task, source);
+    resize_band<float>(a, task, s.source);
   else
-    resize_band<Bf16>(a, task, source);
+    resize_band<Bf16>(a, task, s.source);
 }
 
 // --- gradients -------------------------------------------------------------------------------------------------------
 
-struct PlaneGradScratch {
-  float *line, *plane, *before, *after;
-  int64_t width, pitch, bytes;  // of the resized plane; floats between its rows
-  PlaneGradScratch(const Images& a, bool resize, char* base) {
-    Arena arena{base};
-    width = a.columns.out;
-    pitch = round_up(width, VL) + VL;
-    line = arena.floats(pitch);
-    plane = arena.floats(resize ? (a.rows.in + 2 * kBorder) * pitch : 0);
-    before = arena.floats(resize ? pitch * VL : 0);
-    after = arena.floats(resize ? (round_up(a.columns.in, VL) + 2 * kBorder) * VL : 0);
-    bytes = arena.used;
-  }
+struct PlaneGradScratch : Scratch<ImagesGradArgs> {
+  const Images& images = a.images;
+  int64_t width = images.columns.out;        // of the resized plane
+  int64_t pitch = round_up(width, VL) + VL;  // floats between its rows
+  float* line = floats(pitch);
+  float* plane = floats(images.resize ? (images.rows.in + 2 * kBorder) * pitch : 0);
+  float* before = floats(images.resize ? pitch * VL : 0);
+  float* after = floats(images.resize ? (round_up(images.columns.in, VL) + 2 * kBorder) * VL : 0);
 };
 
 // The border repeats the outermost of `count` lines: what was added to it belongs to them. Lines of `length` floats.
@@ -202,24 +198,19 @@ inline void resize_plane_back(const Images& a, const Rows& out, const PlaneGradS
     fold_border(s.after, a.columns.in, VL);
     const PanelRows to(out, m, count);
     for (int64_t x = 0; x < a.columns.in; x += VL) {
-      const int n = static_cast<int>(smaller(a.columns.in - x, VL));
+      const int n = lanes_in(a.columns.in - x);
       for_each_row<1>(s.after + (kBorder + x) * VL, VL, count, [&](int64_t r, Vec g) { to.store(r, x, g, n); });
     }
   }
 }
 
-inline Plan resize_grad_plan(const ResizeGradArgs& a, int64_t) { return {a.batch * a.images.channels}; }
-inline int64_t resize_grad_scratch(const ResizeGradArgs& a, const Plan&) {
-  return PlaneGradScratch(a.images, true, nullptr).bytes;
-}
-inline void resize_grad_run(const ResizeGradArgs& a, const Plan&, int64_t task, char* scratch) {
-  const PlaneGradScratch s(a.images, true, scratch);
+inline Plan resize_grad_plan(const ImagesGradArgs& a, int64_t) { return {a.batch * a.images.channels}; }
+inline void resize_grad_run(const ImagesGradArgs& a, const Plan&, int64_t task, const PlaneGradScratch& s) {
   const Rows grad{const_cast<void*>(a.grad), a.images.dtype, 1, s.width, 0};
   resize_plane_back(a.images, plane_rows(a.images, task / a.images.channels, task % a.images.channels), s,
                     [&](int64_t y, float* line) {
                       const PanelRows from(grad, task * a.images.rows.out + y, 1);
-                      for (int64_t x = 0; x < s.width; x += VL)
-                        store(line + x, from.load(0, x, static_cast<int>(smaller(s.width - x, VL))));
+                      for (int64_t x = 0; x < s.width; x += VL) store(line + x, from.load(0, x, lanes_in(s.width - x)));
                     });
 }
 

@@ -1,59 +1,33 @@
 // self_attention on the CPU: softmax(q k^T / sqrt(d)) v per head over packed qkv (attention.h), and its gradient.
-#include "launch.h"
 #include "ops.h"
 
 namespace crossvit {
 
-namespace {
-
-template <class Args>
-Args head_shape(const Tensor& qkv, int64_t num_heads) {
-  Args args{};
-  args.qkv = qkv.const_data_ptr();
-  args.dtype = dtype_of(qkv);
-  args.batch = qkv.size(0);
-  args.tokens = qkv.size(1);
-  args.heads = num_heads;
-  args.width = qkv.size(2) / (3 * num_heads);
-  args.batch_stride = qkv.stride(0);
-  args.token_stride = qkv.stride(1);
-  return args;
-}
-
-}  // namespace
-
-namespace unchecked {
-
-std::tuple<Tensor, Tensor> self_attention(const Tensor& qkv, int64_t num_heads, bool save) {
-  const Tensor dense = dense_rows(qkv);
-  auto args = head_shape<AttentionArgs>(dense, num_heads);
-  const Tensor out = empty({args.batch, args.tokens, num_heads * args.width}, qkv.scalar_type());
-  const Tensor lse = empty_f32({save ? args.batch : 0, num_heads, args.tokens});
-  args.out = out.data_ptr();
-  args.lse = float_data(lse);
-  launch(active().attention, args);
+SelfAttention::Results self_attention(const SelfAttention& a) {
+  const Tensor qkv = dense_rows(a.qkv);
+  const int64_t batch = qkv.size(0), tokens = qkv.size(1), width = qkv.size(2) / 3;
+  const Tensor out = empty({batch, tokens, width}, qkv.scalar_type());
+  const Tensor lse = empty_f32({a.save ? batch : 0, a.num_heads, tokens});
+  launch(active().attention,
+         AttentionArgs{qkv.const_data_ptr(), out.data_ptr(), dtype_of(qkv), batch, tokens, a.num_heads,
+                       width / a.num_heads, qkv.stride(0), qkv.stride(1), float_data(lse)});
   return {out, lse};
 }
 
-}  // namespace unchecked
+namespace {
 
-std::tuple<Tensor, Tensor> self_attention(const Tensor& qkv, int64_t num_heads, bool save) {
-  arguments::self_attention(kTaken, qkv, num_heads);
-  return unchecked::self_attention(qkv, num_heads, save);
-}
-
-Tensor self_attention_backward(const Tensor& grad_out, const Tensor& qkv, const Tensor& out, const Tensor& lse,
-                               int64_t num_heads) {
-  arguments::self_attention_backward(kTaken, grad_out, qkv, out, lse, num_heads);
-  const Tensor dense = dense_rows(qkv), grad = grad_out.contiguous(), result = out.contiguous();
-  auto args = head_shape<AttentionGradArgs>(dense, num_heads);
+Tensor self_attention_backward(const SelfAttentionBackward& a) {
+  const Tensor qkv = dense_rows(a.qkv), grad_out = a.grad_out.contiguous(), out = a.out.contiguous();
   const Tensor grad_qkv = empty(qkv.sizes(), qkv.scalar_type());
-  args.out = result.const_data_ptr();
-  args.grad_out = grad.const_data_ptr();
-  args.grad_qkv = grad_qkv.data_ptr();
-  args.lse = float_data(lse);
-  launch(active().attention_grad, args);
+  launch(active().attention_grad,
+         AttentionGradArgs{qkv.const_data_ptr(), out.const_data_ptr(), grad_out.const_data_ptr(), grad_qkv.data_ptr(),
+                           dtype_of(qkv), qkv.size(0), qkv.size(1), a.num_heads, qkv.size(2) / (3 * a.num_heads),
+                           qkv.stride(0), qkv.stride(1), float_data(a.lse)});
   return grad_qkv;
 }
+
+const Library of_self_attention = ops().define<self_attention>().define<self_attention_backward>();
+
+}  // namespace
 
 }  // namespace crossvit

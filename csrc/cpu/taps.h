@@ -1,11 +1,11 @@
-// The taps of bicubic interpolation, as the kernels of resize.h take them.
+// Images that are resized and cut into patches, and the taps of bicubic interpolation, as the kernels of resize.h and patch.h take them.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
-#include "kernels.h"
+#include "launch.h"
 
 namespace crossvit {
 
@@ -36,6 +36,29 @@ struct AxisTaps {
     taps.first = first.data();
     for (int k = 0; k < 4; k++) taps.weight[k] = weight[k].data();
   }
+};
+
+// Images, to be height x width, and their patches, if any; owns the taps, and a contiguous copy of images whose rows are not dense.
+struct ResizedImages {
+  Tensor tensor;
+  AxisTaps rows, columns;
+  Images images{};
+
+  ResizedImages(Tensor t, int64_t height, int64_t width, int64_t patch = 0)
+      : tensor(t.stride(3) == 1 || t.size(3) == 1 ? std::move(t) : t.contiguous()),
+        rows(tensor.size(2), height, !patch || tensor.size(2) != height || tensor.size(3) != width),
+        columns(tensor.size(3), width, rows.taps.first) {
+    images = {tensor.data_ptr(), dtype_of(tensor), tensor.stride(0), tensor.stride(1),
+              tensor.stride(2),  tensor.size(1),   rows.taps,        columns.taps};
+    images.resize = rows.taps.first != nullptr;
+    images.extent = 1;
+    for (int64_t d = 0; d < 4; d++) images.extent += (tensor.size(d) - 1) * tensor.stride(d);
+    if (!patch) return;
+    images.patch = patch;
+    images.per_row = width / patch;
+    images.per_image = height / patch * images.per_row;
+  }
+  int64_t patches() const { return tensor.size(0) * images.per_image; }
 };
 
 }  // namespace crossvit

@@ -65,8 +65,11 @@ CROSSVIT_INLINE void with_vectors(int nv, F f) {
   }
 }
 
-// Takes aligned pieces from a task's scratch; with a null base it only measures.
-struct Arena {
+// The scratch memory of a task, of which a kernel's struct takes aligned pieces for its members; with a null base it only measures.
+template <class Args, class P = Plan>
+struct Scratch {
+  const Args& a;
+  const P& plan;
   char* base;
   int64_t used = 0;
   float* floats(int64_t n) {
@@ -75,5 +78,13 @@ struct Arena {
     return base ? reinterpret_cast<float*>(base + at) : nullptr;
   }
 };
+
+// A kernel of the table, whose tasks have a scratch of type S.
+template <auto run, class Args, class P, class S>
+constexpr Kernel<Args, P> kernel_of(P (*plan)(const Args&, int64_t),
+                                    void (*)(const Args&, const P&, int64_t, const S&)) {
+  return {plan, [](const Args& a, const P& plan) { return S{{a, plan, nullptr}}.used; },
+          [](const Args& a, const P& plan, int64_t task, char* base) { run(a, plan, task, S{{a, plan, base}}); }};
+}
 
 }  // namespace crossvit::CROSSVIT_ISA

@@ -16,33 +16,22 @@ namespace crossvit::CROSSVIT_ISA {
 
 // In a panel's scratch, probs holds a row of p for every head and behind them a row of ds for every head; coefficients holds,
 // for every column, the dz of all heads and behind them their u, which these rows meet in the gradient of the tokens.
-struct TokenGradientScratch {
-  float *u, *coefficients, *panel, *rows, *probs, *grad_u, *delta, *rest, *grad_normalized, *cls;
-  int64_t width_padded, row_stride, heads_padded, bytes;
-  TokenGradientScratch(const TokenGradientArgs& a, char* base) {
-    Arena arena{base};
-    const int64_t lanes = kPanelVectors * VL;
-    width_padded = round_up(a.width, VL);
-    row_stride = spread(width_padded);
-    heads_padded = round_up(a.heads, kBlock);
-    u = arena.floats(a.heads * a.width);
-    coefficients = arena.floats(a.width * 2 * a.heads);
-    panel = arena.floats(width_padded * lanes);
-    rows = arena.floats(lanes * row_stride);
-    probs = arena.floats((a.heads + heads_padded) * lanes);
-    grad_u = arena.floats(heads_padded * width_padded);
-    delta = arena.floats(heads_padded);
-    rest = arena.floats(heads_padded);
-    grad_normalized = arena.floats(width_padded * lanes);
-    cls = arena.floats(width_padded * VL);
-    bytes = arena.used;
-  }
+struct TokenGradientScratch : Scratch<TokenGradientArgs> {
+  static constexpr int64_t lanes = kPanelVectors * VL;
+  int64_t width_padded = round_up(a.width, VL);
+  int64_t row_stride = spread(width_padded);
+  int64_t heads_padded = round_up(a.heads, kBlock);
+  float* u = floats(a.heads * a.width);
+  float* coefficients = floats(a.width * 2 * a.heads);
+  float* panel = floats(width_padded * lanes);
+  float* rows = floats(lanes * row_stride);
+  float* probs = floats((a.heads + heads_padded) * lanes);
+  float* grad_u = floats(heads_padded * width_padded);
+  float *delta = floats(heads_padded), *rest = floats(heads_padded);
+  float* grad_normalized = floats(width_padded * lanes);
+  float* cls = floats(width_padded * VL);
 };
 inline Plan token_gradient_plan(const TokenGradientArgs& a, int64_t) { return {a.batch}; }
-inline int64_t token_gradient_scratch(const TokenGradientArgs& a, const Plan&) {
-  return TokenGradientScratch(a, nullptr).bytes;
-}
-
 template <int NV>
 inline void token_gradient_panel(const TokenGradientArgs& a, const TokenGradientScratch& s, const Rows& patches,
                                  int64_t image, int64_t m, int64_t count) {
@@ -63,7 +52,7 @@ inline void token_gradient_panel(const TokenGradientArgs& a, const TokenGradient
   const PanelRows from(patches, m, count);
   for (int64_t r = 0; r < count; r++)
     for (int64_t k = 0; k < a.width; k += VL) {
-      const Vec x = from.load(r, k, static_cast<int>(smaller(a.width - k, VL)));
+      const Vec x = from.load(r, k, lanes_in(a.width - k));
       store(s.rows + r * s.row_stride + k, (x - saved.mean[m + r]) * saved.rstd[m + r]);
     }
 
@@ -75,7 +64,7 @@ inline void token_gradient_panel(const TokenGradientArgs& a, const TokenGradient
                        kScoreChunk);
   for (int64_t h = 0; h < a.heads; h++)
     for (int v = 0; v < NV; v++) {
-      const int n = static_cast<int>(smaller(larger(count - v * VL, 0), VL));
+      const int n = lanes_in(larger(count - v * VL, 0));
       const Vec p = n ? load_n(a.probs + (image * a.heads + h) * all + 1 + m + v * VL, n) : Vec{};
       store(s.probs + h * lanes + v * VL, p);
       const Vec gradient = p * (load(ds + h * lanes + v * VL) - s.delta[h]);
@@ -107,11 +96,10 @@ inline void token_gradient_panel(const TokenGradientArgs& a, const TokenGradient
   const PanelRows out(tokens_of(a.grad_patches, image), m, count);
   for (int64_t k = 0; k < a.width; k += VL)
     for_each_row<NV>(s.grad_normalized + k * lanes, lanes, count,
-                     [&](int64_t r, Vec g) { out.store(r, k, g, static_cast<int>(smaller(a.width - k, VL))); });
+                     [&](int64_t r, Vec g) { out.store(r, k, g, lanes_in(a.width - k)); });
 }
 
-inline void token_gradient_run(const TokenGradientArgs& a, const Plan&, int64_t task, char* scratch) {
-  const TokenGradientScratch s(a, scratch);
+inline void token_gradient_run(const TokenGradientArgs& a, const Plan&, int64_t task, const TokenGradientScratch& s) {
   const int64_t image = task, all = a.tokens + 1;
   const float* grad_context = a.grad_context + image * a.heads * a.width;
   load_u(a, image, s.u);
@@ -125,7 +113,7 @@ inline void token_gradient_run(const TokenGradientArgs& a, const Plan&, int64_t 
   const float mean = a.norm.mean[image * all], rstd = a.norm.rstd[image * all];
   const PanelRows cls(a.cls, image, 1);
   for (int64_t k = 0; k < a.width; k += VL) {
-    const int n = static_cast<int>(smaller(a.width - k, VL));
+    const int n = lanes_in(a.width - k);
     store(s.cls + k, (cls.load(0, k, n) - mean) * rstd);
   }
   float* grad_normalized_cls = a.grad_normalized + image * a.width;

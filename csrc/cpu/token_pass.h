@@ -42,25 +42,18 @@ inline void normalize_row(const Rows& rows, int64_t m, int64_t width, float eps,
   for (int64_t k = width; k < round_up(width, VL); k++) to[k] = 0.0f;
 }
 
-struct TokenPassScratch {
-  float *u, *panel, *rows, *scores, *context, *highest, *sum, *cls;
-  int64_t width_padded, row_stride, heads_padded, bytes;
-  TokenPassScratch(const TokenPassArgs& a, char* base) {
-    Arena arena{base};
-    const int64_t lanes = kPanelVectors * VL;
-    width_padded = round_up(a.width, VL);
-    row_stride = spread(width_padded);
-    heads_padded = round_up(a.heads, kBlock);
-    u = arena.floats(a.heads * a.width);
-    panel = arena.floats(width_padded * lanes);
-    rows = arena.floats(lanes * row_stride);
-    scores = arena.floats(heads_padded * lanes);
-    context = arena.floats(heads_padded * width_padded);
-    highest = arena.floats(heads_padded);
-    sum = arena.floats(heads_padded);
-    cls = arena.floats(width_padded * VL);
-    bytes = arena.used;
-  }
+struct TokenPassScratch : Scratch<TokenPassArgs, SplitPlan> {
+  static constexpr int64_t lanes = kPanelVectors * VL;
+  int64_t width_padded = round_up(a.width, VL);
+  int64_t row_stride = spread(width_padded);
+  int64_t heads_padded = round_up(a.heads, kBlock);
+  float* u = floats(a.heads * a.width);
+  float* panel = floats(width_padded * lanes);
+  float* rows = floats(lanes * row_stride);
+  float* scores = floats(heads_padded * lanes);
+  float* context = floats(heads_padded * width_padded);
+  float *highest = floats(heads_padded), *sum = floats(heads_padded);
+  float* cls = floats(width_padded * VL);
 };
 
 CROSSVIT_INLINE float dot(const float* a, const float* b, int64_t n) {
@@ -95,14 +88,14 @@ inline void normalize_tokens(const Rows& patches, int64_t m, int64_t count, int6
   for (int64_t r = 0; r < count; r++) {
     const float x0 = origin[r / VL][r % VL], offset = shift[r / VL][r % VL], scale = rstd_of[r / VL][r % VL];
     for (int64_t k = 0; k < width; k += VL) {
-      const int n = static_cast<int>(smaller(width - k, VL));
+      const int n = lanes_in(width - k);
       const Vec x = from.load(r, k, n);
       store(rows + r * ldr + k, ((x - x0) - offset) * scale);
     }
   }
   if (!mean) return;
   for (int v = 0; v < NV && v * VL < count; v++) {
-    const int n = static_cast<int>(smaller(count - v * VL, VL));
+    const int n = lanes_in(count - v * VL);
     store_n(mean + m + v * VL, origin[v] + shift[v], n);
     store_n(rstd + m + v * VL, rstd_of[v], n);
   }
@@ -141,7 +134,7 @@ inline void attend_panel(const TokenPassArgs& a, const TokenPassScratch& s, int6
     const float now = panel_highest > before ? panel_highest : before;
     if (score_to)
       for (int v = 0; v < NV && v * VL < count; v++)
-        store_n(score_to + h * stride + v * VL, load(scores + v * VL), static_cast<int>(smaller(count - v * VL, VL)));
+        store_n(score_to + h * stride + v * VL, load(scores + v * VL), lanes_in(count - v * VL));
     Vec total{};
     for (int v = 0; v < NV; v++) {
       const Vec p = exponential(load(scores + v * VL) - now);
@@ -167,21 +160,16 @@ inline SplitPlan token_pass_plan(const TokenPassArgs& a, int64_t threads) {
   plan.tasks = a.batch * plan.splits;
   return plan;
 }
-inline int64_t token_pass_scratch(const TokenPassArgs& a, const SplitPlan&) {
-  return TokenPassScratch(a, nullptr).bytes;
-}
-
 // probs := exp(score - highest) / sum, in place.
 inline void finish_probabilities(float* probs, int64_t tokens, float highest, float total) {
   const float inverse = 1.0f / total;
   for (int64_t n = 0; n < tokens; n += VL) {
-    const int here = static_cast<int>(smaller(tokens - n, VL));
+    const int here = lanes_in(tokens - n);
     store_n(probs + n, exponential(load_n(probs + n, here) - highest) * inverse, here);
   }
 }
 
-inline void token_pass_run(const TokenPassArgs& a, const SplitPlan& plan, int64_t task, char* scratch) {
-  const TokenPassScratch s(a, scratch);
+inline void token_pass_run(const TokenPassArgs& a, const SplitPlan& plan, int64_t task, const TokenPassScratch& s) {
   const int64_t image = task / plan.splits, piece = task % plan.splits, all = a.tokens + 1;
   load_u(a, image, s.u);
   float* probs = a.probs ? a.probs + image * a.heads * all : nullptr;
@@ -230,15 +218,14 @@ inline void token_pass_run(const TokenPassArgs& a, const SplitPlan& plan, int64_
       to[a.width] = s.highest[h];
       to[a.width + 1] = s.sum[h];
     }
-    for (int64_t k = 0; k < a.width; k += VL)
-      store_n(to + k, load(from + k) * factor, static_cast<int>(smaller(a.width - k, VL)));
+    for (int64_t k = 0; k < a.width; k += VL) store_n(to + k, load(from + k) * factor, lanes_in(a.width - k));
   }
 }
 
 // Joins the pieces of an image whose tokens were split over tasks, in the order of the tokens.
+struct JoinSplitsScratch : Scratch<JoinSplitsArgs> {};
 inline Plan join_splits_plan(const JoinSplitsArgs& a, int64_t) { return {a.batch * a.heads}; }
-inline int64_t join_splits_scratch(const JoinSplitsArgs&, const Plan&) { return 64; }
-inline void join_splits_run(const JoinSplitsArgs& a, const Plan&, int64_t task, char*) {
+inline void join_splits_run(const JoinSplitsArgs& a, const Plan&, int64_t task, const JoinSplitsScratch&) {
   const int64_t image = task / a.heads, head = task % a.heads, stride = a.heads * (a.width + 2);
   const float* piece = a.partial + (image * a.splits * a.heads + head) * (a.width + 2);
   float highest = piece[a.width], total = 0.0f;

@@ -6,16 +6,10 @@
 
 namespace crossvit::CROSSVIT_ISA {
 
-struct WeightGradScratch {
-  float *c, *bias;
-  int64_t strip_floats, bytes;  // of c, which holds [strip][out][column]
-  WeightGradScratch(const WeightGradPlan& plan, char* base) {
-    Arena arena{base};
-    strip_floats = round_up(plan.out_chunk, VL) * kStrip;
-    c = arena.floats(ceil_div(plan.in_chunk, kStrip) * strip_floats);
-    bias = arena.floats(larger(plan.out_chunk, round_up(plan.in_chunk, kStrip)));
-    bytes = arena.used;
-  }
+struct WeightGradScratch : Scratch<WeightGradArgs, WeightGradPlan> {
+  int64_t strip_floats = round_up(plan.out_chunk, VL) * kStrip;
+  float* c = floats(ceil_div(plan.in_chunk, kStrip) * strip_floats);
+  float* bias = floats(larger(plan.out_chunk, round_up(plan.in_chunk, kStrip)));
 };
 
 inline WeightGradPlan weight_grad_plan(const WeightGradArgs& a, int64_t threads) {
@@ -28,9 +22,6 @@ inline WeightGradPlan weight_grad_plan(const WeightGradArgs& a, int64_t threads)
   plan.out_chunk = round_up(ceil_div(a.out, out_chunks), kBlock);
   plan.tasks = ceil_div(a.out, plan.out_chunk) * ceil_div(a.in, plan.in_chunk);
   return plan;
-}
-inline int64_t weight_grad_scratch(const WeightGradArgs&, const WeightGradPlan& plan) {
-  return WeightGradScratch(plan, nullptr).bytes;
 }
 
 // to[e] += sum over the rows of a block of left.
@@ -92,20 +83,20 @@ inline void store_weight_grad(const WeightGradArgs& a, const WeightGradScratch& 
   char* to = static_cast<char*>(a.grad_weight.data) + (a.transposed ? k0 : e0) * stride;
   for (int64_t k = 0; k < in; k += VL) {
     const float* c = s.c + k / kStrip * s.strip_floats + k % kStrip;
-    const int n = static_cast<int>(smaller(in - k, VL));
+    const int n = lanes_in(in - k);
     if (!a.transposed) {
       for (int64_t e = 0; e < out; e++) store_as(dtype, to + e * stride, k0 + k, load(c + e * kStrip), n);
       continue;
     }
     for (int64_t e = 0; e < out; e += VL)
       for_each_row<1>(c + e * kStrip, kStrip, n, [&](int64_t r, Vec values) {
-        store_as(dtype, to + (k + r) * stride, e0 + e, values, static_cast<int>(smaller(out - e, VL)));
+        store_as(dtype, to + (k + r) * stride, e0 + e, values, lanes_in(out - e));
       });
   }
 }
 
-inline void weight_grad_run(const WeightGradArgs& a, const WeightGradPlan& plan, int64_t task, char* scratch) {
-  const WeightGradScratch s(plan, scratch);
+inline void weight_grad_run(const WeightGradArgs& a, const WeightGradPlan& plan, int64_t task,
+                            const WeightGradScratch& s) {
   const OperandShape left(a.rows, a.out, a.products), right(a.rows, a.in, a.products);
   const int64_t in_chunks = ceil_div(a.in, plan.in_chunk);
   const int64_t k0 = task % in_chunks * plan.in_chunk, in = smaller(a.in - k0, plan.in_chunk);

@@ -9,13 +9,9 @@
 #include "cuda/device.h"
 #include "cuda/rows.h"
 #include "cuda/types.h"
-#include "schemas.h"
 #include "views.h"
 
 namespace crossvit::cuda {
-
-// The tensors that the kernels take: on a GPU, or on the CPU in the emulation.
-inline Taken taken() { return {runs_on_gpu() ? kCUDA : kCPU, /*float16=*/true}; }
 
 // What the launches of a call of an op have in common, as long as the call lasts: their GPU, that of its main tensor, which is the
 // current one meanwhile; their stream; and whether float32 products may be computed in TF32.
@@ -34,10 +30,17 @@ void check(Error error, const char* kernel);
 // Whether 16-byte accesses may walk it: base address, strides of all leading dimensions and width are multiples of 16 bytes.
 bool aligned_to_16(const Tensor& t);
 
-// Rows as the kernels take them; the tensor has to outlive the launch call only.
+// Rows as the kernels take them, none of what has no memory; the tensor, contiguous or as a RowTensor, has to outlive the launch
+// call only.
 Rows rows_of(const RowTensor& t);
+inline Rows rows_of(const Tensor& t) { return t.numel() ? rows_of(RowTensor(t)) : Rows{}; }
 
-// The ops of crossvit_kernels_cuda, which each <op>.cpp defines for its own functions.
-inline Library ops() { return {"crossvit_kernels_cuda", "CompositeExplicitAutograd"}; }
+inline Target target_of(const Tensor& t) { return t.defined() ? Target{t.data_ptr(), dtype_of(t)} : Target{}; }
+
+// A size of a matrix, which kernels count in 32 bits.
+int size_of(std::int64_t size);
+
+// The ops of crossvit_kernels_cuda (arguments.h), which each <op>.cpp defines for its own functions.
+inline Library ops() { return {"crossvit_kernels_cuda", "CompositeExplicitAutograd", ", bool tf32=False"}; }
 
 }  // namespace crossvit::cuda

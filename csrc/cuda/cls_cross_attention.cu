@@ -29,9 +29,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) cls_query_kernel(const ClsQuer
 
 template <class T, bool kTf32>
 __global__ void __launch_bounds__(kRowThreads, 1) cls_value_kernel(const ClsValue a, const Tiles tiles) {
-  const int head = blockIdx.x % a.heads;
-  const std::int64_t image = static_cast<std::int64_t>(blockIdx.x / a.heads) * kImages;
-  const int rows = static_cast<int>(min(a.batch - image, static_cast<std::int64_t>(kImages)));
+  const auto [head, rows, image] = Place(a.heads, a.batch);
   const int d = a.width / a.heads, columns = round_up(a.width, 16), stride = odd_stride<T>(columns);
   T* const y = reinterpret_cast<T*>(ptx::shared_memory());
   T* const buffers = y + kImages * stride;
@@ -60,7 +58,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) cls_value_kernel(const ClsValu
                         min(round_up(d, 16) - first, tiles.rows), columns, [&](int row, int column, float v) {
                           const int j = first + column;
                           if (j >= d || row >= rows) return;
-                          v += a.v_bias.data ? load(a.v_bias.data, a.v_bias.dtype, head * d + j) : 0;
+                          v += load_or_zero(a.v_bias, head * d + j);
                           static_cast<T*>(a.out)[(image + row) * a.width + head * d + j] = from_float<T>(v);
                         });
   });
@@ -74,8 +72,8 @@ Error launch_query(const ClsQuery& a, Stream stream) {
   const std::int64_t room = (kSharedMemory - fixed) / 2;
   const Tiles tiles{tile_size(d, row, room), tile_size(columns, d * sizeof(T), room - 16 * d)};
   const std::int64_t buffer = HeadQuery<T, kTf32>::tile_elements(a.width, a.width / a.heads, tiles) * sizeof(T);
-  const dim3 grid(static_cast<unsigned>((a.batch + kImages - 1) / kImages * a.heads));
-  return launch(cls_query_kernel<T, kTf32>, grid, kRowThreads, fixed + 2 * buffer, stream, a, tiles);
+  return launch(cls_query_kernel<T, kTf32>, blocks_of(a.batch) * a.heads, kRowThreads, fixed + 2 * buffer, stream, a,
+                tiles);
 }
 
 template <class T, bool kTf32>
@@ -83,8 +81,8 @@ Error launch_value(const ClsValue& a, Stream stream) {
   const std::int64_t row = odd_stride<T>(round_up(a.width, 16)) * sizeof(T);
   const std::int64_t fixed = kImages * row + kShares * sizeof(float);
   const Tiles tiles{tile_size(a.width / a.heads, row, (kSharedMemory - fixed) / 2), 0};
-  const dim3 grid(static_cast<unsigned>((a.batch + kImages - 1) / kImages * a.heads));
-  return launch(cls_value_kernel<T, kTf32>, grid, kRowThreads, fixed + 2 * tiles.rows * row, stream, a, tiles);
+  return launch(cls_value_kernel<T, kTf32>, blocks_of(a.batch) * a.heads, kRowThreads, fixed + 2 * tiles.rows * row,
+                stream, a, tiles);
 }
 
 }  // namespace

@@ -10,15 +10,20 @@ struct NormParts {
   float *weight, *bias;
 };
 
+// What the steps that have a row per image have in common.
+struct RowsProduct {
+  DType dtype;         // of the matrix operands
+  bool tf32, aligned;  // aligned: the rows of all weights, and every head's columns, begin at multiples of 16 bytes
+  std::int64_t batch;
+  int width, heads;
+};
+
 // grad_value g_h = W_v,h^T dout_h, and of it what TokenGradient takes. The parts are g z and g.
 struct ValueGradient {
+  RowsProduct product;
   const void *grad_out, *v_weight;  // (batch, width) of `dtype`
   const float *key_query, *context;
   Vector norm_weight;
-  DType dtype;
-  bool tf32, aligned;
-  std::int64_t batch;
-  int width, heads;
   void* u_grad_context;
   float *row_means, *delta;
   NormParts parts;
@@ -42,27 +47,23 @@ struct TokenGradient {
   const float* delta;          // (batch, heads)
   const float *mean, *rstd;    // (batch, 1 + patches)
   const float* probs;          // (batch, heads, 1 + patches)
-  void* grad_patches;          // (batch, patches, width), contiguous, or null
-  DType grad_dtype;            // where `earlier` is read or later sets follow, float32
-  bool grad_aligned;           // its rows begin at multiples of 16 bytes, and its width is one
-  const float* earlier;        // of the sets before, or null
-  float* grad_normalized;      // (batch, width), or null; sets after the first add to it
-  float *grad_u, *rest;        // (batch, splits, heads, width), (batch, splits, heads)
+  Target grad_patches;     // (batch, patches, width), contiguous; float32 where `earlier` is read or later sets follow
+  bool grad_aligned;       // its rows begin at multiples of 16 bytes, and its width is one
+  const float* earlier;    // of the sets before, or null
+  float* grad_normalized;  // (batch, width), or null; sets after the first add to it
+  float *grad_u, *rest;    // (batch, splits, heads, width), (batch, splits, heads)
 };
 Error token_gradient(const TokenGradient& args, Stream stream);
 
 // grad_u, joined from the splits and freed of what rounding left of sum_n ds_n, and the query's gradient
 // W_k,h (gamma du_h) / sqrt(d). The parts are du_h key_query_h.
 struct QueryGradient {
+  RowsProduct product;
   const float *grad_u_of_splits, *rest;  // (batch, splits, heads, width), (batch, splits, heads)
   const float *key_query, *context;
   int splits;
   Vector norm_weight;
   const void* k_weight;
-  DType dtype;
-  bool tf32, aligned;
-  std::int64_t batch;
-  int width, heads;
   float* grad_u;      // (batch, heads, width); may be `grad_u_of_splits` where splits == 1
   float* grad_query;  // (batch, width)
   NormParts parts;
@@ -80,13 +81,10 @@ struct NormalizedCls {
 
 // grad_query_input dy_0 = W_q^T dq. The parts are dy_0 x^_0 and dy_0.
 struct QueryInputGradient {
+  RowsProduct product;
   const float* grad_query;
   const void* q_weight;
   NormalizedCls normalized_cls;
-  DType dtype;
-  bool tf32, aligned;
-  std::int64_t batch;
-  int width;
   float* grad_query_input;
   NormParts parts;
 };
@@ -95,36 +93,25 @@ Error query_input_gradient(const QueryInputGradient& args, Stream stream);
 // dW_q = sum_b dq y_0^T, dW_k,h = sum_b q_h scale (gamma du_h)^T, dW_v,h = sum_b dout_h (gamma z_h + beta)^T, of `dtype`; null
 // where not needed.
 struct ProjectionGradients {
+  RowsProduct product;
   const void* grad_out;
   const float *context, *query, *grad_u, *grad_query;
   NormalizedCls normalized_cls;
   Vector norm_weight, norm_bias;
-  DType dtype;
-  bool tf32;
-  std::int64_t batch;
-  int width, heads;
   void *grad_q_weight, *grad_k_weight, *grad_v_weight;
 };
 Error projection_gradients(const ProjectionGradients& args, Stream stream);
 
-// A gradient to be written, of any type; null where it is not needed.
-struct Target {
-  void* data = nullptr;
-  DType dtype = DType::float32;
-};
-
 // What is left: sums over rows, and the gradient of cls.
 struct FinishGradients {
+  RowsProduct product;
   NormParts parts;
   std::int64_t weight_rows, bias_rows;
   const float *grad_query, *probs, *rest, *key_query, *grad_normalized, *grad_query_input;
   const void* grad_out;
-  DType dtype;  // of grad_out
   int splits;
   NormalizedCls normalized_cls;
   Vector norm_weight;
-  std::int64_t batch;
-  int width, heads;
   Target grad_cls, grad_norm_weight, grad_norm_bias, grad_q_bias, grad_v_bias;
 };
 Error finish_gradients(const FinishGradients& args, Stream stream);

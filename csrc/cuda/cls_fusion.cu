@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
                           [&](int row, int column, float v) {
                             const int c = first + column;
                             if (c >= width) return;
-                            v += a.bias.data ? load(a.bias.data, a.bias.dtype, c) : 0;
+                            v += load_or_zero(a.bias, c);
                             projected[row * c_stride + c] = v;
                             if (of_head.head == 0 && row < rows) a.projected[(of_head.image + row) * width + c] = v;
                           });
@@ -82,9 +82,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
 
 template <class T, bool kTf32>
 __global__ void __launch_bounds__(kRowThreads, 1) fusion_value_kernel(const FusionValue a, const Tiles tiles) {
-  const int head = blockIdx.x % a.heads;
-  const std::int64_t image = static_cast<std::int64_t>(blockIdx.x / a.heads) * kImages;
-  const int rows = static_cast<int>(min(a.batch - image, static_cast<std::int64_t>(kImages)));
+  const auto [head, rows, image] = Place(a.heads, a.batch);
   const int d = a.width / a.heads, padded_d = round_up(d, 16), columns = round_up(a.width, 16);
   const int stride = odd_stride<T>(columns), v_stride = odd_stride<T>(padded_d);
   T* const y = reinterpret_cast<T*>(ptx::shared_memory());
@@ -118,7 +116,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) fusion_value_kernel(const Fusi
       rows_by_rows<kTf32>(y, stride, tile, stride, min(padded_d - first, tiles.rows), columns,
                           [&](int row, int column, float value) {
                             const int j = first + column;
-                            if (j < d && a.v_bias.data) value += load(a.v_bias.data, a.v_bias.dtype, head * d + j);
+                            if (j < d && a.v_bias.data) value += load(a.v_bias, head * d + j);
                             v[row * v_stride + j] = from_float<T>(j < d ? value : 0);
                           });
     } else {
@@ -136,9 +134,8 @@ __global__ void __launch_bounds__(kRowThreads, 1) fusion_value_kernel(const Fusi
 template <class T, bool kTf32>
 __global__ void __launch_bounds__(kRowThreads, 1)
     fusion_revert_kernel(const FusionRevert a, const int tile_rows, const int blocks, const int buffers) {
-  const std::int64_t image = static_cast<std::int64_t>(blockIdx.x / blocks) * kImages;
-  const int first = blockIdx.x % blocks * tile_rows;
-  const int rows = static_cast<int>(min(a.batch - image, static_cast<std::int64_t>(kImages)));
+  const auto [part, rows, image] = Place(blocks, a.batch);
+  const int first = part * tile_rows;
   const int columns = round_up(a.width, 16), stride = odd_stride<T>(columns), f_stride = columns + 4;
   float* const fused = reinterpret_cast<float*>(ptx::shared_memory());
   T* const y = reinterpret_cast<T*>(fused + kImages * f_stride);
@@ -149,7 +146,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
   const auto fill = [&](int, int) { fill_tile(tile, stride, weight, first, here, 0, a.width); };
   const auto fuse = [&] {
     for (int c = threadIdx.x; c < a.width; c += kRowThreads) {
-      const float bias = a.out_bias.data ? load(a.out_bias.data, a.out_bias.dtype, c) : 0;
+      const float bias = load_or_zero(a.out_bias, c);
 #pragma unroll 4
       for (int r = 0; r < rows; r++) {
         const float* from = a.heads_out + (image + r) * a.heads * a.width + c;
@@ -167,13 +164,11 @@ __global__ void __launch_bounds__(kRowThreads, 1)
     rows_by_rows<kTf32>(y, stride, tile, stride, round_up(here, 16), columns, [&](int row, int column, float v) {
       const int c = first + column;
       if (row >= rows || c >= a.own_width) return;
-      v += a.bias.data ? load(a.bias.data, a.bias.dtype, c) : 0;
+      v += load_or_zero(a.bias, c);
       static_cast<T*>(a.out)[(image + row) * a.own_width + c] = from_float<T>(v);
     });
   });
 }
-
-unsigned blocks_of(std::int64_t batch) { return static_cast<unsigned>((batch + kImages - 1) / kImages); }
 
 }  // namespace
 
@@ -192,8 +187,8 @@ Error fusion_query(const FusionQuery& args, Stream stream) {
       const int own_rows = tile_size(std::min(columns, 64), own_row, room);
       const std::int64_t shared = memory(tiles, own_rows, buffers).total;
       if (shared > kSharedMemory && buffers > 1) continue;
-      return launch(fusion_query_kernel<T, kTf32>, dim3(blocks_of(query.batch) * query.heads), kRowThreads, shared,
-                    stream, args, tiles, own_rows, buffers);
+      return launch(fusion_query_kernel<T, kTf32>, blocks_of(query.batch) * query.heads, kRowThreads, shared, stream,
+                    args, tiles, own_rows, buffers);
     }
     return nullptr;
   });
@@ -206,8 +201,8 @@ Error fusion_value(const FusionValue& args, Stream stream) {
     const std::int64_t fixed = kImages * (row + v_row) + kShares * sizeof(float), room = (kSharedMemory - fixed) / 2;
     const Tiles tiles{tile_size(d, row, room), tile_size(columns, v_row, room)};
     const std::int64_t tile = std::max(tiles.rows * row, tiles.columns * v_row);
-    return launch(fusion_value_kernel<T, kTf32>, dim3(blocks_of(args.batch) * args.heads), kRowThreads,
-                  fixed + 2 * tile, stream, args, tiles);
+    return launch(fusion_value_kernel<T, kTf32>, blocks_of(args.batch) * args.heads, kRowThreads, fixed + 2 * tile,
+                  stream, args, tiles);
   });
 }
 
@@ -218,7 +213,7 @@ Error fusion_revert(const FusionRevert& args, Stream stream) {
     const std::int64_t fixed = kImages * ((columns + 4) * sizeof(float) + row);
     const int tile = tile_size(std::min(round_up(args.own_width, 16), 64), row, kSharedMemory - fixed);
     const int blocks = (args.own_width + tile - 1) / tile;
-    return launch(fusion_revert_kernel<T, kTf32>, dim3(blocks_of(args.batch) * blocks), kRowThreads, fixed + tile * row,
+    return launch(fusion_revert_kernel<T, kTf32>, blocks_of(args.batch) * blocks, kRowThreads, fixed + tile * row,
                   stream, args, tile, blocks, 1);
   });
 }

@@ -16,16 +16,14 @@ struct Tiles {
 };
 
 template <class T, bool kTf32>
-struct HeadQuery {
+struct HeadQuery : Place {
   const ClsQuery& a;
   const Tiles& tiles;
-  std::int64_t image;
-  int head, rows, d, padded_d, columns, y_stride, q_stride, k_stride, q_steps, k_steps;
+  int head = part;
+  int d, padded_d, columns, y_stride, q_stride, k_stride, q_steps, k_steps;
 
-  __device__ __forceinline__ HeadQuery(const ClsQuery& a, const Tiles& tiles) : a(a), tiles(tiles) {
-    head = blockIdx.x % a.heads;
-    image = static_cast<std::int64_t>(blockIdx.x / a.heads) * kImages;
-    rows = static_cast<int>(min(a.batch - image, static_cast<std::int64_t>(kImages)));
+  __device__ __forceinline__ HeadQuery(const ClsQuery& a, const Tiles& tiles)
+      : Place(a.heads, a.batch), a(a), tiles(tiles) {
     d = a.width / a.heads;
     padded_d = round_up(d, 16);
     columns = round_up(a.width, 16);
@@ -63,7 +61,7 @@ struct HeadQuery {
                           [&](int row, int column, float value) {
                             const int j = first + column;
                             if (j < d) {
-                              if (a.q_bias.data) value += load(a.q_bias.data, a.q_bias.dtype, head * d + j);
+                              if (a.q_bias.data) value += load(a.q_bias, head * d + j);
                               if (a.query && row < rows) a.query[(image + row) * a.width + head * d + j] = value;
                             } else {
                               value = 0;

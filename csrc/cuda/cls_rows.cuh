@@ -17,6 +17,19 @@ constexpr int kImages = 16;
 
 __host__ __device__ constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+// Blocks that a batch takes, for every head or part of the columns.
+inline std::int64_t blocks_of(std::int64_t batch) { return divide_up(batch, kImages); }
+
+// The images of a block and which of `parts` it has: its head, or a part of the columns.
+struct Place {
+  int part, rows;
+  std::int64_t image;
+  __device__ __forceinline__ Place(int parts, std::int64_t batch)
+      : part(blockIdx.x % parts), image(static_cast<std::int64_t>(blockIdx.x / parts) * kImages) {
+    rows = static_cast<int>(min(batch - image, static_cast<std::int64_t>(kImages)));
+  }
+};
+
 // Elements from a row of `columns` elements, a multiple of 16, to the next: an odd number of 16 bytes.
 template <class T>
 __host__ __device__ constexpr int odd_stride(int columns) {
@@ -132,11 +145,6 @@ template <class F>
 __device__ __forceinline__ void layer_norm_row(const void* from, DType dtype, int width, float eps, F&& f) {
   constexpr int kHeld = 24;  // that a lane keeps in registers for the statistics; of wider rows the rest is read again
   const int lane = threadIdx.x % 32;
-  const auto sum_lanes = [](float value) {
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(~0u, value, distance);
-    return value;
-  };
   const float origin = load(from, dtype, 0);
   float x[kHeld];
   float sum = 0, squares = 0;
@@ -144,7 +152,7 @@ __device__ __forceinline__ void layer_norm_row(const void* from, DType dtype, in
 #pragma unroll
   for (int j = 0; j < kHeld; j++) sum += lane + 32 * j < width ? x[j] -= origin : 0;
   for (int c = lane + 32 * kHeld; c < width; c += 32) sum += load(from, dtype, c) - origin;
-  const float shift = sum_lanes(sum) / width;
+  const float shift = sum_lanes<32>(sum) / width;
 #pragma unroll
   for (int j = 0; j < kHeld; j++) {
     x[j] -= shift;
@@ -154,7 +162,7 @@ __device__ __forceinline__ void layer_norm_row(const void* from, DType dtype, in
     const float rest = (load(from, dtype, c) - origin) - shift;
     squares = fmaf(rest, rest, squares);
   }
-  const float rstd = rsqrtf(sum_lanes(squares) / width + eps);
+  const float rstd = rsqrtf(sum_lanes<32>(squares) / width + eps);
   // Read again, from L1, by a short loop: f may be long.
   constexpr int kAtOnce = 4;
 #pragma unroll 1
@@ -171,8 +179,8 @@ __device__ __forceinline__ void layer_norm_row(const void* from, DType dtype, in
 struct Affine {
   Vector weight, bias;
   __device__ __forceinline__ float operator()(float x, int c) const {
-    if (weight.data) x *= load(weight.data, weight.dtype, c);
-    return bias.data ? x + load(bias.data, bias.dtype, c) : x;
+    if (weight.data) x *= load(weight, c);
+    return bias.data ? x + load(bias, c) : x;
   }
 };
 
@@ -201,14 +209,6 @@ inline int tile_size(int most, std::int64_t bytes_of_one, std::int64_t bytes) {
   int size = round_up(most, 16);
   while (size > 16 && size * bytes_of_one > bytes) size = round_up(size / 2, 16);
   return size;
-}
-
-// f.operator()<T, kTf32>() of the matrix operands' type.
-template <class F>
-auto with_math(DType dtype, bool tf32, F&& f) {
-  if (dtype == DType::float16) return f.template operator()<__half, false>();
-  if (dtype == DType::bfloat16) return f.template operator()<__nv_bfloat16, false>();
-  return tf32 ? f.template operator()<float, true>() : f.template operator()<float, false>();
 }
 
 }  // namespace crossvit::cuda

@@ -1,6 +1,7 @@
 // Arguments of cls_cross_attention and cls_fusion as their kernels take them; each owns the copies that it had to make.
 #pragma once
 
+#include "attention_arguments.h"
 #include "cuda/check.h"
 #include "cuda/cls_cross_attention.h"
 
@@ -22,48 +23,40 @@ struct DenseTokens {
   DenseTokens(const Tensor& cls_, const Tensor& patches_, std::int64_t num_heads)
       : cls(dense_rows(cls_)), patches(dense_rows(patches_)) {
     require(patches.size(1) < (std::int64_t{1} << 31) - 32, "too many patches");
-    tokens.cls = cls.const_data_ptr();
-    tokens.cls_dtype = dtype_of(cls);
-    tokens.cls_stride = cls.stride(0);
-    tokens.data = patches.const_data_ptr();
-    tokens.dtype = dtype_of(patches);
-    tokens.batch_stride = patches.stride(0);
-    tokens.token_stride = patches.stride(1);
-    tokens.aligned = aligned_to_16(patches);
-    tokens.batch = patches.size(0);
-    tokens.patches = static_cast<int>(patches.size(1));
-    tokens.width = static_cast<int>(patches.size(2));
-    tokens.heads = static_cast<int>(num_heads);
-  }
-
-  // The CLS token's part of a kernel's arguments.
-  template <class Args>
-  void fill(Args& args) const {
-    args.cls = tokens.cls;
-    args.cls_dtype = tokens.cls_dtype;
-    args.cls_stride = tokens.cls_stride;
-    args.batch = tokens.batch;
-    args.width = tokens.width;
-    args.heads = tokens.heads;
+    tokens = {.cls = cls.const_data_ptr(),
+              .cls_dtype = dtype_of(cls),
+              .cls_stride = cls.stride(0),
+              .data = patches.const_data_ptr(),
+              .dtype = dtype_of(patches),
+              .batch_stride = patches.stride(0),
+              .token_stride = patches.stride(1),
+              .aligned = aligned_to_16(patches),
+              .batch = patches.size(0),
+              .patches = static_cast<int>(patches.size(1)),
+              .width = static_cast<int>(patches.size(2)),
+              .heads = static_cast<int>(num_heads)};
   }
 };
 
-// The query's arguments, but for where its results go and, of cls_fusion, the CLS tokens.
-inline ClsQuery query_of(const Call& call, const DenseTokens& dense, const Tensor& norm_weight,
-                         const OptionalTensor& norm_bias, const OptionalTensor& q_bias,
-                         const ProjectionWeights& weights, bool aligned, double eps) {
-  ClsQuery query{};
-  dense.fill(query);
-  query.norm_weight = vector_of(norm_weight);
-  query.norm_bias = vector_of(norm_bias);
-  query.q_bias = vector_of(q_bias);
-  query.q_weight = weights.q.const_data_ptr();
-  query.k_weight = weights.k.const_data_ptr();
-  query.dtype = dtype_of(weights.q);
-  query.tf32 = call.tf32;
-  query.aligned = aligned;
-  query.eps = static_cast<float>(eps);
-  return query;
+// The query's arguments, but for where its results go.
+inline ClsQuery query_of(const Call& call, const DenseTokens& dense, const NormParams& norm,
+                         const OptionalTensor& q_bias, const ProjectionWeights& weights, bool aligned, double eps) {
+  const Tokens& tokens = dense.tokens;
+  return {.cls = tokens.cls,
+          .cls_dtype = tokens.cls_dtype,
+          .cls_stride = tokens.cls_stride,
+          .batch = tokens.batch,
+          .width = tokens.width,
+          .heads = tokens.heads,
+          .norm_weight = vector_of(norm.weight),
+          .norm_bias = vector_of(norm.bias),
+          .q_bias = vector_of(q_bias),
+          .q_weight = weights.q.const_data_ptr(),
+          .k_weight = weights.k.const_data_ptr(),
+          .dtype = dtype_of(weights.q),
+          .tf32 = call.tf32,
+          .aligned = aligned,
+          .eps = static_cast<float>(eps)};
 }
 
 inline void check_width(std::int64_t shared, std::int64_t width) {
@@ -79,18 +72,19 @@ struct SplitResults {
   // The pass behind `query`, but for the statistics and scores that a backward needs.
   SplitResults(const DenseTokens& dense, const ClsQuery& query) {
     const Tokens& tokens = dense.tokens;
-    pass.tokens = tokens;
-    pass.plan = plan_token_pass(tokens, query.dtype);
-    check_width(pass.plan.shared, tokens.width);
-    pass.dtype = query.dtype;
-    pass.tf32 = query.tf32;
-    pass.key_query = query.key_query;
-    pass.norm_weight = query.norm_weight;
-    pass.eps = query.eps;
-    context = empty_f32({tokens.batch, pass.plan.splits, tokens.heads, tokens.width}, dense.patches);
-    softmax = empty_f32({tokens.batch, pass.plan.splits, 2, tokens.heads}, dense.patches);
-    pass.context = context.mutable_data_ptr<float>();
-    pass.softmax = softmax.mutable_data_ptr<float>();
+    const TokenPlan plan = plan_token_pass(tokens, query.dtype);
+    check_width(plan.shared, tokens.width);
+    context = empty_f32({tokens.batch, plan.splits, tokens.heads, tokens.width}, dense.patches);
+    softmax = empty_f32({tokens.batch, plan.splits, 2, tokens.heads}, dense.patches);
+    pass = {.tokens = tokens,
+            .plan = plan,
+            .dtype = query.dtype,
+            .tf32 = query.tf32,
+            .key_query = query.key_query,
+            .norm_weight = query.norm_weight,
+            .eps = query.eps,
+            .context = float_data(context),
+            .softmax = float_data(softmax)};
   }
 };
 

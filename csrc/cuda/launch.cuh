@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <cstddef>
+#include <cstdint>
 
 #include "types.h"
 
@@ -29,6 +30,12 @@ Error launch(void (*kernel)(Parameters...), dim3 grid, int threads, std::size_t 
   config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(stream);
   return describe(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+}
+
+template <class... Parameters, class... Arguments>
+Error launch(void (*kernel)(Parameters...), std::int64_t blocks, int threads, std::size_t shared, Stream stream,
+             const Arguments&... arguments) {
+  return launch(kernel, dim3(static_cast<unsigned>(blocks)), threads, shared, stream, arguments...);
 }
 
 // The multiprocessors of the current device.

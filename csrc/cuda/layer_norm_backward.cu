@@ -15,12 +15,6 @@ namespace normalized_rows {
 constexpr int kWarps = 4;
 constexpr int kWidest = 768;  // wider rows do not stay in registers, nor do their sums
 
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
-  return x;
-}
-
 struct Normalized {
   Quad x, grad;  // (x - mean) rstd, and the gradient of what LayerNorm's weight and bias make of it
 };
@@ -57,7 +51,7 @@ __device__ __forceinline__ Quad affine_quad(const Vector& vector, int column, in
   Quad quad;
 #pragma unroll
   for (int e = 0; e < 4; e++) {
-    quad.at[e] = vector.data && column + e < width ? load(vector.data, vector.dtype, column + e) : 0.0f;
+    quad.at[e] = vector.data && column + e < width ? load(vector, column + e) : 0.0f;
   }
   return quad;
 }
@@ -95,8 +89,8 @@ __global__ void __launch_bounds__(kWarps * 32) held_kernel(const LayerNormBackwa
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   for (int c = threadIdx.x; c < width4; c += kWarps * 32) {
     const bool inside = c < p.width;
-    affine[c] = inside ? load(p.norm.weight.data, p.norm.weight.dtype, c) : 0.0f;
-    affine[width4 + c] = inside && p.norm.bias.data ? load(p.norm.bias.data, p.norm.bias.dtype, c) : 0.0f;
+    affine[c] = inside ? load(p.norm.weight, c) : 0.0f;
+    affine[width4 + c] = inside ? load_or_zero(p.norm.bias, c) : 0.0f;
   }
   __syncthreads();
   Quad weight_sum[kQuads] = {}, bias_sum[kQuads] = {};
@@ -124,8 +118,8 @@ __global__ void __launch_bounds__(kWarps * 32) held_kernel(const LayerNormBackwa
       }
     }
     if (!p.grad_x.data) continue;
-    along = warp_sum(along) / p.width;
-    total = warp_sum(total) / p.width;
+    along = sum_lanes<32>(along) / p.width;
+    total = sum_lanes<32>(total) / p.width;
 #pragma unroll
     for (int q = 0; q < kQuads; q++) {
       const int column = (q * 32 + lane) * 4;
@@ -181,8 +175,8 @@ __global__ void __launch_bounds__(32) streamed_kernel(const LayerNormBackwardArg
       }
     }
     if (!p.grad_x.data) continue;
-    along = warp_sum(along) / p.width;
-    total = warp_sum(total) / p.width;
+    along = sum_lanes<32>(along) / p.width;
+    total = sum_lanes<32>(total) / p.width;
     row.y = nullptr;  // it stands
     for (int column = lane * 4; column < p.width; column += 128) {
       const Quad weight = affine_quad(p.norm.weight, column, p.width);
@@ -200,7 +194,7 @@ int blocks_of(std::int64_t rows, int width) {
 
 template <class T, class X>
 Error launch_types(const LayerNormBackwardArgs& args, Stream stream) {
-  const dim3 grid(static_cast<unsigned>(blocks_of(args.rows, args.width)));
+  const std::int64_t grid = blocks_of(args.rows, args.width);
   if (args.width > kWidest) return launch(streamed_kernel<T, X>, grid, 32, 0, stream, args);
   const std::size_t shared = 2 * sizeof(float) * ((args.width + 3) / 4 * 4);
   if (args.width <= 256) return launch(held_kernel<T, X, 2>, grid, kWarps * 32, shared, stream, args);
@@ -223,17 +217,15 @@ Error layer_norm_backward(const LayerNormBackwardArgs& args, Stream stream) {
     return launch_types<T, float>(args, stream);
   });
   if (error || !args.partial) return error;
-  MatrixSumArgs sum;
-  sum.matrices = {args.partial, DType::float32};
-  sum.count = blocks_of(args.rows, args.width);
-  sum.stride = sum.width = 2 * args.width;
-  sum.aligned = sum.width % 4 == 0;
-  sum.first_size = args.width;
-  sum.first = args.grad_weight;
-  sum.first_dtype = args.grad_weight_dtype;
-  sum.second = args.grad_bias;
-  sum.second_dtype = args.grad_bias_dtype;
-  return matrix_sum(sum, stream);
+  return matrix_sum({.matrices = {args.partial, DType::float32},
+                     .aligned = args.width % 2 == 0,
+                     .count = blocks_of(args.rows, args.width),
+                     .stride = 2 * args.width,
+                     .width = 2 * args.width,
+                     .first_size = args.width,
+                     .first = args.grad_weight,
+                     .second = args.grad_bias},
+                    stream);
 }
 
 }  // namespace crossvit::cuda

@@ -131,9 +131,7 @@ __global__ void __launch_bounds__(F::P::kThreads, sizeof(typename F::T) == 4 ? 3
   P sum;
   int column = tile0 * P::kColumns, k = 0;
   const auto begin = [&]() {
-    sum.fill([&](int c) {
-      return p.bias.data && column + c < p.features ? load(p.bias.data, p.bias.dtype, column + c) : 0.0f;
-    });
+    sum.fill([&](int c) { return p.bias.data && column + c < p.features ? load(p.bias, column + c) : 0.0f; });
   };
   const auto store = [&](const Rows& out) {
     sum.for_each_chunk(staging, [&](int r, int c, const Chunk<T>& chunk) {
@@ -231,16 +229,18 @@ template <class F>
 Error launch_fused(const LayerNormLinearArgs& args, const Plan& plan, Stream stream) {
   const std::int64_t row_tiles = (args.rows + F::P::kRows - 1) / F::P::kRows;
   const std::int64_t blocks = plan.share.whole + (row_tiles - plan.share.whole) * plan.share.splits;
-  return launch(fused_kernel<F>, dim3(static_cast<unsigned>(blocks)), F::P::kThreads, F::shared(args.width), stream,
-                args, plan.share);
+  return launch(fused_kernel<F>, blocks, F::P::kThreads, F::shared(args.width), stream, args, plan.share);
 }
 
-template <class T>
-Error launch16(const LayerNormLinearArgs& args, const Plan& plan, Stream stream) {
-  if (plan.kind == Plan::few) return launch_fused<Few<T, false>>(args, plan, stream);
-  if (plan.kind == Plan::medium) return launch_fused<Medium<T>>(args, plan, stream);
-  if (plan.kind == Plan::large) return launch_fused<Large<T>>(args, plan, stream);
-  return launch_fused<Wide<T>>(args, plan, stream);
+template <class T, bool kTf32>
+Error launch_type(const LayerNormLinearArgs& args, Stream stream) {
+  const Plan plan = plan_of(args);
+  if constexpr (sizeof(T) == 2) {
+    if (plan.kind == Plan::medium) return launch_fused<Medium<T>>(args, plan, stream);
+    if (plan.kind == Plan::large) return launch_fused<Large<T>>(args, plan, stream);
+    if (plan.kind == Plan::widest) return launch_fused<Wide<T>>(args, plan, stream);
+  }
+  return launch_fused<Few<T, kTf32>>(args, plan, stream);
 }
 
 }  // namespace normalized_tiles
@@ -250,27 +250,19 @@ using namespace normalized_tiles;
 bool layer_norm_linear_in_two(const LayerNormLinearArgs& args) { return plan_of(args).kind == Plan::in_two; }
 
 Error launch_layer_norm_linear(const LayerNormLinearArgs& args, Stream stream) {
-  if (!args.normalized.data) {
-    const Plan plan = plan_of(args);
-    if (args.dtype == DType::float16) return launch16<__half>(args, plan, stream);
-    if (args.dtype == DType::bfloat16) return launch16<__nv_bfloat16>(args, plan, stream);
-    return args.tf32 ? launch_fused<Few<float, true>>(args, plan, stream)
-                     : launch_fused<Few<float, false>>(args, plan, stream);
-  }
+  if (!args.normalized.data)
+    return with_math(args.dtype, args.tf32, [&]<class T, bool kTf32>() { return launch_type<T, kTf32>(args, stream); });
   if (const Error error = layer_norm_rows(args, false, stream)) return error;
-  LinearArgs product{};
-  product.dtype = args.dtype;
-  product.tf32 = args.tf32;
-  product.x = args.normalized;
-  product.weight = args.weight;
-  product.rows = args.rows;
-  product.depth = args.width;
-  product.columns = args.features;
-  product.epilogue.bias = args.bias;
-  product.epilogue.pre = args.pre;
-  product.epilogue.gelu = args.gelu_out;
-  product.epilogue.out = args.out;
-  return linear(product, stream);
+  return linear({.dtype = args.dtype,
+                 .tf32 = args.tf32,
+                 .transposed = false,
+                 .x = args.normalized,
+                 .weight = args.weight,
+                 .rows = args.rows,
+                 .depth = args.width,
+                 .columns = args.features,
+                 .epilogue = {.bias = args.bias, .pre = args.pre, .gelu = args.gelu_out, .out = args.out}},
+                stream);
 }
 
 }  // namespace crossvit::cuda

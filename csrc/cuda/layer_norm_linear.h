@@ -50,9 +50,8 @@ struct LayerNormBackwardArgs {
   bool gelu;
   Rows grad_x;
   Rows y;  // becomes act(LayerNorm(x)), of `dtype`
-  void *grad_weight, *grad_bias;
-  DType grad_weight_dtype, grad_bias_dtype;
-  float* partial;  // of layer_norm_backward_partial() floats, where a sum is wanted
+  Target grad_weight, grad_bias;
+  float* partial = nullptr;  // of layer_norm_backward_partial() floats, where a sum is wanted
 };
 std::int64_t layer_norm_backward_partial(std::int64_t rows, int width);
 Error layer_norm_backward(const LayerNormBackwardArgs& args, Stream stream);

@@ -47,8 +47,8 @@ __global__ void __launch_bounds__(kNormThreads) norm_rows_kernel(const LayerNorm
     for (int e = 0; e < 4; e++) {
       const int c = min(column + e, p.width - 1);
       const Vector &weight = p.norm.weight, &bias = p.norm.bias;
-      const float factor = staged ? affine[c] : load(weight.data, weight.dtype, c);
-      const float offset = staged ? affine[p.width + c] : bias.data ? load(bias.data, bias.dtype, c) : 0.0f;
+      const float factor = staged ? affine[c] : load(weight, c);
+      const float offset = staged ? affine[p.width + c] : load_or_zero(bias, c);
       v.at[e] = fmaf((v.at[e] - statistics.origin - statistics.shift) * statistics.rstd, factor, offset);
       if (p.gelu_in) v.at[e] = gelu<T>(v.at[e]);
     }
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kNormThreads) norm_rows_kernel(const LayerNorm
 
 template <class T>
 Error launch_norm_rows(const LayerNormLinearArgs& args, bool given, Stream stream) {
-  const dim3 grid(static_cast<unsigned>((args.rows + kNormRows - 1) / kNormRows));
+  const std::int64_t grid = divide_up(args.rows, kNormRows);
   const std::size_t affine = 2 * sizeof(float) * args.width;
   const bool staged = affine <= 48 * 1024;
   const std::size_t shared = staged ? affine : 0;

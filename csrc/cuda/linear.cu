@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(P::kThreads) linear_kernel(const LinearArgs p)
   P sum;
   sum.fill([&](int c) {
     const Vector& bias = p.epilogue.bias;
-    return bias.data && column + c < p.columns ? load(bias.data, bias.dtype, column + c) : 0.0f;
+    return bias.data && column + c < p.columns ? load(bias, column + c) : 0.0f;
   });
   Ring<kStages>::run(steps, load_step, [&](int stage, int) {
     const T* x = ring + stage * Tile::kStage;
@@ -154,13 +154,12 @@ __global__ void __launch_bounds__(P::kThreads) linear_kernel(const LinearArgs p)
 
 template <class P, int kDepth, int kStages>
 Error launch_tiles(const LinearArgs& args, Stream stream) {
-  const std::int64_t tiles = ((args.rows + P::kRows - 1) / P::kRows) * ((args.columns + P::kColumns - 1) / P::kColumns);
-  const dim3 grid(static_cast<unsigned>(tiles));
-  if (args.transposed)
-    return launch(linear_kernel<P, kDepth, kStages, true>, grid, P::kThreads,
-                  LinearTile<P, kDepth, kStages, true>::kShared, stream, args);
-  return launch(linear_kernel<P, kDepth, kStages, false>, grid, P::kThreads,
-                LinearTile<P, kDepth, kStages, false>::kShared, stream, args);
+  const std::int64_t grid = divide_up(args.rows, P::kRows) * divide_up(args.columns, P::kColumns);
+  const auto run = [&]<bool kTransposed>() {
+    return launch(linear_kernel<P, kDepth, kStages, kTransposed>, grid, P::kThreads,
+                  LinearTile<P, kDepth, kStages, kTransposed>::kShared, stream, args);
+  };
+  return args.transposed ? run.template operator()<true>() : run.template operator()<false>();
 }
 
 // Few rows, whose latency counts; enough for small tiles; enough for large ones to fill the machine.
@@ -168,7 +167,7 @@ template <class T, bool kTf32>
 Error launch_type(const LinearArgs& args, Stream stream) {
   if (args.rows <= 256) return launch_tiles<Product<T, kTf32, 1, 4, 1, 1>, sizeof(T) == 2 ? 64 : 32, 4>(args, stream);
   if constexpr (sizeof(T) == 2) {
-    if (((args.rows + 127) / 128) * ((args.columns + 127) / 128) >= multiprocessors())
+    if (divide_up(args.rows, 128) * divide_up(args.columns, 128) >= multiprocessors())
       return launch_tiles<Product<T, kTf32, 2, 2, 4, 8>, 32, 3>(args, stream);
     return launch_tiles<Product<T, kTf32, 2, 2, 2, 4>, 64, 3>(args, stream);
   } else {
@@ -181,9 +180,7 @@ Error launch_type(const LinearArgs& args, Stream stream) {
 using namespace linear_tiles;
 
 Error linear(const LinearArgs& args, Stream stream) {
-  if (args.dtype == DType::float16) return launch_type<__half, false>(args, stream);
-  if (args.dtype == DType::bfloat16) return launch_type<__nv_bfloat16, false>(args, stream);
-  return args.tf32 ? launch_type<float, true>(args, stream) : launch_type<float, false>(args, stream);
+  return with_math(args.dtype, args.tf32, [&]<class T, bool kTf32>() { return launch_type<T, kTf32>(args, stream); });
 }
 
 }  // namespace crossvit::cuda

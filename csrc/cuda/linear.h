@@ -54,9 +54,8 @@ struct WeightGradientArgs {
   std::int64_t rows;
   int features, width;
   Rows grad_weight;
-  void* grad_bias;
-  DType bias_dtype;
-  float* partial;  // of weight_gradient_partial() floats
+  Target grad_bias;
+  float* partial = nullptr;  // of weight_gradient_partial() floats
 };
 // How many floats args.partial has to have, looking at sizes and at what is wanted; 0 where one block sums all rows.
 std::int64_t weight_gradient_partial(const WeightGradientArgs& args);

@@ -35,7 +35,7 @@ WeightPlan plan_of(const WeightGradientArgs& args) {
   plan.rows_per_piece = ((args.rows + plan.pieces - 1) / plan.pieces + depth - 1) / depth * depth;
   plan.pieces = (args.rows + plan.rows_per_piece - 1) / plan.rows_per_piece;
   const std::int64_t size = args.grad_weight.data ? static_cast<std::int64_t>(args.features) * args.width : 0;
-  plan.piece_size = size + (args.grad_bias ? args.features : 0);
+  plan.piece_size = size + (args.grad_bias.data ? args.features : 0);
   plan.piece_size = (plan.piece_size + 3) / 4 * 4;
   return plan;
 }
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(P::kThreads, sizeof(typename P::T) == 4 ? 3 : 
   const std::int64_t piece = blockIdx.y, begin = piece * plan.rows_per_piece;
   const std::int64_t end = min(begin + plan.rows_per_piece, p.rows);
   const int steps = static_cast<int>((end - begin + kDepth - 1) / kDepth);
-  const bool weight_wanted = p.grad_weight.data, bias_wanted = p.grad_bias && column == 0;
+  const bool weight_wanted = p.grad_weight.data, bias_wanted = p.grad_bias.data && column == 0;
 
   const auto load_step = [&](int stage, int step) {
     T* grad = ring + stage * Tile::kStage;
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(P::kThreads, sizeof(typename P::T) == 4 ? 3 : 
     const int feature = row + static_cast<int>(threadIdx.x);
     const std::int64_t size = weight_wanted ? static_cast<std::int64_t>(p.features) * p.width : 0;
     if (whole) {
-      cuda::store(p.grad_bias, p.bias_dtype, feature, bias);
+      cuda::store(p.grad_bias, feature, bias);
     } else {
       partial[size + feature] = bias;
     }
@@ -128,10 +128,14 @@ Error launch_weight(const WeightGradientArgs& args, const WeightPlan& plan, Stre
                 stream, args, plan);
 }
 
-template <class T>
-Error launch_weight16(const WeightGradientArgs& args, const WeightPlan& plan, Stream stream) {
-  if (plan.large) return launch_weight<Product<T, false, 2, 2, 4, 8>, 32, 4>(args, plan, stream);
-  return launch_weight<Product<T, false, 2, 2, 2, 4>, 64, 3>(args, plan, stream);
+template <class T, bool kTf32>
+Error launch_type(const WeightGradientArgs& args, const WeightPlan& plan, Stream stream) {
+  if constexpr (sizeof(T) == 2) {
+    if (plan.large) return launch_weight<Product<T, false, 2, 2, 4, 8>, 32, 4>(args, plan, stream);
+    return launch_weight<Product<T, false, 2, 2, 2, 4>, 64, 3>(args, plan, stream);
+  } else {
+    return launch_weight<Product<T, kTf32, 2, 2, 2, 4>, 32, 3>(args, plan, stream);
+  }
 }
 
 constexpr int kGradientRows = 4;  // of a block, one a warp
@@ -174,33 +178,24 @@ std::int64_t weight_gradient_partial(const WeightGradientArgs& args) {
 
 Error weight_gradient(const WeightGradientArgs& args, Stream stream) {
   const WeightPlan plan = plan_of(args);
-  Error error = nullptr;
-  if (args.dtype == DType::float16) {
-    error = launch_weight16<__half>(args, plan, stream);
-  } else if (args.dtype == DType::bfloat16) {
-    error = launch_weight16<__nv_bfloat16>(args, plan, stream);
-  } else if (args.tf32) {
-    error = launch_weight<Product<float, true, 2, 2, 2, 4>, 32, 3>(args, plan, stream);
-  } else {
-    error = launch_weight<Product<float, false, 2, 2, 2, 4>, 32, 3>(args, plan, stream);
-  }
+  const Error error = with_math(args.dtype, args.tf32,
+                                [&]<class T, bool kTf32>() { return launch_type<T, kTf32>(args, plan, stream); });
   if (error || plan.pieces == 1) return error;
-  MatrixSumArgs sum;
-  sum.matrices = {args.partial, DType::float32};
-  sum.count = plan.pieces;
-  sum.stride = plan.piece_size;
-  sum.first_size = args.grad_weight.data ? static_cast<std::int64_t>(args.features) * args.width : 0;
-  sum.width = sum.first_size + (args.grad_bias ? args.features : 0);
-  sum.aligned = sum.width % 4 == 0;
-  sum.first = args.grad_weight.data;
-  sum.first_dtype = args.grad_weight.dtype;
-  sum.second = args.grad_bias;
-  sum.second_dtype = args.bias_dtype;
-  return matrix_sum(sum, stream);
+  const std::int64_t size = args.grad_weight.data ? static_cast<std::int64_t>(args.features) * args.width : 0;
+  const std::int64_t all = size + (args.grad_bias.data ? args.features : 0);
+  return matrix_sum({.matrices = {args.partial, DType::float32},
+                     .aligned = all % 4 == 0,
+                     .count = plan.pieces,
+                     .stride = plan.piece_size,
+                     .width = all,
+                     .first_size = size,
+                     .first = {args.grad_weight.data, args.grad_weight.dtype},
+                     .second = args.grad_bias},
+                    stream);
 }
 
 Error scaled_gradient(const ScaledGradientArgs& args, Stream stream) {
-  const dim3 grid(static_cast<unsigned>((args.rows + kGradientRows - 1) / kGradientRows));
+  const std::int64_t grid = divide_up(args.rows, kGradientRows);
   return with_type(args.out.dtype, [&](auto example) {
     using T = decltype(example);
     if (args.grad.dtype == args.out.dtype)

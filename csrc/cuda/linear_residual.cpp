@@ -3,35 +3,34 @@
 
 namespace crossvit::cuda {
 
-Tensor linear_residual(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& residual,
-                       const OptionalTensor& scale, bool per_sample, bool tf32) {
-  arguments::linear_residual(taken(), x, weight, bias, residual, scale, per_sample);
-  const Call call(x, tf32);
-  const ScaleTensor factor(scale, per_sample, residual);
-  const Tensor out = empty(residual.sizes(), promoted(residual.scalar_type(), weight.scalar_type()), residual);
-  linear_forward(call, x, weight, bias, residual, factor.scale, out);
+namespace {
+
+Tensor linear_residual(const LinearResidual& a, bool tf32) {
+  const Call call(a.x, tf32);
+  const ScaleTensor factor(a.scale, a.residual);
+  const ScalarType dtype = promoted(a.residual.scalar_type(), a.linear.weight.scalar_type());
+  const Tensor out = empty(a.residual.sizes(), dtype, a.residual);
+  linear_forward(call, a.x, a.linear, a.residual, factor.scale, out);
   return out;
 }
 
-std::vector<Tensor> linear_residual_backward(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
-                                             const OptionalTensor& bias, const OptionalTensor& scale, bool per_sample,
-                                             NeedsList list, bool tf32) {
-  const auto needs = arguments::linear_residual_backward(taken(), grad_out, x, weight, bias, scale, per_sample, list);
-  const Call call(x, tf32);
-  const ScaleTensor factor(scale, per_sample, grad_out);
+std::vector<Tensor> linear_residual_backward(const LinearResidualBackward& a, bool tf32) {
+  const Call call(a.x, tf32);
+  const auto& [weight, bias] = a.linear;
+  const ScaleTensor factor(a.scale, a.grad_out);
   std::vector<Tensor> result;
-  if (needs.x || needs.weight || needs.bias) {
-    const RowTensor grad = product_gradient(call, grad_out, factor.scale, {}, weight.scalar_type());
-    if (needs.x) result.push_back(input_gradient(call, grad, weight, {}, {}).view(x.sizes()));
-    parameter_gradients(call, grad, x, weight, bias ? bias->scalar_type() : weight.scalar_type(), needs.weight,
-                        needs.bias, result);
+  if (a.needs.x || a.needs.weight || a.needs.bias) {
+    const RowTensor grad = product_gradient(call, a.grad_out, factor.scale, {}, weight.scalar_type());
+    if (a.needs.x) result.push_back(input_gradient(call, grad, weight).view(a.x.sizes()));
+    parameter_gradients(call, grad, a.x, weight, bias ? bias->scalar_type() : weight.scalar_type(), a.needs.weight,
+                        a.needs.bias, result);
   }
-  if (needs.scale) result.push_back(scale_gradient(call, grad_out, x, weight, bias, *scale, factor.scale.kind));
+  if (a.needs.scale) result.push_back(scale_gradient(call, a.grad_out, a.x, a.linear, a.scale));
   return result;
 }
 
-const Library of_linear_residual = ops()
-                                       .define<linear_residual>(schema::linear_residual.cuda())
-                                       .define<linear_residual_backward>(schema::linear_residual_backward.cuda());
+const Library of_linear_residual = ops().define<linear_residual>().define<linear_residual_backward>();
+
+}  // namespace
 
 }  // namespace crossvit::cuda

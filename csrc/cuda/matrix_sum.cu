@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kLanes* kSumParts) matrix_sum_kernel(const Mat
       if constexpr (kVector == 4) {
         add_four(sum, args.matrices, at + i * args.stride);
       } else {
-        sum[0] += load(args.matrices.data, args.matrices.dtype, at + i * args.stride);
+        sum[0] += load(args.matrices, at + i * args.stride);
       }
     }
   }
@@ -67,22 +67,21 @@ __global__ void __launch_bounds__(kLanes* kSumParts) matrix_sum_kernel(const Mat
   float result = 0;
 #pragma unroll
   for (int g = 0; g < kSumParts; g++) result += parts[g * kVector * kLanes + from];
-  if (args.all != nullptr) store(args.all, args.all_dtype, to, result);
+  if (args.all.data) store(args.all, to, result);
   if (to < args.first_size) {
-    if (args.first != nullptr) store(args.first, args.first_dtype, to, result);
-  } else if (args.second != nullptr) {
-    store(args.second, args.second_dtype, to - args.first_size, result);
+    if (args.first.data) store(args.first, to, result);
+  } else if (args.second.data) {
+    store(args.second, to - args.first_size, result);
   }
   if (args.sums != nullptr) args.sums[to] = result;
 }
 
 Error matrix_sum(const MatrixSumArgs& args, Stream stream) {
-  const int vector = args.aligned ? 4 : 1;
-  const std::int64_t per_block = kLanes * vector;
-  const dim3 grid(static_cast<unsigned>((args.rows * args.width + per_block - 1) / per_block));
-  const int threads = kLanes * kSumParts, shared = threads * vector * 4;
-  if (args.aligned) return launch(matrix_sum_kernel<4>, grid, threads, shared, stream, args);
-  return launch(matrix_sum_kernel<1>, grid, threads, shared, stream, args);
+  constexpr int kThreads = kLanes * kSumParts;
+  const std::int64_t total = args.rows * args.width;
+  if (args.aligned)
+    return launch(matrix_sum_kernel<4>, divide_up(total, 4 * kLanes), kThreads, kThreads * 4 * 4, stream, args);
+  return launch(matrix_sum_kernel<1>, divide_up(total, kLanes), kThreads, kThreads * 4, stream, args);
 }
 
 }  // namespace crossvit::cuda

@@ -13,8 +13,7 @@ struct MatrixSumArgs {
   Vector matrices;
   bool aligned = false;  // four elements lie together and are aligned to their size, wherever they begin
   std::int64_t count = 0, stride = 0, rows = 1, row_stride = 0, width = 0, first_size = 0;
-  void *all = nullptr, *first = nullptr, *second = nullptr;
-  DType all_dtype = DType::float32, first_dtype = DType::float32, second_dtype = DType::float32;
+  Target first, second, all;
   float* sums = nullptr;
 };
 Error matrix_sum(const MatrixSumArgs& args, Stream stream);

@@ -13,12 +13,6 @@ struct RowStatistics {
   float origin, shift, rstd;  // the mean is origin + shift
 };
 
-__device__ __forceinline__ float sum_of_lanes(float x) {
-#pragma unroll
-  for (int distance = kLanesPerRow / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
-  return x;
-}
-
 // The sum of f(v) over the elements v of a row of `width`, by eight lanes: read(column, v) gives kSize elements from
 // `column` on, a multiple of kSize; those behind the width do not count.
 template <int kSize, class Read, class F>
@@ -42,7 +36,7 @@ __device__ __forceinline__ float row_sum(int width, Read&& read, F&& f) {
     }
     total += v[0];
   }
-  return sum_of_lanes(total);
+  return sum_lanes<kLanesPerRow>(total);
 }
 
 // The statistics of one row, by eight lanes; `origin` is its first element.
@@ -59,8 +53,8 @@ __device__ __forceinline__ RowStatistics row_statistics(int width, float eps, fl
 // Copies LayerNorm's weight and bias (zero where there is none) to shared memory as floats, `width` each.
 __device__ __forceinline__ void load_affine(float* affine, int width, const Vector& weight, const Vector& bias) {
   for (int c = threadIdx.x; c < width; c += blockDim.x) {
-    affine[c] = load(weight.data, weight.dtype, c);
-    affine[width + c] = bias.data ? load(bias.data, bias.dtype, c) : 0.0f;
+    affine[c] = load(weight, c);
+    affine[width + c] = load_or_zero(bias, c);
   }
 }
 

@@ -8,12 +8,6 @@
 
 namespace crossvit::cuda {
 
-__device__ __forceinline__ float sum_warp(float value) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(~0u, value, distance);
-  return value;
-}
-
 __device__ __forceinline__ float normalized_cls(const NormalizedCls& from, std::int64_t image, int c) {
   const float x = load(from.cls, from.dtype, image * from.stride + c);
   return (x - from.mean[image * from.tokens]) * from.rstd[image * from.tokens];

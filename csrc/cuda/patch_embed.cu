@@ -66,7 +66,7 @@ __device__ __forceinline__ void load_floats(float (&to)[kSize], const Vector& fr
     }
   }
 #pragma unroll
-  for (int e = 0; e < kSize; e++) to[e] = e < count ? load(from.data, from.dtype, i + e) : 0.0f;
+  for (int e = 0; e < kSize; e++) to[e] = e < count ? load(from, i + e) : 0.0f;
 }
 
 template <class O, int kSize>
@@ -79,6 +79,21 @@ __device__ __forceinline__ void store_floats(O* to, const float (&value)[kSize],
       if (first + e < kSize) chunk.at[e] = from_float<O>(value[first + e]);
     }
     store_chunk(to, first, count, aligned, chunk);
+  }
+}
+
+// Columns [first_column, end) of the CLS tokens' rows, each the one before its image's first patch, for the images whose first patch
+// is among the kRows from m on; tokens[r].x is the row of patch m + r.
+template <int kRows, int kThreads>
+__device__ __forceinline__ void store_cls_tokens(const PatchEmbedArgs& args, std::uint32_t m, const uint2* tokens,
+                                                 int first_column, int end) {
+  const std::uint32_t per_image = args.images.per_image;
+  std::uint32_t first = (per_image - m % per_image) % per_image;
+#pragma unroll 1
+  for (; first < kRows && m + first < args.patches; first += per_image) {
+    const std::int64_t at = static_cast<std::int64_t>(tokens[first].x - 1) * args.features;
+    for (int c = first_column + static_cast<int>(threadIdx.x); c < end; c += kThreads)
+      store(args.out, at + c, load(args.cls, c) + load(args.position, c));
   }
 }
 
@@ -112,8 +127,7 @@ __global__ void __launch_bounds__(Tile::Product::kThreads, Tile::kBlocks)
     tokens[r] = make_uint2(m + r + image + 1, n + 1);
   }
   for (int c = threadIdx.x; c < kColumns; c += kThreads) {
-    bias[c] =
-        args.bias.data != nullptr && column + c < args.features ? load(args.bias.data, args.bias.dtype, column + c) : 0;
+    bias[c] = args.bias.data != nullptr && column + c < args.features ? load(args.bias, column + c) : 0;
   }
   const typename Tile::Resizer resized(reinterpret_cast<unsigned char*>(bias + kColumns), images);
   __syncthreads();
@@ -123,33 +137,27 @@ __global__ void __launch_bounds__(Tile::Product::kThreads, Tile::kBlocks)
   const bool asynchronous = Patches::asynchronous(images);
   const int step_depth = Tile::kResize ? Resized::kLines * images.patch : kDepth;
   const int steps = (images.depth + step_depth - 1) / step_depth;
-  const bool fills_first = threadIdx.x / 32 % 2 == 0;
-  int stage = 0, next = 0;
-#pragma unroll 1
-  for (int step = 1 - kStages; step < steps; step++) {
-    if (step >= 0) {
-      ptx::wait_copies<kStages - 2>();
-      __syncthreads();  // this step's operands are there, and everyone has left the buffer that is filled next
-    }
-    T* filled = stages + next * Tile::kStage;
-    const int k = (step + kStages - 1) * step_depth, end = min(images.depth, k + step_depth);
-    if (k < images.depth) {
-      load_tile<T, kColumns, kDepth, kThreads>(filled + kRows * kStride, kStride, args.weight, column, args.features, k,
-                                               end);
-      if (!Tile::kResize && asynchronous) Patches::copy(filled, kStride, images, rows, k, end);
-    }
-    ptx::commit_copies();
-    // Half of the warps cut out patches while the others multiply.
-#pragma unroll 1
-    for (int part = 0; part < 2; part++) {
-      if ((part == 0) == fills_first) {
+  const auto first_pixel = [&](int step) { return step * step_depth; };
+  const auto last_pixel = [&](int step) { return min(images.depth, (step + 1) * step_depth); };
+  stream_patches<kStages>(
+      steps,
+      [&](int step, int buffer) {
+        T* filled = stages + buffer * Tile::kStage;
+        const int k = first_pixel(step), end = last_pixel(step);
+        load_tile<T, kColumns, kDepth, kThreads>(filled + kRows * kStride, kStride, args.weight, column, args.features,
+                                                 k, end);
+        if (!Tile::kResize && asynchronous) Patches::copy(filled, kStride, images, rows, k, end);
+      },
+      [&](int step, int buffer) {
+        T* filled = stages + buffer * Tile::kStage;
         if constexpr (Tile::kResize) {
-          if (k < images.depth) resized.fill(filled, kStride, images, rows, k);
+          resized.fill(filled, kStride, images, rows, first_pixel(step));
         } else {
-          if (!asynchronous && k < images.depth) Patches::fill(filled, kStride, images, rows, k, end);
+          if (!asynchronous) Patches::fill(filled, kStride, images, rows, first_pixel(step), last_pixel(step));
         }
-      } else if (step >= 0) {
-        const T* a = stages + stage * Tile::kStage;
+      },
+      [&](int step, int buffer) {
+        const T* a = stages + buffer * Tile::kStage;
         const T* b = a + kRows * kStride;
         const int depth = min(images.depth - step * step_depth, step_depth);
         if (sizeof(T) == 4 && (!Tile::kResize || depth == kDepth)) {
@@ -160,11 +168,8 @@ __global__ void __launch_bounds__(Tile::Product::kThreads, Tile::kBlocks)
             if (d < depth) sum.template multiply<Product::kStep>(a + d, kStride, b + d, kStride);
           }
         }
-      }
-    }
-    if (step >= 0) stage = stage + 1 == kStages ? 0 : stage + 1;
-    next = next + 1 == kStages ? 0 : next + 1;
-  }
+      },
+      [](int) {});
 
   sum.for_each([&](int, int c, float& v0, float& v1) {
     v0 += bias[c];
@@ -181,23 +186,14 @@ __global__ void __launch_bounds__(Tile::Product::kThreads, Tile::kBlocks)
 #pragma unroll
     for (int e = 0; e < Chunk<T>::kSize; e++) value[e] += to_float(chunk.at[e]);
     const std::int64_t at = static_cast<std::int64_t>(token.x) * features + c;
-    if (sizeof(T) == 4 || args.out_dtype == DType::float32) {
-      store_floats(static_cast<float*>(args.out) + at, value, features - c, args.aligned);
+    if (sizeof(T) == 4 || args.out.dtype == DType::float32) {
+      store_floats(static_cast<float*>(args.out.data) + at, value, features - c, args.aligned);
     } else {
-      store_floats(static_cast<T*>(args.out) + at, value, features - c, args.aligned);
+      store_floats(static_cast<T*>(args.out.data) + at, value, features - c, args.aligned);
     }
   });
 
-  // The row before an image's first patch is its CLS token's.
-  std::uint32_t first = (images.per_image - m % images.per_image) % images.per_image;
-#pragma unroll 1
-  for (; first < kRows && m + first < args.patches; first += images.per_image) {
-    const std::int64_t at = static_cast<std::int64_t>(tokens[first].x - 1) * features;
-    for (int c = column + static_cast<int>(threadIdx.x); c < min(column + kColumns, features); c += kThreads) {
-      store(args.out, args.out_dtype, at + c,
-            load(args.cls.data, args.cls.dtype, c) + load(args.position.data, args.position.dtype, c));
-    }
-  }
+  store_cls_tokens<kRows, kThreads>(args, m, tokens, column, min(column + kColumns, features));
 }
 
 namespace {
@@ -205,10 +201,8 @@ namespace {
 template <class Tile>
 Error run(const PatchEmbedArgs& args, Stream stream) {
   using Product = Tile::Product;
-  const unsigned row_tiles = (args.patches + Product::kRows - 1) / Product::kRows;
-  const unsigned column_tiles = (args.features + Product::kColumns - 1) / Product::kColumns;
-  return launch(patch_embed_kernel<Tile>, dim3(row_tiles * column_tiles), Product::kThreads, Tile::shared(args.images),
-                stream, args);
+  const auto tiles = divide_up(args.patches, Product::kRows) * divide_up(args.features, Product::kColumns);
+  return launch(patch_embed_kernel<Tile>, tiles, Product::kThreads, Tile::shared(args.images), stream, args);
 }
 
 constexpr std::int64_t kNever = std::numeric_limits<std::int64_t>::max();
@@ -223,10 +217,8 @@ std::int64_t cost(const PatchEmbedArgs& args) {
   const int rows = Product::kRows / 64 * 10;
   // What it takes to cut out a patch, in columns: copied, interpolated in two passes, and pixel by pixel.
   const int gather = !images.resize ? 64 : Tile::kResize ? 384 : 1600;
-  const std::int64_t tiles = static_cast<std::int64_t>((args.patches + Product::kRows - 1) / Product::kRows) *
-                             ((args.features + Product::kColumns - 1) / Product::kColumns);
-  const std::int64_t processors = multiprocessors();
-  return (tiles + processors - 1) / processors * (std::max(rows, 17) * Product::kColumns + rows * gather);
+  const std::int64_t tiles = divide_up(args.patches, Product::kRows) * divide_up(args.features, Product::kColumns);
+  return divide_up(tiles, multiprocessors()) * (std::max(rows, 17) * Product::kColumns + rows * gather);
 }
 
 // Runs the cheapest of the tiles; false if none fits.
@@ -241,32 +233,24 @@ bool run_cheapest(const PatchEmbedArgs& args, Stream stream, Error& error) {
 
 // Of 128 patches where copying them is cheap, as the weight is then read half as often; interpolated patches are best of
 // use for all columns at once.
-template <class T, bool kResize>
-bool run16(const PatchEmbedArgs& args, Stream stream, Error& error) {
-  if constexpr (kResize) {
-    return run_cheapest<PatchForwardTile<Product<T, false, 2, 8, 2, 6>, 64, 2, 1, true>,
-                        PatchForwardTile<Product<T, false, 2, 4, 2, 8>, 64, 2, 1, true>,
-                        PatchForwardTile<Product<T, false, 2, 4, 2, 6>, 64, 2, 2, true>,
-                        PatchForwardTile<Product<T, false, 2, 4, 2, 4>, 64, 2, 2, true>>(args, stream, error);
-  } else {
-    return run_cheapest<PatchForwardTile<Product<T, false, 4, 4, 2, 8>, 64, 2, 1, false>,
-                        PatchForwardTile<Product<T, false, 4, 4, 2, 6>, 64, 3, 1, false>,
-                        PatchForwardTile<Product<T, false, 4, 4, 2, 4>, 64, 3, 1, false>,
-                        PatchForwardTile<Product<T, false, 2, 4, 2, 4>, 64, 3, 2, false>>(args, stream, error);
-  }
-}
-
-template <bool kTf32, bool kResize>
-bool run32(const PatchEmbedArgs& args, Stream stream, Error& error) {
-  return run_cheapest<PatchForwardTile<Product<float, kTf32, 2, 4, 2, 6>, 32, 3, 1, kResize>,
-                      PatchForwardTile<Product<float, kTf32, 2, 4, 2, 4>, 32, 3, 1, kResize>>(args, stream, error);
-}
-
 template <bool kResize>
 bool run_typed(const PatchEmbedArgs& args, Stream stream, Error& error) {
-  if (args.weight.dtype == DType::float16) return run16<__half, kResize>(args, stream, error);
-  if (args.weight.dtype == DType::bfloat16) return run16<__nv_bfloat16, kResize>(args, stream, error);
-  return args.tf32 ? run32<true, kResize>(args, stream, error) : run32<false, kResize>(args, stream, error);
+  return with_math(args.weight.dtype, args.tf32, [&]<class T, bool kTf32>() {
+    if constexpr (sizeof(T) == 4) {
+      return run_cheapest<PatchForwardTile<Product<T, kTf32, 2, 4, 2, 6>, 32, 3, 1, kResize>,
+                          PatchForwardTile<Product<T, kTf32, 2, 4, 2, 4>, 32, 3, 1, kResize>>(args, stream, error);
+    } else if constexpr (kResize) {
+      return run_cheapest<PatchForwardTile<Product<T, false, 2, 8, 2, 6>, 64, 2, 1, true>,
+                          PatchForwardTile<Product<T, false, 2, 4, 2, 8>, 64, 2, 1, true>,
+                          PatchForwardTile<Product<T, false, 2, 4, 2, 6>, 64, 2, 2, true>,
+                          PatchForwardTile<Product<T, false, 2, 4, 2, 4>, 64, 2, 2, true>>(args, stream, error);
+    } else {
+      return run_cheapest<PatchForwardTile<Product<T, false, 4, 4, 2, 8>, 64, 2, 1, false>,
+                          PatchForwardTile<Product<T, false, 4, 4, 2, 6>, 64, 3, 1, false>,
+                          PatchForwardTile<Product<T, false, 4, 4, 2, 4>, 64, 3, 1, false>,
+                          PatchForwardTile<Product<T, false, 2, 4, 2, 4>, 64, 3, 2, false>>(args, stream, error);
+    }
+  });
 }
 
 }  // namespace

@@ -28,13 +28,12 @@ struct PatchEmbedArgs {
   PatchImages images;
   std::uint32_t patches = 0;  // in all images
   int features = 0;
-  Rows weight;                       // (features, depth), of the matrix operand's type
-  Vector bias;                       // (features), or null
-  Vector cls;                        // (features)
-  Vector position;                   // (1 + per_image, features)
-  void* out = nullptr;               // (batch, 1 + per_image, features)
-  DType out_dtype = DType::float32;  // the weight's, or float32
-  bool aligned = false;              // rows of position and out begin at multiples of 16 bytes
+  Rows weight;           // (features, depth), of the matrix operand's type
+  Vector bias;           // (features), or null
+  Vector cls;            // (features)
+  Vector position;       // (1 + per_image, features)
+  Target out;            // (batch, 1 + per_image, features), of the weight's type or float32
+  bool aligned = false;  // rows of position and out begin at multiples of 16 bytes
   bool tf32 = false;
 };
 Error launch_patch_embed(const PatchEmbedArgs& args, Stream stream);
@@ -67,8 +66,7 @@ Error launch_patch_images_gradient(const PatchImagesGradientArgs& args, Stream s
 // The gradient of a bicubic resize along an axis: grad (outer, resized, inner), float32, to out (outer, size, inner).
 struct ResizeGradientArgs {
   const float* grad = nullptr;
-  void* out = nullptr;
-  DType out_dtype = DType::float32;
+  Target out;
   std::int64_t outer = 0;
   int size = 0, resized = 0, inner = 0;
 };

@@ -190,4 +190,36 @@ struct PatchTile {
   }
 };
 
+// The steps of a product with patches, through a ring of kStages buffers with kStages - 1 steps in flight: load(step, buffer) begins
+// to copy what is copied, cut_out(step, buffer) cuts out patches, multiply(step, buffer) reads a buffer, and done(step) may change
+// what the step was loaded from. Half of the warps cut out patches while the others multiply.
+template <int kStages, class Load, class CutOut, class Multiply, class Done>
+__device__ __forceinline__ void stream_patches(int steps, Load&& load, CutOut&& cut_out, Multiply&& multiply,
+                                               Done&& done) {
+  const bool fills_first = threadIdx.x / 32 % 2 == 0;
+  int stage = 0, next = 0;
+#pragma unroll 1
+  for (int step = 1 - kStages; step < steps; step++) {
+    if (step >= 0) {
+      ptx::wait_copies<kStages - 2>();
+      __syncthreads();  // this step's operands are there, and everyone has left the buffer that is filled next
+    }
+    const int ahead = step + kStages - 1;
+    if (ahead < steps) load(ahead, next);
+    ptx::commit_copies();
+#pragma unroll 1
+    for (int part = 0; part < 2; part++) {
+      if ((part == 0) == fills_first) {
+        if (ahead < steps) cut_out(ahead, next);
+      } else if (step >= 0) {
+        multiply(step, stage);
+      }
+    }
+    next = next + 1 == kStages ? 0 : next + 1;
+    if (step < 0) continue;
+    done(step);
+    stage = stage + 1 == kStages ? 0 : stage + 1;
+  }
+}
+
 }  // namespace crossvit::cuda

@@ -122,29 +122,17 @@ __global__ void __launch_bounds__(256) resize_gradient_kernel(const ResizeGradie
     }
     if (meets) sum = fmaf(grad[static_cast<std::int64_t>(candidate) * args.inner], weight, sum);
   }
-  store(args.out, args.out_dtype, element, sum);
+  store(args.out, element, sum);
 }
-
-namespace {
-
-template <class Tile>
-Error run(const PatchImagesGradientArgs& args, Stream stream) {
-  using Product = Tile::Product;
-  const unsigned row_tiles = (args.patches + Product::kRows - 1) / Product::kRows;
-  const unsigned column_tiles = (args.out.depth + Product::kColumns - 1) / Product::kColumns;
-  return launch(patch_images_gradient_kernel<Tile>, dim3(row_tiles * column_tiles), Product::kThreads, Tile::kShared,
-                stream, args);
-}
-
-}  // namespace
 
 Error launch_patch_images_gradient(const PatchImagesGradientArgs& args, Stream stream) {
-  if (args.weight.dtype == DType::float16)
-    return run<PatchPixelTile<Product<__half, false, 2, 4, 4, 4>, 32, 4>>(args, stream);
-  if (args.weight.dtype == DType::bfloat16)
-    return run<PatchPixelTile<Product<__nv_bfloat16, false, 2, 4, 4, 4>, 32, 4>>(args, stream);
-  if (args.tf32) return run<PatchPixelTile<Product<float, true, 2, 4, 2, 4>, 16, 4>>(args, stream);
-  return run<PatchPixelTile<Product<float, false, 2, 4, 2, 4>, 16, 4>>(args, stream);
+  return with_math(args.weight.dtype, args.tf32, [&]<class T, bool kTf32>() {
+    constexpr bool kFloat = sizeof(T) == 4;
+    using Tile = PatchPixelTile<Product<T, kTf32, 2, 4, kFloat ? 2 : 4, 4>, kFloat ? 16 : 32, 4>;
+    using Product = typename Tile::Product;
+    const auto tiles = divide_up(args.patches, Product::kRows) * divide_up(args.out.depth, Product::kColumns);
+    return launch(patch_images_gradient_kernel<Tile>, tiles, Product::kThreads, Tile::kShared, stream, args);
+  });
 }
 
 Error launch_resize_gradient(const ResizeGradientArgs& args, Stream stream) {
@@ -152,8 +140,8 @@ Error launch_resize_gradient(const ResizeGradientArgs& args, Stream stream) {
   const std::int64_t total = args.outer * args.size * args.inner;
   // As many resized pixels as four of the images' cover, and those that rounding may add.
   const int candidates = static_cast<int>(4 / scale) + 5;
-  return launch(resize_gradient_kernel, dim3(static_cast<unsigned>((total + 255) / 256)), 256, 0, stream, args,
-                static_cast<float>(scale), static_cast<float>(1 / scale), candidates);
+  return launch(resize_gradient_kernel, (total + 255) / 256, 256, 0, stream, args, static_cast<float>(scale),
+                static_cast<float>(1 / scale), candidates);
 }
 
 }  // namespace crossvit::cuda

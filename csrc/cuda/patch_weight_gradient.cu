@@ -79,7 +79,6 @@ __global__ void __launch_bounds__(Tile::Product::kThreads, 1)
       Patches::fill(pixels, Tile::kPixelStride, images, found, pixel, images.depth);
     }
   };
-  const bool fills_first = threadIdx.x / 32 % 2 == 0;
 
 #pragma unroll 1
   for (int step = 0; step < kStages; step++) find_rows(step);
@@ -87,40 +86,26 @@ __global__ void __launch_bounds__(Tile::Product::kThreads, 1)
 
   Product sum;
   sum.clear();
-  int stage = 0, next = 0;
-#pragma unroll 1
-  for (int step = 1 - kStages; step < steps; step++) {
-    if (step >= 0) {
-      ptx::wait_copies<kStages - 2>();
-      __syncthreads();  // this step's operands are there, and everyone has left the buffer that is filled next
-    }
-    const int ahead = step + kStages - 1;
-    T* filled = stages + next * Tile::kStage;
-    const PatchRow* found = rows + next * kDepth;
-    if (ahead < steps) {
-      load_tile_as<T, kDepth, kRows, kThreads>(filled, Tile::kGradStride, args.grad, (first_step + ahead) * kDepth,
-                                               args.patches, feature, args.features);
-      if (asynchronous) {
-        Patches::copy(filled + kDepth * Tile::kGradStride, Tile::kPixelStride, images, found, pixel, images.depth);
-      }
-    }
-    ptx::commit_copies();
-    // Half of the warps cut out patches while the others multiply.
-#pragma unroll 1
-    for (int part = 0; part < 2; part++) {
-      if ((part == 0) == fills_first) {
-        if (!asynchronous && ahead < steps) cut_out(filled + kDepth * Tile::kGradStride, found);
-      } else if (step >= 0) {
-        const T* grad = stages + stage * Tile::kStage;
+  stream_patches<kStages>(
+      steps,
+      [&](int step, int buffer) {
+        T* grad = stages + buffer * Tile::kStage;
+        load_tile_as<T, kDepth, kRows, kThreads>(grad, Tile::kGradStride, args.grad, (first_step + step) * kDepth,
+                                                 args.patches, feature, args.features);
+        if (asynchronous)
+          Patches::copy(grad + kDepth * Tile::kGradStride, Tile::kPixelStride, images, rows + buffer * kDepth, pixel,
+                        images.depth);
+      },
+      [&](int, int buffer) {
+        if (!asynchronous) cut_out(stages + buffer * Tile::kStage + kDepth * Tile::kGradStride, rows + buffer * kDepth);
+      },
+      [&](int, int buffer) {
+        const T* grad = stages + buffer * Tile::kStage;
         sum.template multiply<kDepth, true, true>(grad, Tile::kGradStride, grad + kDepth * Tile::kGradStride,
                                                   Tile::kPixelStride);
-      }
-    }
-    next = next + 1 == kStages ? 0 : next + 1;
-    if (step < 0) continue;
-    find_rows(step + kStages);  // in the place of this step's, which have been used; read behind the next barrier
-    stage = stage + 1 == kStages ? 0 : stage + 1;
-  }
+      },
+      // In the place of this step's rows, which have been used; read behind the next barrier.
+      [&](int step) { find_rows(step + kStages); });
 
   __syncthreads();
   float* partial = args.partial + static_cast<std::int64_t>(piece) * args.features * images.depth;
@@ -137,8 +122,7 @@ namespace {
 template <class Tile>
 std::int64_t tiles_of(const PatchWeightGradientArgs& args) {
   using Product = Tile::Product;
-  return static_cast<std::int64_t>((args.features + Product::kRows - 1) / Product::kRows) *
-         ((args.images.depth + Product::kColumns - 1) / Product::kColumns);
+  return divide_up(args.features, Product::kRows) * divide_up(args.images.depth, Product::kColumns);
 }
 
 // f(a tile), which is resized in two passes if it can be.
@@ -149,21 +133,20 @@ auto with_product(const PatchWeightGradientArgs& args, F&& f) {
   return f(PatchGradientTile<Product, kDepth, 4, false>());
 }
 
-template <class T, class F>
-auto with_tile16(const PatchWeightGradientArgs& args, F&& f) {
-  // The narrow tile where that saves more products than cutting out the patches again costs.
-  const int gather = args.images.resize ? 384 : 64;
-  const int by_192 = (args.features + 191) / 192 * (192 + gather), by_96 = (args.features + 95) / 96 * (96 + gather);
-  if (by_96 < by_192) return with_product<Product<T, false, 2, 4, 3, 4>, 32>(args, f);
-  return with_product<Product<T, false, 2, 4, 6, 4>, 32>(args, f);
-}
-
 template <class F>
 auto with_tile(const PatchWeightGradientArgs& args, F&& f) {
-  if (args.dtype == DType::float16) return with_tile16<__half>(args, f);
-  if (args.dtype == DType::bfloat16) return with_tile16<__nv_bfloat16>(args, f);
-  if (args.tf32) return with_product<Product<float, true, 2, 4, 3, 4>, 16>(args, f);
-  return with_product<Product<float, false, 2, 4, 3, 4>, 16>(args, f);
+  // The narrow tile where that saves more products than cutting out the patches again costs.
+  const int gather = args.images.resize ? 384 : 64;
+  const std::int64_t by_192 = divide_up(args.features, 192) * (192 + gather);
+  const std::int64_t by_96 = divide_up(args.features, 96) * (96 + gather);
+  return with_math(args.dtype, args.tf32, [&]<class T, bool kTf32>() {
+    if constexpr (sizeof(T) == 4) {
+      return with_product<Product<T, kTf32, 2, 4, 3, 4>, 16>(args, f);
+    } else {
+      if (by_96 < by_192) return with_product<Product<T, false, 2, 4, 3, 4>, 32>(args, f);
+      return with_product<Product<T, false, 2, 4, 6, 4>, 32>(args, f);
+    }
+  });
 }
 
 }  // namespace
@@ -171,7 +154,7 @@ auto with_tile(const PatchWeightGradientArgs& args, F&& f) {
 int patch_weight_gradient_pieces(const PatchWeightGradientArgs& args) {
   return with_tile(args, [&](auto tile) {
     using Tile = decltype(tile);
-    const std::int64_t steps = (static_cast<std::int64_t>(args.patches) + Tile::kDepth - 1) / Tile::kDepth;
+    const std::int64_t steps = divide_up(args.patches, Tile::kDepth);
     const std::int64_t pieces = std::min(multiprocessors() / tiles_of<Tile>(args), steps / 4);
     return static_cast<int>(std::max<std::int64_t>(pieces, 1));
   });
@@ -180,8 +163,8 @@ int patch_weight_gradient_pieces(const PatchWeightGradientArgs& args) {
 Error launch_patch_weight_gradient(const PatchWeightGradientArgs& args, Stream stream) {
   return with_tile(args, [&](auto tile) {
     using Tile = decltype(tile);
-    return launch(patch_weight_gradient_kernel<Tile>, dim3(static_cast<unsigned>(tiles_of<Tile>(args) * args.pieces)),
-                  Tile::Product::kThreads, Tile::shared(args.images), stream, args);
+    return launch(patch_weight_gradient_kernel<Tile>, tiles_of<Tile>(args) * args.pieces, Tile::Product::kThreads,
+                  Tile::shared(args.images), stream, args);
   });
 }
 

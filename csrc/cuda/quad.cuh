@@ -49,24 +49,4 @@ __device__ __forceinline__ void store_four(T* row, int column, int columns, bool
   }
 }
 
-// The same of row r of a matrix whose type is known at run time.
-__device__ __forceinline__ Quad load_quad(const Rows& rows, std::int64_t r, int column, int columns) {
-  if (rows.dtype == DType::float32)
-    return to_quad(load_four(row_of<const float>(rows, r), column, columns, rows.aligned));
-  if (rows.dtype == DType::float16)
-    return to_quad(load_four(row_of<const __half>(rows, r), column, columns, rows.aligned));
-  return to_quad(load_four(row_of<const __nv_bfloat16>(rows, r), column, columns, rows.aligned));
-}
-
-__device__ __forceinline__ void store_quad(const Rows& rows, std::int64_t r, int column, int columns,
-                                           const Quad& quad) {
-  if (rows.dtype == DType::float32) {
-    store_four(row_of<float>(rows, r), column, columns, rows.aligned, quad);
-  } else if (rows.dtype == DType::float16) {
-    store_four(row_of<__half>(rows, r), column, columns, rows.aligned, quad);
-  } else {
-    store_four(row_of<__nv_bfloat16>(rows, r), column, columns, rows.aligned, quad);
-  }
-}
-
 }  // namespace crossvit::cuda

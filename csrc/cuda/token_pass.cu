@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kTokenThreads,
       const float* from = a.key_query + (image * heads + first_head + h) * width;
       for (int c = lane; c < plan.columns; c += 32) {
         const bool there = h < heads_here && c < width;
-        const float value = there ? from[c] * load(a.norm_weight.data, a.norm_weight.dtype, c) : 0;
+        const float value = there ? from[c] * load(a.norm_weight, c) : 0;
         const T high = from_float<T>(value);
         u[h * u_stride + c] = high;
         if constexpr (kSplit) u[(h + 8 * kHeadGroups) * u_stride + c] = from_float<T>(remainder_of(value, high));
@@ -226,15 +226,6 @@ __global__ void __launch_bounds__(kTokenThreads,
   }
 }
 
-template <class T, class X, bool kTf32>
-Error launch_pass(const TokenPass& args, Stream stream) {
-  const auto kernel =
-      args.plan.head_groups == 1 ? token_pass_kernel<T, X, kTf32, 1> : token_pass_kernel<T, X, kTf32, 2>;
-  const std::int64_t blocks = args.tokens.batch * args.plan.splits * args.plan.sets;
-  return launch(kernel, dim3(static_cast<unsigned>(blocks)), kTokenThreads, static_cast<std::size_t>(args.plan.shared),
-                stream, args);
-}
-
 }  // namespace
 
 TokenPlan plan_token_pass(const Tokens& tokens, DType dtype) {
@@ -247,14 +238,10 @@ TokenPlan plan_token_pass(const Tokens& tokens, DType dtype) {
 
 Error token_pass(const TokenPass& args, Stream stream) {
   if (args.tokens.batch == 0) return nullptr;
-  if (args.dtype == DType::float32)
-    return args.tf32 ? launch_pass<float, float, true>(args, stream) : launch_pass<float, float, false>(args, stream);
-  const bool float32_tokens = args.tokens.dtype == DType::float32;
-  if (args.dtype == DType::float16)
-    return float32_tokens ? launch_pass<__half, float, false>(args, stream)
-                          : launch_pass<__half, __half, false>(args, stream);
-  return float32_tokens ? launch_pass<__nv_bfloat16, float, false>(args, stream)
-                        : launch_pass<__nv_bfloat16, __nv_bfloat16, false>(args, stream);
+  return with_tokens(args, [&]<class T, class X, bool kTf32, int kHeadGroups>() {
+    const std::int64_t blocks = args.tokens.batch * args.plan.splits * args.plan.sets;
+    return launch(token_pass_kernel<T, X, kTf32, kHeadGroups>, blocks, kTokenThreads, args.plan.shared, stream, args);
+  });
 }
 
 }  // namespace crossvit::cuda

@@ -54,4 +54,18 @@ TokenPlan plan_tokens(const Tokens& tokens, DType dtype, Bytes&& bytes) {
   return plan;
 }
 
+// f.operator()<T, X, kTf32, kHeadGroups>() for a pass over tokens of type X with matrix operands of type T.
+template <class Args, class F>
+Error with_tokens(const Args& args, F&& f) {
+  return with_math(args.dtype, args.tf32, [&]<class T, bool kTf32>() {
+    const auto with_groups = [&]<class X>() {
+      return args.plan.head_groups == 1 ? f.template operator()<T, X, kTf32, 1>()
+                                        : f.template operator()<T, X, kTf32, 2>();
+    };
+    if constexpr (sizeof(T) == 2)
+      if (args.tokens.dtype != DType::float32) return with_groups.template operator()<T>();
+    return with_groups.template operator()<float>();
+  });
+}
+
 }  // namespace crossvit::cuda

@@ -137,6 +137,25 @@ __device__ __forceinline__ void normalize_row(unsigned char* row, bool valid, in
   }
 }
 
+// Adds kWords values of a lane, by reference at(0), at(1), ..., over the `parts` warps of its group, which share a step's columns:
+// every warp adds them in the same order. `exchange` has kWords floats for every thread.
+template <int kWords, class At>
+__device__ __forceinline__ void join_parts(int parts, float* exchange, At&& at) {
+  if (parts == 1) return;
+  const int lane = threadIdx.x % 32, group = threadIdx.x / 32 / parts;
+  float* mine = exchange + static_cast<int>(threadIdx.x) * kWords;
+#pragma unroll
+  for (int e = 0; e < kWords; e++) mine[e] = at(e);
+  __syncthreads();
+#pragma unroll
+  for (int e = 0; e < kWords; e++) at(e) = 0;
+  for (int part = 0; part < parts; part++) {
+    const float* other = exchange + ((group * parts + part) * 32 + lane) * kWords;
+#pragma unroll
+    for (int e = 0; e < kWords; e++) at(e) += other[e];
+  }
+}
+
 // A warp's view of its group's ring.
 template <class X>
 struct TokenRing {

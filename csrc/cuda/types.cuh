@@ -54,15 +54,31 @@ __device__ __forceinline__ float load(const void* data, DType dtype, std::int64_
   return to_float(static_cast<const __nv_bfloat16*>(data)[i]);
 }
 
-__device__ __forceinline__ void store(void* data, DType dtype, std::int64_t i, float value) {
-  if (dtype == DType::float32) {
-    static_cast<float*>(data)[i] = value;
-  } else if (dtype == DType::float16) {
-    static_cast<__half*>(data)[i] = __float2half_rn(value);
+__device__ __forceinline__ float load(const Vector& from, std::int64_t i) { return load(from.data, from.dtype, i); }
+__device__ __forceinline__ float load_or_zero(const Vector& from, std::int64_t i) {
+  return from.data ? load(from, i) : 0;
+}
+
+__device__ __forceinline__ void store(const Target& to, std::int64_t i, float value) {
+  if (to.dtype == DType::float32) {
+    static_cast<float*>(to.data)[i] = value;
+  } else if (to.dtype == DType::float16) {
+    static_cast<__half*>(to.data)[i] = __float2half_rn(value);
   } else {
-    static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(value);
+    static_cast<__nv_bfloat16*>(to.data)[i] = __float2bfloat16_rn(value);
   }
 }
+
+// The sum over groups of kLanes adjacent lanes, in each of them.
+template <int kLanes>
+__device__ __forceinline__ float sum_lanes(float value) {
+  if constexpr (kLanes == 1)
+    return value;
+  else
+    return sum_lanes<kLanes / 2>(value + __shfl_xor_sync(~0u, value, kLanes / 2));
+}
+
+__host__ __device__ constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // f(element of the type): f([](auto example) { using T = decltype(example); ... }).
 template <class F>
@@ -70,6 +86,14 @@ decltype(auto) with_type(DType dtype, F&& f) {
   if (dtype == DType::float32) return f(float());
   if (dtype == DType::float16) return f(__half());
   return f(__nv_bfloat16());
+}
+
+// f.operator()<T, kTf32>() of the matrix operands' type.
+template <class F>
+auto with_math(DType dtype, bool tf32, F&& f) {
+  if (dtype == DType::float16) return f.template operator()<__half, false>();
+  if (dtype == DType::bfloat16) return f.template operator()<__nv_bfloat16, false>();
+  return tf32 ? f.template operator()<float, true>() : f.template operator()<float, false>();
 }
 
 }  // namespace crossvit::cuda

@@ -7,6 +7,12 @@
 
 namespace crossvit::cuda {
 
+// A vector to be written, of any type; null where it is not wanted.
+struct Target {
+  void* data = nullptr;
+  DType dtype = DType::float32;
+};
+
 // What a launch function returns: null, or why the launch failed.
 using Error = const char*;
 

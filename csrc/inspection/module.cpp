@@ -25,28 +25,13 @@ py::dict build_info() {
   return info;
 }
 
-// The sizes of a call by their names in kernels.h; each has to be given, and no other.
-class SizesOf {
- public:
-  SizesOf(const std::string& kernel, const py::kwargs& given) : kernel_(kernel) {
-    for (const auto& [name, value] : given) left_[py::cast<std::string>(name)] = py::cast<int64_t>(value);
-  }
-  int64_t take(const char* name) {
-    const auto found = left_.find(name);
-    if (found == left_.end()) throw py::type_error(kernel_ + ": the size " + name + " is missing");
-    const int64_t value = found->second;
-    if (value < 0) throw py::value_error(kernel_ + ": " + name + ": expected at least 0, got " + std::to_string(value));
-    left_.erase(found);
-    return value;
-  }
-  void done() const {
-    if (!left_.empty()) throw py::type_error(kernel_ + ": there is no size " + left_.begin()->first);
-  }
-
- private:
-  std::string kernel_;
-  std::map<std::string, int64_t> left_;
-};
+// Takes one of a call's sizes, which go by their names in kernels.h; each has to be given, and no other.
+int64_t take(py::dict& sizes, const std::string& kernel, const char* name) {
+  if (!sizes.contains(name)) throw py::type_error(kernel + ": the size " + name + " is missing");
+  const auto value = py::cast<int64_t>(sizes.attr("pop")(name));
+  if (value < 0) throw py::value_error(kernel + ": " + name + ": expected at least 0, got " + std::to_string(value));
+  return value;
+}
 
 py::dict in_words(const Plan& plan) { return py::dict(py::arg("tasks") = plan.tasks); }
 py::dict in_words(const ProductPlan& plan) {
@@ -64,16 +49,17 @@ py::dict in_words(const WeightGradPlan& plan) {
                   py::arg("in_chunk") = plan.in_chunk);
 }
 
-using Planner = std::function<py::dict(const Kernels&, SizesOf&, int64_t threads)>;
+using Planner = std::function<py::dict(const Kernels&, const std::string& kernel, py::dict sizes, int64_t threads)>;
 
 // A kernel whose plan depends on these sizes of its arguments alone.
 template <class Args, class P, class... Members>
 Planner planner(Kernel<Args, P> Kernels::* kernel, std::vector<const char*> names, Members... members) {
-  return [=](const Kernels& kernels, SizesOf& sizes, int64_t threads) {
+  return [=](const Kernels& kernels, const std::string& called, py::dict sizes, int64_t threads) {
     Args args{};
     std::size_t i = 0;
-    ((args.*members = sizes.take(names[i++])), ...);
-    sizes.done();
+    ((args.*members = take(sizes, called, names[i++])), ...);
+    for (const auto& [name, size] : sizes)
+      throw py::type_error(called + ": there is no size " + py::cast<std::string>(name));
     return in_words((kernels.*kernel).plan(args, threads));
   };
 }
@@ -119,12 +105,11 @@ py::dict plan(const std::string& kernel, int64_t threads, const std::string& set
   const auto found = planners().find(kernel);
   if (found == planners().end()) throw py::value_error("kernel: expected one of kernels(), got '" + kernel + "'");
   if (threads < 1) throw py::value_error("threads: expected at least 1, got " + std::to_string(threads));
-  SizesOf sizes(kernel, given);
   for (const auto& candidate : instruction_sets()) {
     if (set != candidate.kernels->name) continue;
     // Its code is of that set, though it only counts.
     if (!candidate.supported) throw py::value_error("instruction set '" + set + "' is not supported by this CPU");
-    return found->second(*candidate.kernels, sizes, threads);
+    return found->second(*candidate.kernels, kernel, given, threads);
   }
   throw py::value_error("instruction set '" + set + "' was not compiled in");
 }

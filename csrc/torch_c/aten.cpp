@@ -45,17 +45,6 @@ Tensor reduced(const char* name, const char* overload, const Tensor& t, Sizes di
   return call(name, overload, arguments);
 }
 
-}  // namespace
-
-Tensor gelu(const Tensor& t) {
-  StringHandle exact = nullptr;
-  checked(torch_new_string_handle("none", 4, &exact));
-  StableIValue arguments[] = {boxing::give(t), boxing::stable(exact)};
-  return call("aten::gelu", "", arguments);
-}
-
-namespace {
-
 // The sums of up to four rows, which PyTorch adds one behind the other whatever its vectors and threads; its dispatcher takes
 // longer than they do.
 template <class T>
@@ -63,7 +52,7 @@ Tensor sum_of_few(const Tensor& t, Sizes shape, std::int64_t rows) {
   Tensor result = empty(shape, t.scalar_type(), t.device());
   const std::int64_t width = result.numel();
   const T* from = t.const_data_ptr<T>();
-  T* to = result.mutable_data_ptr<T>();
+  T* to = result.data_ptr<T>();
   for (std::int64_t i = 0; i < width; i++) {
     T sum = 0;
     for (std::int64_t row = 0; row < rows; row++) sum += from[row * width + i];
@@ -73,6 +62,13 @@ Tensor sum_of_few(const Tensor& t, Sizes shape, std::int64_t rows) {
 }
 
 }  // namespace
+
+Tensor gelu(const Tensor& t) {
+  StringHandle exact = nullptr;
+  checked(torch_new_string_handle("none", 4, &exact));
+  StableIValue arguments[] = {boxing::give(t), boxing::stable(exact)};
+  return call("aten::gelu", "", arguments);
+}
 
 Tensor sum(const Tensor& t, Sizes dims, bool keep, std::optional<ScalarType> dtype) {
   constexpr std::int64_t kFirst[] = {0, 1};

@@ -10,21 +10,23 @@ inline constexpr std::uint64_t kInterface = TORCH_TARGET_VERSION;
 // Where PyTorch says that an op comes from.
 inline constexpr const char* kFile = "csrc/torch_c/op.cpp";
 
-NeedsList::NeedsList(StableListHandle owned) {
-  AOTITorchError error = torch_list_size(owned, &size_);
-  for (std::size_t i = 0; i < size_ && i < 64 && error == AOTI_TORCH_SUCCESS; i++) {
+namespace boxing {
+
+std::size_t take_bools(StableListHandle owned, bool* values, std::size_t count) {
+  std::size_t size = 0;
+  AOTITorchError error = torch_list_size(owned, &size);
+  for (std::size_t i = 0; i < std::min(size, count) && error == AOTI_TORCH_SUCCESS; i++) {
     StableIValue value = 0;
     error = torch_list_get_item(owned, i, &value);
-    bits_ |= std::uint64_t{boxing::plain<bool>(value)} << i;
+    values[i] = plain<bool>(value);
   }
   torch_delete_list(owned);
   checked(error);
+  return size;
 }
 
-namespace boxing {
-
-std::string Argument<std::string>::take(StableIValue value) {
-  const auto owned = plain<StringHandle>(value);
+Argument::operator std::string() const {
+  const auto owned = plain<StringHandle>(value_);
   std::size_t size = 0;
   const char* data = nullptr;
   AOTITorchError error = torch_string_length(owned, &size);
@@ -48,14 +50,15 @@ StableIValue give(const std::string& result) {
   return stable(handle);
 }
 
-void wrong_count(std::uint64_t expected, std::uint64_t came) {
+void expect_count(std::uint64_t expected, std::uint64_t came) {
+  if (expected == came) return;
   throw std::runtime_error("a function of " + std::to_string(expected) +
                            " arguments was registered under a schema of " + std::to_string(came));
 }
 
 }  // namespace boxing
 
-Library::Library(const char* space, const char* dispatch_key) : space_(space) {
+Library::Library(const char* space, const char* dispatch_key, const char* added) : space_(space), added_(added) {
   checked(aoti_torch_library_init_fragment(space, kFile, __LINE__, &definitions_));
   checked(aoti_torch_library_init_impl(space, dispatch_key, kFile, __LINE__, &implementations_));
 }

@@ -19,45 +19,38 @@ void failed() {
 
 namespace {
 
-template <class T>
-struct Named {
-  T value;
-  const char* name;
-};
-
-template <class T, std::size_t n>
-std::string look_up(const Named<T> (&names)[n], T value, const char* otherwise) {
-  for (const Named<T>& entry : names)
-    if (entry.value == value) return entry.name;
-  return otherwise + std::to_string(static_cast<std::int32_t>(value));
+std::string look_up(std::initializer_list<std::pair<std::int32_t, const char*>> names, std::int32_t value,
+                    const char* otherwise) {
+  for (const auto& [number, name] : names)
+    if (number == value) return name;
+  return otherwise + std::to_string(value);
 }
 
 }  // namespace
 
 std::string name_of(ScalarType dtype) {
-  const auto number = [](std::int32_t value) { return ScalarType(value); };
-  const Named<ScalarType> names[] = {{kFloat32, "float32"},
-                                     {kFloat64, "float64"},
-                                     {kFloat16, "float16"},
-                                     {kBFloat16, "bfloat16"},
-                                     {number(aoti_torch_dtype_bool()), "bool"},
-                                     {number(aoti_torch_dtype_uint8()), "uint8"},
-                                     {number(aoti_torch_dtype_int8()), "int8"},
-                                     {number(aoti_torch_dtype_int16()), "int16"},
-                                     {number(aoti_torch_dtype_int32()), "int32"},
-                                     {number(aoti_torch_dtype_int64()), "int64"},
-                                     {number(aoti_torch_dtype_complex64()), "complex64"},
-                                     {number(aoti_torch_dtype_complex128()), "complex128"}};
-  return look_up(names, dtype, "dtype ");
+  return look_up({{aoti_torch_dtype_float32(), "float32"},
+                  {aoti_torch_dtype_float64(), "float64"},
+                  {aoti_torch_dtype_float16(), "float16"},
+                  {aoti_torch_dtype_bfloat16(), "bfloat16"},
+                  {aoti_torch_dtype_bool(), "bool"},
+                  {aoti_torch_dtype_uint8(), "uint8"},
+                  {aoti_torch_dtype_int8(), "int8"},
+                  {aoti_torch_dtype_int16(), "int16"},
+                  {aoti_torch_dtype_int32(), "int32"},
+                  {aoti_torch_dtype_int64(), "int64"},
+                  {aoti_torch_dtype_complex64(), "complex64"},
+                  {aoti_torch_dtype_complex128(), "complex128"}},
+                 static_cast<std::int32_t>(dtype), "dtype ");
 }
 
 std::string name_of(DeviceType type) {
-  const Named<DeviceType> names[] = {{kCPU, "cpu"},
-                                     {kCUDA, "cuda"},
-                                     {DeviceType(aoti_torch_device_type_meta()), "meta"},
-                                     {DeviceType(aoti_torch_device_type_xpu()), "xpu"},
-                                     {DeviceType(aoti_torch_device_type_mps()), "mps"}};
-  return look_up(names, type, "device ");
+  return look_up({{aoti_torch_device_type_cpu(), "cpu"},
+                  {aoti_torch_device_type_cuda(), "cuda"},
+                  {aoti_torch_device_type_meta(), "meta"},
+                  {aoti_torch_device_type_xpu(), "xpu"},
+                  {aoti_torch_device_type_mps(), "mps"}},
+                 static_cast<std::int32_t>(type), "device ");
 }
 
 std::string name_of(Device device) {
@@ -66,11 +59,7 @@ std::string name_of(Device device) {
 
 // --- a tensor -----------------------------------------------------------------------------------------------------------
 
-namespace {
-
-const std::int32_t kStrided = aoti_torch_layout_strided();
-
-}  // namespace
+static const std::int32_t kStrided = aoti_torch_layout_strided();
 
 Tensor::Tensor(AtenTensorHandle owned) : handle_(owned) {
   bool defined = false;
@@ -129,7 +118,7 @@ std::int64_t Tensor::storage_bytes() const {
   return result;
 }
 
-const void* Tensor::const_data_ptr() const {
+const void* Tensor::data() const {
   const void* result = nullptr;
   checked(torch_get_const_data_ptr(handle_, &result));
   return result;
@@ -202,11 +191,7 @@ Tensor Tensor::permute(Sizes order) const {
 
 // --- memory -------------------------------------------------------------------------------------------------------------
 
-namespace {
-
-bool nan_in_empty = false;
-
-}  // namespace
+static bool nan_in_empty = false;
 
 // What keeps a new tensor from being made is nearly always memory, which Python raises as an error of its own kind
 // (crossvit_kernels/dispatch/native.py); the C interface does not say which kind an error was.

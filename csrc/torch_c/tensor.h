@@ -93,15 +93,13 @@ class Tensor {
   std::int64_t storage_offset() const;
   std::int64_t storage_bytes() const;
 
-  const void* const_data_ptr() const;
-  void* data_ptr() const { return const_cast<void*>(const_data_ptr()); }  // of a tensor that this library made
-  template <class T>
+  template <class T = void>
   const T* const_data_ptr() const {
-    return static_cast<const T*>(const_data_ptr());
+    return static_cast<const T*>(data());
   }
   template <class T = void>
-  T* mutable_data_ptr() const {
-    return static_cast<T*>(data_ptr());
+  T* data_ptr() const {  // of a tensor that this library made, or of one whose elements are only read
+    return static_cast<T*>(const_cast<void*>(data()));
   }
 
   // Itself where it is already so, else a copy.
@@ -118,6 +116,7 @@ class Tensor {
   AtenTensorHandle release() && { return std::exchange(handle_, nullptr); }
 
  private:
+  const void* data() const;
   AtenTensorHandle another_handle() const;
   void read(ScalarType dtype, Device device, bool dense);
   Tensor copy(ScalarType dtype) const;
