@@ -212,7 +212,7 @@ def test_instruction_sets_that_the_compiler_does_not_know_are_left_out(
     old.write_text(f'#!/bin/sh\ncase "$*" in *-mavx512bf16*) exit 1;; esac\nexec {real} "$@"\n')
     old.chmod(0o755)
     foreign = tmp_path / "g++"
-    foreign.write_text(f'#!/bin/sh\ncase "$*" in *-mavx*) exit 1;; esac\nexec {real} "$@"\n')
+    foreign.write_text(f'#!/bin/sh\ncase "$*" in *-mavx*|*-march=*) exit 1;; esac\nexec {real} "$@"\n')
     foreign.chmod(0o755)
 
     def known() -> list[str]:
