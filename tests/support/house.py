@@ -29,7 +29,7 @@ PRIVATE_TORCH = re.compile(
 )
 # How many places may break each rule: a number here may only become smaller.
 LIMITS = {
-    "files over 300 lines": 4,
+    "files over 300 lines": 1,
     "Python functions over 100 lines": 0,
     "Python functions over 12 parameters": 2,
     "C++ functions over 100 lines": 1,
