@@ -39,7 +39,7 @@ def _load_cpu() -> str | None:
         return why
     try:
         torch.ops.crossvit_kernels_cpu.instruction_set()
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # the latter from PyTorch 2.15 on
         return f"the environment variable CROSSVIT_KERNELS_ISA: {error}"
     return None
 

@@ -78,6 +78,6 @@ def instruction_sets() -> list[str]:
         return []
     found = []
     for name in built_instruction_sets():
-        with suppress(ValueError), instruction_set(name):
+        with suppress(ValueError, RuntimeError), instruction_set(name):
             found.append(name)
     return found
