@@ -15,7 +15,14 @@ if not (ROOT / "mkdocs.yml").is_file():
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 LONGEST = 160
 # Where programs are found, and what tests read or set for themselves: nothing that a user sets for this package.
-NOT_OURS = {"PATH", "PYTHONPATH", "PYTEST_CURRENT_TEST", "OMP_NUM_THREADS", "OMP_WAIT_POLICY"}
+NOT_OURS = {
+    "PATH",
+    "PYTHONPATH",
+    "PYTEST_CURRENT_TEST",
+    "PYTEST_XDIST_WORKER_COUNT",
+    "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -20,6 +20,8 @@ if os.environ.get("TRITON_INTERPRET") == "1" and backends.available("triton"):
 
     interpreter.speed_up(triton.runtime.interpreter)
 
+# What PyTorch makes of std::invalid_argument: the former up to 2.14, the latter from 2.15 on.
+FROM_CPP = (ValueError, RuntimeError)
 NATIVE = [name for name in backends.BACKENDS if name != "reference" and backends.available(name)]
 
 
@@ -78,6 +80,6 @@ def instruction_sets() -> list[str]:
         return []
     found = []
     for name in built_instruction_sets():
-        with suppress(ValueError, RuntimeError), instruction_set(name):
+        with suppress(*FROM_CPP), instruction_set(name):
             found.append(name)
     return found
