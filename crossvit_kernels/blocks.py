@@ -13,6 +13,7 @@ Whether the modules are what a composition stands for is the question before: `w
 against it, `fuses` is its quick form (see `composition.py`).
 """
 
+from itertools import chain
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -86,14 +87,21 @@ def transformer_block(
     backend than the C++ one. `block` has timm's names."""
     if first is None or second is None or torch.is_grad_enabled() or first.rate > 0 or second.rate > 0:
         return None
-    norm1, attn, norm2, mlp = block.norm1, block.attn, block.norm2, block.mlp
-    if affine(norm1)[0] is None or affine(norm2)[0] is None:
+    if affine(block.norm1)[0] is None or affine(block.norm2)[0] is None:
         return None
-    attention = (*affine(norm1), norm1.eps, *affine(attn.qkv), attn.num_heads, *affine(attn.proj), first.gamma)
-    arguments = (x, *attention, *affine(norm2), norm2.eps, *affine(mlp.fc1), *affine(mlp.fc2), second.gamma)
-    out = native.transformer_block(*arguments, kernels=kernels)
+
+    def arguments(first_gamma: Tensor | None, second_gamma: Tensor | None) -> tuple[Any, ...]:
+        norm1, attn, norm2, mlp = block.norm1, block.attn, block.norm2, block.mlp
+        attention = (*affine(norm1), norm1.eps, *affine(attn.qkv), attn.num_heads, *affine(attn.proj), first_gamma)
+        return x, *attention, *affine(norm2), norm2.eps, *affine(mlp.fc1), *affine(mlp.fc2), second_gamma
+
+    def read() -> tuple[Any, ...]:
+        return arguments(*(getattr(scale, "gamma", None) for scale in (block.ls1, block.ls2)))
+
+    given = arguments(first.gamma, second.gamma)
+    out = native.transformer_block(*given, kernels=kernels)
     if out is not None:
-        keep(place, native.NAME, kernels, (x,), arguments)
+        keep(place, native.NAME, kernels, (x,), given, read, (block,))
     return out
 
 
@@ -156,13 +164,16 @@ def projection(
     )
 
 
+_BEFORE_KEY_BIAS = 11  # arguments of cls_fusion: CLS, patches, a norm and a Linear, a norm and the queries, the keys
+
+
 def fusion_direction(
     cls: Tensor,
     patches: Tensor,
     project: tuple[Any, Any],
     norm: Any,
     linears: tuple[Any, Any, Any, Any],
-    num_heads: int,
+    attn: Any,
     revert: tuple[Any, Any],
     kernels: str,
     place: Place,
@@ -171,21 +182,34 @@ def fusion_direction(
     `again`; None where its three steps (`projection`, `class_attention`, `projection`) are to be called: also where
     gradients are taken, and where the three LayerNorms do not share one eps.
 
-    project, revert: the LayerNorm and the Linear to the other width, and back. norm, linears, num_heads: as in
-    `class_attention`.
+    project, revert: the LayerNorm and the Linear to the other width, and back. norm, linears: as in `class_attention`.
+    attn: has the num_heads.
     """
-    if torch.is_grad_enabled() or not project[0].eps == norm.eps == revert[0].eps:
+    if torch.is_grad_enabled():
         return None
     norms, attention_norms, back_norms = affine(project[0]), affine(norm), affine(revert[0])
     first, last = affine(project[1]), affine(revert[1])
-    (q, k, v, out) = pairs = [affine(linear) for linear in linears]
-    if not takes(cls, (patches, *first, *q, *k, *v, *out, *last), (*norms, *attention_norms, *back_norms)):
+    pairs = [affine(linear) for linear in linears]
+    if not takes(cls, (patches, *first, *chain.from_iterable(pairs), *last), (*norms, *attention_norms, *back_norms)):
         return None
     if not regular(first, *pairs, last):
         return None
-    before, behind = (*norms, *first, *attention_norms, *q), (*v, *out, *back_norms, *last, num_heads, norm.eps)
-    fused: Tensor = cast(Any, cls_fusion)(cls, patches, *before, *k, *behind, kernels=kernels)
-    keep(place, "cls_fusion", kernels, (cls, patches), (cls, patches, *before, k[0], *behind))
+
+    def read() -> tuple[Any, ...]:
+        """The arguments of the native op, which takes no bias of the keys; it adds the same to every score."""
+        (norm_of_cls, to), (norm_back, back) = project, revert
+        if not norm_of_cls.eps == norm.eps == norm_back.eps:
+            return ()
+        q, k, v, out = map(affine, linears)
+        before = (*affine(norm_of_cls), *affine(to), *affine(norm), *q, k[0])
+        return cls, patches, *before, *v, *out, *affine(norm_back), *affine(back), attn.num_heads, norm.eps
+
+    given = read()
+    if not given:
+        return None
+    before, behind = given[:_BEFORE_KEY_BIAS], given[_BEFORE_KEY_BIAS:]
+    fused: Tensor = cast(Any, cls_fusion)(*before, affine(linears[1])[1], *behind, kernels=kernels)
+    keep(place, "cls_fusion", kernels, (cls, patches), given, read, (*project, norm, *linears, attn, *revert))
     return fused
 
 
@@ -247,7 +271,11 @@ def embed(
     if cls_token.shape != (1, 1, embed_dim) or pos_embed.shape != (1, tokens, embed_dim):
         return None
     out = patch_embed(images, *weights, cls_token, pos_embed, image_size=image_size, kernels=kernels)
-    if place is not None:
-        arguments = (images, *weights, cls_token, pos_embed, *image_size)
-        keep(place, "patch_embed", kernels, (images, cls_token, pos_embed), arguments)
+    if place is not None and type(image_size) is tuple:  # a list may be changed where it is
+
+        def read() -> tuple[Any, ...]:
+            return images, *affine(proj), cls_token, pos_embed, *cast(Any, place[0]).image_size
+
+        given = (images, *weights, cls_token, pos_embed, *image_size)
+        keep(place, "patch_embed", kernels, (images, cls_token, pos_embed), given, read, (proj,))
     return out

@@ -3,12 +3,13 @@
 Between a module's forward and C++ stand some twenty questions in Python: whether the children are what the composition
 stands for, whether dropout is at work, what the weights are and whether they fit, which backend serves them. Their
 answers are the same at every call until something changes. A call that was served by C++ is therefore kept as
-`Prepared`: which op it was, and where its arguments were read. While the children are found unchanged, the next call
-reads the arguments there and hands them to C++, which looks at all of them before it touches memory; what it refuses
-goes the usual way, as does everything that `Prepared` does not know.
+`Prepared`: which op it was, its numbers, and where its tensors were read. While the children are found unchanged, the
+numbers among their settings too, the next call reads the tensors there and hands all to C++, which looks at them before
+it touches memory; what it refuses goes the usual way, as does everything that `Prepared` does not know.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter, getitem, itemgetter
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
-from .composition import Composition, child_at
+from .composition import Composition, child_at, why_not
 from .dispatch.torch_internals import any_autocast, foreign_mode, observed, plain_call
 from .watch import WATCHES, Watch, watches_of
 
@@ -46,7 +47,8 @@ class Prepared:
         self.homes, self.keys = zip(*sources)
         arguments: list[Any] = [*map(getitem, self.homes, self.keys)]
         self.types, self.shape = [*map(type, arguments)], arguments[0].shape
-        self.tensors = itemgetter(*(i for i, argument in enumerate(arguments) if isinstance(argument, Tensor)))
+        tensors = [i for i, argument in enumerate(arguments) if isinstance(argument, Tensor)]
+        self.tensors = itemgetter(*tensors, tensors[0])  # of one index alone it would give the tensor, and no tuple
         self.dtypes = [*map(_dtype, (*inputs, *self.tensors(arguments)))]
 
     def __call__(self, *inputs: Tensor) -> Any:
@@ -89,19 +91,30 @@ def again(owner: nn.Module, key: Any, *inputs: Tensor) -> Any:
     return prepared(*inputs)
 
 
-def keep(place: Place, name: str, kernels: str, inputs: Sequence[Tensor], arguments: Sequence[Any]) -> None:
+def keep(
+    place: Place,
+    name: str,
+    kernels: str,
+    inputs: Sequence[Tensor],
+    given: Sequence[Any],
+    read: Callable[[], Sequence[Any]],
+    modules: Iterable[nn.Module],
+) -> None:
     """Keeps a call that was just served, for `again`, where C++ served it and the module and its children are in
     evaluation.
 
-    The tensors among the arguments are found among the children's parameters, where the next call reads them. All other
-    parameters are to stay as they are, and so are the settings of the compositions, in which the numbers are.
+    The tensors among the arguments are found among the children's parameters, where the next call reads them. Numbers
+    are kept as they are: they, and all parameters that are no argument, are to stay so. Another thread may have changed
+    the module while the op ran: once it is watched, the arguments are read again, and have to be those of the call.
 
     Args:
         place: which call.
         name: the native op.
         kernels: the module's choice of a backend.
         inputs: the call's. Those behind the first follow one another in the op's arguments.
-        arguments: all of the op's, the first input first.
+        given: all arguments of the call, the first input first.
+        read: reads them again, from `modules`.
+        modules: where they were read, which have to be the owner or children of its.
     """
     owner, key, compositions = place
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or owner.training or any_autocast():
@@ -115,24 +128,39 @@ def keep(place: Place, name: str, kernels: str, inputs: Sequence[Tensor], argume
     children = {id(c): c for of in compositions for path in of.parts if (c := child_at(owner, path)) is not None}
     parameters = [(child._parameters, own) for child in children.values() for own in child._parameters]
     found = {id(value): (home, own) for home, own in parameters if (value := home[own]) is not None}
-    if len(found) < sum(home[own] is not None for home, own in parameters):
-        return  # two children share a parameter
     sources: list[tuple[Any, Any]] = []
-    used, before = set(), 0
-    for argument in arguments[1:]:
-        if any(argument is given for given in inputs):
+    before = 0
+    for argument in given[1:]:
+        if any(argument is one for one in inputs):
             before = len(sources) if argument is inputs[1] else before
         elif isinstance(argument, Tensor):
             if id(argument) not in found:
                 return  # a wrapper keeps its parameters elsewhere
             sources.append(found[id(argument)])
-            used.add(id(argument))
         else:
             sources.append(((argument,), 0))
     kinds = [type(home[own]) for home, own in sources]
     if kinds[0] not in _TENSORS or not _TYPES.issuperset((*kinds, *map(type, inputs))):
         return
-    settings = [(home, own) for home, own in parameters if id(home[own]) not in used]
+    # A parameter that children share is read in one of them: it has to stay in all.
+    times = Counter(id(home[own]) for home, own in parameters)
+    read_there = {(id(home), own) for home, own in sources if times[id(home[own])] == 1}
+    settings = [(home, own) for home, own in parameters if (id(home), own) not in read_there]
     watch = Watch(owner, *compositions, settings=settings, evaluation=True)
-    if not any(module.training for module in watch.modules):
+    watched = {id(module) for module in (owner, *watch.modules)}
+    if not watched.issuperset(map(id, modules)) or any(module.training for module in watch.modules):
+        return
+    try:
+        now = [*(home[own] for home, own in sources), *read()]
+    except Exception:  # what was there is gone
+        return
+    then = [*(argument for argument in given[1:] if not any(argument is one for one in inputs)), *given]
+    if len(now) != len(then) or not all(map(_same, now, then)):
+        return
+    if all(why_not(owner, composition) is None for composition in compositions):
         watches.prepared[key] = Prepared(watch, name, inputs, sources, before)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether they are one object, or numbers of one type and value."""
+    return one is other or (type(one) is type(other) and not isinstance(one, Tensor) and one == other)

@@ -60,7 +60,7 @@ class CrossAttentionFusion(MultiScaleBlock):
         layers = self.layers(branch)
         if len(layers) == 1 and not torch.is_grad_enabled() and self._is_one_op(branch, layers[0]):
             layer, to, back = layers[0], (project.norm, project.linear), (revert.norm, revert.linear)
-            attention = (layer.norm1, layer.linears(), layer.attn.num_heads)
+            attention = (layer.norm1, layer.linears(), layer.attn)
             place = (self, branch, (fusion_composition(branch, self.fusion_depth > 0),))
             out = compositions.fusion_direction(cls, patches, to, *attention, back, self.kernels, place)
             if out is not None:

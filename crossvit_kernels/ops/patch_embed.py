@@ -129,8 +129,10 @@ def patch_embed(
     validate.positive("images' smallest side", min(channels, height, width))
     validate.tensor("weight", weight, "(D, C, P, P)")
     embed, _, patch, _ = weight.shape
-    validate.linear("weight", weight, "bias", bias, (embed, channels, patch, patch), "images", images)
+    validate.beside("weight", weight, (embed, channels, patch, patch), "images", images)
     validate.positive("weight's smallest side", min(embed, patch))
+    if bias is not None:
+        validate.beside("bias", bias, (embed,), "images", images)
     if image_size is not None:
         height, width = validate.size("image_size", image_size)
     if height % patch or width % patch:

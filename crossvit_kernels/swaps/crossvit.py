@@ -150,7 +150,7 @@ def _direction(stage: Any, i: int, cls: Tensor, patches: Tensor, kernels: str) -
     if whole and attends and drop_path_rate(layer.drop_path)[0] == 0:
         (norm, _, linear), (back_norm, _, back) = stage.projs[i], stage.revert_projs[i]
         attn, place = layer.attn, (stage, i, (direction(i, nested),))
-        steps = (norm, linear), layer.norm1, _linears(attn), attn.num_heads, (back_norm, back)
+        steps = (norm, linear), layer.norm1, _linears(attn), attn, (back_norm, back)
         out = blocks.fusion_direction(cls, patches, *steps, kernels, place)
         if out is not None:
             return out

@@ -30,6 +30,11 @@ class Rows(NamedTuple):
             return self.batch
         return self.row if self.batch == self.tokens * self.row else None
 
+    def uncounted(self) -> "Rows":
+        """For kernels that are told otherwise how many there are: Triton compiles one more for a number of another kind
+        (1, a multiple of 16, any), also where a kernel does not look at it."""
+        return self._replace(count=0)
+
 
 def rows_of(tensor: Tensor) -> Rows:
     """The rows of (..., D): views of at most three dimensions whose rows are dense stay as they are."""
@@ -160,8 +165,8 @@ def attention_arguments(call: Any, dtype: torch.dtype) -> Arguments:
     """What kernels of cls_cross_attention take of a call, by name; products are of `dtype`."""
     (batch, count, width), heads = call.patches.shape, call.num_heads
     return {
-        "cls": rows_of(call.cls),
-        "patches": tokens_of(call.patches),
+        "cls": rows_of(call.cls).uncounted(),
+        "patches": tokens_of(call.patches).uncounted(),
         "tokens": 1 + count,
         "norm": Norm(contiguous(call.norm_weight), contiguous(call.norm_bias)),
         "q": Linear(contiguous(call.q_weight), contiguous(call.q_bias)),

@@ -37,7 +37,7 @@ def forward(call: Any) -> Tensor:
     config = configuration("fusion_query", width, dtype, default)
     launch(fusion_query, (cdiv(batch, ROWS), heads), config, given)
 
-    given["cls"] = rows_of(projected)
+    given["cls"] = rows_of(projected).uncounted()
     pass_tokens(given, dtype, given["norm"], None)
     given |= {"shares_ptr": torch.empty_like(key_query), "SPLITS_BLOCK": power_of_two(given["splits"])}
     config = configuration("fusion_value", width, dtype, defaults.fusion_value(width, head, dtype, precision))

@@ -51,7 +51,7 @@ def forward(call: Any) -> Tensor:
 def backward(call: Any) -> list[Tensor]:
     """The gradients of images, weight, bias, cls_token and pos_embed that are needed."""
     images, weight, needs = call.images, call.weight, call.needs
-    grad = tokens_of(call.grad_out)
+    grad = tokens_of(call.grad_out).uncounted()
     patches = patches_of(images, call.height, call.width, weight.shape[3])
     grads: list[Tensor] = []
     if needs[0]:
