@@ -69,8 +69,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
     """Has the CPU's kernels share out their work among two threads at least, however few this process is left with."""
     threads = torch.get_num_threads()
-    backend = request.node.callspec.params.get("backend") if hasattr(request.node, "callspec") else None
-    if SHARE_CORES and backend == "cpu":
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    on_cpu = "cpu" in (parameters.get("backend"), parameters.get("kernels"))
+    if SHARE_CORES and (on_cpu or request.node.get_closest_marker("several_threads")):
         torch.set_num_threads(max(2, threads))
     yield
     torch.set_num_threads(threads)

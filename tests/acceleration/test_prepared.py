@@ -21,7 +21,10 @@ from crossvit_kernels.watch import forget
 from rule import SITES, assert_same_bits, outcome
 from weights import CPU_BACKENDS, perturb
 
-pytestmark = pytest.mark.skipif("cpu" not in CPU_BACKENDS, reason="there are no C++ kernels")
+pytestmark = [
+    pytest.mark.skipif("cpu" not in CPU_BACKENDS, reason="there are no C++ kernels"),
+    pytest.mark.several_threads,
+]
 PREPARED = ("nn.Block", "timm Block", "crossvit stage", "timm MultiScaleBlock")
 
 

@@ -13,7 +13,10 @@ from crossvit_kernels.nn import Block, PatchEmbed
 from crossvit_kernels.watch import WATCHES
 from weights import CPU_BACKENDS
 
-pytestmark = pytest.mark.skipif("cpu" not in CPU_BACKENDS, reason="there are no C++ kernels")
+pytestmark = [
+    pytest.mark.skipif("cpu" not in CPU_BACKENDS, reason="there are no C++ kernels"),
+    pytest.mark.several_threads,
+]
 
 
 def swap_weights(block: Any) -> None:

@@ -16,7 +16,10 @@ from crossvit_kernels import blocks
 from crossvit_kernels.nn import Block
 from crossvit_kernels.prepared import Prepared
 
-pytestmark = pytest.mark.skipif("cpu" not in NATIVE, reason="the C++ kernels are not there")
+pytestmark = [
+    pytest.mark.skipif("cpu" not in NATIVE, reason="the C++ kernels are not there"),
+    pytest.mark.several_threads,
+]
 
 WIDTH, HEADS = 96, 3
 

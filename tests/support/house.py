@@ -22,7 +22,7 @@ FOLDERS = (*PACKAGES, "examples", "csrc")
 CODE = (".py", ".cpp", ".h", ".cu", ".cuh")
 MOST_LINES, MOST_BODY, MOST_PARAMETERS, MOST_OF_A_KERNEL = 300, 100, 12, 20
 TORCH_INTERNALS = "torch_internals.py"
-# An op's function takes its schema's arguments one by one, in C++ as in Python.
+# An op's function in Python takes its schema's arguments one by one.
 OPS = {path.stem for path in (ROOT / "crossvit_kernels" / "ops").glob("[a-z]*.py")} | {"transformer_block"}
 PRIVATE_TORCH = re.compile(
     r"\btorch(?:\.\w+)*\._(?!_)|\b(?:from|import) torch(?:\.\w+)*\._(?!_)|\bfrom torch[.\w]* import _(?!_)"

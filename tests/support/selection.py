@@ -2,11 +2,12 @@
 
 Without a GPU, interpreted and emulated kernels take seconds a case. So a test over several cases runs each of them in
 one precision, which takes turns over the cases: every case and every precision is met, in a fraction of the time.
-CROSSVIT_TESTS_ALL=1 has the emulation run them all; on a GPU all run. Three markers say more of a test:
+CROSSVIT_TESTS_ALL=1 has the emulation run them all; on a GPU all run. Four markers say more of a test:
 
     one_in(n)          without a GPU one in n of its variants runs
     compiled_only      it shows nothing in the interpreter, which runs one kernel at a time
     not_interpreted    it is the same for every backend, and slow without a GPU
+    several_threads    it is of the C++ kernels, which share out their work
 """
 
 import math
@@ -43,6 +44,7 @@ MARKERS = (
     "one_in(n): without a GPU one in n of its variants runs",
     "compiled_only: shows nothing in Triton's interpreter",
     "not_interpreted: is the same for every backend, and slow without a GPU",
+    "several_threads: is of the C++ kernels, whatever it is called with",
 )
 
 ITSELF = "the reference serves the op, which would be compared with itself"
