@@ -78,6 +78,7 @@ def create_model(
     known = inspect.signature(model_class).parameters
     if unknown := [key for key in overrides if key not in known]:
         hint = " (the input's size is image_size)" if "img_size" in unknown else ""
+        hint = " (weights are a checkpoint, a file's or a Hub model's name)" if "pretrained" in unknown else hint
         raise TypeError(f"create_model: {name} has no argument {', '.join(unknown)}{hint}; it has {', '.join(known)}")
     model = model_class(**(arguments | overrides))
     model.variant = name

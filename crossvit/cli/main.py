@@ -21,8 +21,9 @@ COMMANDS = {
     "bench": "images per second with the kernels and without",
 }
 PACKAGES = (
-    "torchvision, Pillow, safetensors, tqdm, matplotlib, timm, PyYAML and shtab: "
-    "pip install --no-build-isolation '.[models]' in a checkout"
+    "torch, torchvision, Pillow, safetensors, tqdm, matplotlib, timm, PyYAML and shtab: in a checkout "
+    "source .venv/bin/activate, where make set that up, or pip install torch setuptools wheel and then "
+    "pip install --no-build-isolation '.[models]'"
 )
 SHELLS = ("bash", "zsh")
 

@@ -173,6 +173,7 @@ def test_input_is_checked() -> None:
         ({"patch_size": ()}, ValueError, "patch_size must have a positive entry per branch"),
         ({"depth": ((1, 4),)}, ValueError, "depth must have rows of 2 branch depths and the fusion's"),
         ({"patch_size": (8, 16), "multi_conv": True}, ValueError, r"one of \(12, 16\), got 8"),
+        ({"pretrained": True}, TypeError, "no argument pretrained .weights are a checkpoint"),
         ({"img_size": 224}, TypeError, "no argument img_size .the input's size is image_size.; it has .*image_size"),
         ({"kernels": "fast"}, ValueError, "fast"),
     ],
