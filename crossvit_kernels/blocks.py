@@ -187,29 +187,27 @@ def fusion_direction(
     """
     if torch.is_grad_enabled():
         return None
-    norms, attention_norms, back_norms = affine(project[0]), affine(norm), affine(revert[0])
-    first, last = affine(project[1]), affine(revert[1])
-    pairs = [affine(linear) for linear in linears]
-    if not takes(cls, (patches, *first, *chain.from_iterable(pairs), *last), (*norms, *attention_norms, *back_norms)):
-        return None
-    if not regular(first, *pairs, last):
-        return None
 
     def read() -> tuple[Any, ...]:
-        """The arguments of the native op, which takes no bias of the keys; it adds the same to every score."""
-        (norm_of_cls, to), (norm_back, back) = project, revert
-        if not norm_of_cls.eps == norm.eps == norm_back.eps:
-            return ()
-        q, k, v, out = map(affine, linears)
-        before = (*affine(norm_of_cls), *affine(to), *affine(norm), *q, k[0])
-        return cls, patches, *before, *v, *out, *affine(norm_back), *affine(back), attn.num_heads, norm.eps
+        """The norms, the Linears, and the arguments of the native op, which takes no bias of the keys: it adds the same
+        to every score. There are none where the eps differ."""
+        norms = [*map(affine, (project[0], norm, revert[0]))]
+        weights = [*map(affine, (project[1], *linears, revert[1]))]
+        if not project[0].eps == norm.eps == revert[0].eps:
+            return norms, weights, ()
+        to, q, k, v, out, back = weights
+        before = (*norms[0], *to, *norms[1], *q, k[0])
+        return norms, weights, (cls, patches, *before, *v, *out, *norms[2], *back, attn.num_heads, norm.eps)
 
-    given = read()
-    if not given:
+    norms, weights, given = read()
+    if not given or not takes(cls, (patches, *chain.from_iterable(weights)), tuple(chain.from_iterable(norms))):
+        return None
+    if not regular(*weights):
         return None
     before, behind = given[:_BEFORE_KEY_BIAS], given[_BEFORE_KEY_BIAS:]
-    fused: Tensor = cast(Any, cls_fusion)(*before, affine(linears[1])[1], *behind, kernels=kernels)
-    keep(place, "cls_fusion", kernels, (cls, patches), given, read, (*project, norm, *linears, attn, *revert))
+    fused: Tensor = cast(Any, cls_fusion)(*before, weights[2][1], *behind, kernels=kernels)
+    modules = (*project, norm, *linears, attn, *revert)
+    keep(place, "cls_fusion", kernels, (cls, patches), given, lambda: read()[2], modules)
     return fused
 
 

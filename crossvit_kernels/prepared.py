@@ -128,12 +128,12 @@ def keep(
     children = {id(c): c for of in compositions for path in of.parts if (c := child_at(owner, path)) is not None}
     parameters = [(child._parameters, own) for child in children.values() for own in child._parameters]
     found = {id(value): (home, own) for home, own in parameters if (value := home[own]) is not None}
+    among = {id(one) for one in inputs}
+    others = [argument for argument in given if id(argument) not in among]
+    before = next(i for i, argument in enumerate(given) if argument is inputs[1]) - 1 if len(inputs) > 1 else 0
     sources: list[tuple[Any, Any]] = []
-    before = 0
-    for argument in given[1:]:
-        if any(argument is one for one in inputs):
-            before = len(sources) if argument is inputs[1] else before
-        elif isinstance(argument, Tensor):
+    for argument in others:
+        if isinstance(argument, Tensor):
             if id(argument) not in found:
                 return  # a wrapper keeps its parameters elsewhere
             sources.append(found[id(argument)])
@@ -154,7 +154,7 @@ def keep(
         now = [*(home[own] for home, own in sources), *read()]
     except Exception:  # what was there is gone
         return
-    then = [*(argument for argument in given[1:] if not any(argument is one for one in inputs)), *given]
+    then = [*others, *given]
     if len(now) != len(then) or not all(map(_same, now, then)):
         return
     if all(why_not(owner, composition) is None for composition in compositions):
